@@ -1,0 +1,1 @@
+"""What decides and starts. Never imports torch, transformers, accelerate, trl, peft or datasets."""

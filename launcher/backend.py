@@ -1,0 +1,166 @@
+"""Resolves distributed_backend, and refuses what does not go together: the table RULES is the one place for both."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config import Run
+from launcher.memory import predict_bytes_per_rank, size_of_model
+from launcher.topology import Topology
+from trainers.config import ConfigError, TrainConfig
+
+STATIC = Path(__file__).resolve().parent.parent
+ACCELERATE_CONFIGS = STATIC / "accelerate_configs"
+DEEPSPEED_CONFIGS = STATIC / "deepspeed_configs"
+
+AUTOTRAIN_ZERO_STAGE = 3  # what AutoTrain's distributed_backend: deepspeed ran
+MEMORY_SHARE = 0.8  # part of a device's memory that the weights, gradients and optimiser may fill
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The decision: which backend, why, and the static files that own its policy."""
+
+    name: str  # ddp, fsdp, deepspeed or none
+    reason: str
+    template: Path
+    deepspeed_template: Path | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules look at."""
+
+    backend: str
+    train: TrainConfig
+    topology: Topology
+    zero_stage: int | None
+    sharding: str | None
+    offload: str
+
+    @property
+    def several(self) -> bool:
+        return self.topology.num_processes > 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pair that does not go together: the key to blame, why, and the nearest right choice."""
+
+    key: str
+    refuses: Callable[[Case], bool]
+    reason: str
+    mend: str
+
+
+def installed(distribution: str) -> bool:
+    """Whether a distribution is installed, without importing it."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _weak_gpu(case: Case) -> bool:
+    return any(gpu.capability < (8, 0) for gpu in case.topology.hardware.gpus)
+
+
+# fmt: off
+RULES = (
+    Rule("distributed_backend", lambda c: c.backend == "none" and c.several,
+         "none runs one process, and num_processes asks for more.", "Use ddp, or num_processes: 1."),
+    Rule("distributed_backend", lambda c: c.backend == "deepspeed" and not installed("deepspeed"),
+         "deepspeed is not installed.", "pip install 'phalanx[deepspeed]', or use fsdp, which needs nothing more."),
+    Rule("launch.zero_stage", lambda c: c.zero_stage is not None and c.backend != "deepspeed",
+         "ZeRO stages belong to distributed_backend: deepspeed.", "Set that, or remove zero_stage."),
+    Rule("launch.sharding", lambda c: c.sharding is not None and c.backend != "fsdp",
+         "sharding belongs to distributed_backend: fsdp.", "Set that, or remove sharding."),
+    Rule("launch.sharding", lambda c: c.sharding == "hybrid_shard" and c.topology.num_machines < 2,
+         "hybrid_shard replicates across machines, and there is one.", "Use full_shard."),
+    Rule("launch.offload", lambda c: c.offload == "cpu" and c.backend not in ("fsdp", "deepspeed"),
+         "only fsdp and deepspeed can offload.", "Use distributed_backend: fsdp, or offload: none."),
+    Rule("launch.offload", lambda c: c.offload == "cpu" and c.zero_stage == 1,
+         "ZeRO-1 is not shipped with offload.", "Use zero_stage: 2."),
+    Rule("quantization", lambda c: c.train.quantization is not None and not installed("bitsandbytes"),
+         "bitsandbytes is not installed.", "pip install 'phalanx[quantization]', or quantization: null."),
+    Rule("quantization", lambda c: c.train.quantization == "int8" and c.backend in ("fsdp", "deepspeed"),
+         "int8 weights cannot be sharded.", "Use int4, or distributed_backend: ddp."),
+    Rule("quantization", lambda c: c.train.quantization == "int8" and c.several and not c.topology.on_gpu,
+         "int8 on CPU runs in one process only.", "Use int4, or num_processes: 1."),
+    Rule("mixed_precision", lambda c: c.train.mixed_precision == "fp16" and not c.topology.on_gpu,
+         "a CPU has no fp16 training.", "Use mixed_precision: null."),
+    Rule("mixed_precision", lambda c: c.train.mixed_precision == "bf16" and not c.topology.on_gpu
+         and not c.topology.hardware.cpu_bf16,
+         "this CPU has no bf16 instructions (avx512_bf16 or amx_bf16).", "Use mixed_precision: null."),
+    Rule("mixed_precision", lambda c: c.train.mixed_precision == "bf16" and _weak_gpu(c),
+         "bf16 needs GPUs of compute capability 8.0 (Ampere) or above.", "Use mixed_precision: fp16."),
+    Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and not c.topology.on_gpu,
+         "flash-attn runs on CUDA, and there is no GPU; sdpa would be used.", "Use use_flash_attention_2: false."),
+    Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and not installed("flash-attn"),
+         "flash-attn is not installed; sdpa would be used.", "pip install flash-attn, or use_flash_attention_2: false."),
+    Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and c.train.mixed_precision is None,
+         "flash-attn computes in fp16 or bf16 only.", "Set mixed_precision: bf16."),
+    Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and _weak_gpu(c),
+         "flash-attn needs GPUs of compute capability 8.0 (Ampere) or above.", "Use use_flash_attention_2: false."),
+    Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.several,
+         "it works in one process only.", "Lower batch_size and raise gradient_accumulation instead."),
+    Rule("unsloth", lambda c: c.train.unsloth and c.several, "unsloth does not run on several ranks.",
+         "Use unsloth: false."),
+    Rule("log", lambda c: c.train.log == "wandb" and not installed("wandb"),
+         "wandb is not installed.", "pip install 'phalanx[wandb]', or log: none."),
+    Rule("log", lambda c: c.train.log == "tensorboard" and not installed("tensorboard"),
+         "tensorboard is not installed.", "pip install 'phalanx[tensorboard]', or log: none."),
+)
+# fmt: on
+
+
+def resolve_backend(run: Run, topology: Topology) -> Backend:
+    """Chooses the backend and checks it against RULES.
+
+    Raises:
+        ConfigError: a pair that does not go together, with the reason and the nearest right one.
+    """
+    name, reason = _choose(run, topology)
+    stage = run.launch.zero_stage
+    if name == "deepspeed" and stage is None:
+        stage = AUTOTRAIN_ZERO_STAGE
+    case = Case(name, run.train, topology, stage, run.launch.sharding, run.launch.offload)
+    for rule in RULES:
+        if rule.refuses(case):
+            raise ConfigError(f"{rule.key}: {rule.reason} {rule.mend}")
+    if name == "deepspeed":
+        suffix = "_offload" if run.launch.offload == "cpu" else ""
+        return Backend(
+            name,
+            f"{reason}, ZeRO stage {stage}{' (as AutoTrain)' if run.launch.zero_stage is None else ''}",
+            ACCELERATE_CONFIGS / f"deepspeed_zero{stage}{suffix}.yaml",
+            DEEPSPEED_CONFIGS / f"zero{stage}{suffix}.json",
+        )
+    if name == "fsdp":
+        sharding = run.launch.sharding
+        variant = {"shard_grad_op": "_shard_grad_op", "hybrid_shard": "_hybrid"}.get(sharding or "", "")
+        return Backend(name, reason, ACCELERATE_CONFIGS / f"fsdp{variant}.yaml")
+    return Backend(name, reason, ACCELERATE_CONFIGS / ("ddp.yaml" if name == "ddp" else "single.yaml"))
+
+
+def _choose(run: Run, topology: Topology) -> tuple[str, str]:
+    """auto: one process -> none; the model fits on each rank -> ddp; else fsdp."""
+    asked = run.train.distributed_backend
+    if asked != "auto":
+        return asked, f"asked for ({run.settings.sources['distributed_backend']})"
+    if topology.num_processes == 1:
+        return "none", "one process"
+    size = size_of_model(run.train.model)
+    if size is None:
+        return "fsdp", f"the size of {run.train.model} is not known before it is downloaded, and fsdp holds the largest"
+    needed = predict_bytes_per_rank(size, run.train)
+    hardware = topology.hardware
+    room = min((gpu.memory for gpu in hardware.gpus), default=hardware.memory // topology.local_processes)
+    figures = f"predicted {needed / 2**30:.1f} GiB a rank, {room / 2**30:.1f} GiB there"
+    if needed <= MEMORY_SHARE * room:
+        return "ddp", f"the model fits on each rank ({figures})"
+    return "fsdp", f"the model does not fit on each rank ({figures})"

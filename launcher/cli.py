@@ -1,0 +1,146 @@
+"""The commands: `phalanx train | show | llm | schema`. Nothing heavy at import; torch is never imported here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trainers.config import ALIASES, NEGATED, USAGE_ERROR, ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+
+COMMANDS = {
+    "train": "run a config: check it, start the ranks, watch them",
+    "show": "dry run: the effective config, the backend and why, the files and the command",
+    "llm": "AutoTrain's flag form: phalanx llm --train --model ... --project-name ...",
+    "schema": "print the JSON schema of a config file, for editors",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the nearest valid flag named."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        if unknown != message and unknown.startswith("--"):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown, flags, n=1)
+            message += f" (did you mean {close[0]}?)" if close else ""
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the asked command gets its flags, so that --help stays fast."""
+    parser = _Parser(prog="phalanx", description="Fine-tune language models on many GPUs: one config, one command.")
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=f"phalanx {version('phalanx')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, text in COMMANDS.items():
+        config = "" if name in ("llm", "schema") else " config.yaml"
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            usage=f"phalanx {name}{config}{'' if name == 'schema' else ' [--flag VALUE ...]'}",
+            allow_abbrev=False,
+        )
+        if name != command:
+            continue
+        if name in ("train", "show"):
+            sub.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+        if name == "llm":
+            sub.add_argument("--train", action="store_true", help="train; the only thing this command does here")
+            sub.add_argument("--backend", default="local", help="AutoTrain's key; only local")
+        if name == "show":
+            sub.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+        if name in ("train", "show", "llm"):
+            _add_fields(sub)
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of the schema, in both spellings, and for the names that other tools use."""
+    from launcher.config import LaunchConfig
+
+    names: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        names.setdefault(name, []).append(alias)
+    for title, schema in (("training", TrainConfig), ("launch", LaunchConfig)):
+        group = parser.add_argument_group(title)
+        for name, field in schema.model_fields.items():
+            for index, spelling in enumerate((name, *names.get(name, ()))):
+                text = field.description or ""
+                if index == 0 and field.default not in (None, ""):
+                    text += f" (default: {field.default})"
+                _add_flag(group, spelling, text.replace("%", "%%") if index == 0 else argparse.SUPPRESS)
+    for negated in NEGATED:
+        _add_flag(parser, negated, argparse.SUPPRESS)
+
+
+def _add_flag(group: Any, name: str, text: str) -> None:
+    dashed, plain = f"--{name.replace('_', '-')}", f"--{name}"
+    # A flag without a value is a switch, as in AutoTrain; the schema refuses that where a value is needed.
+    group.add_argument(
+        *dict.fromkeys((dashed, plain)), dest=name, nargs="?", const="true", default=argparse.SUPPRESS,
+        metavar="VALUE", help=text,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code (docs/exit-codes.md)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    options = vars(build_parser(command).parse_args(arguments))
+    try:
+        return _run(options.pop("command"), options)
+    except ConfigError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _run(command: str, options: dict[str, Any]) -> int:
+    from launcher.config import json_schema, load_run
+
+    if command == "schema":
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    as_json = options.pop("as_json", False)
+    if command == "llm":
+        if not options.pop("train"):
+            raise ConfigError("phalanx llm: nothing to do. Add --train (deploying and inference are not offered).")
+        if not str(options.pop("backend")).startswith("local"):
+            raise ConfigError("--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml.")
+    run = load_run(options.pop("config", None), options)
+    return _show(run, as_json) if command == "show" else _train(run)
+
+
+def _train(run: Run) -> int:
+    from launcher import backend, check, supervise, topology
+
+    layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
+    chosen = backend.resolve_backend(run, layout)
+    check.preflight(run, layout)
+    for note in run.settings.notes:
+        print(f"note: {note}")
+    where = "GPU" if layout.on_gpu else "CPU"
+    print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
+    code = supervise.train(run, layout, chosen)
+    if code == 0 and layout.machine_rank == 0:
+        print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
+    return code
+
+
+def _show(run: Run, as_json: bool) -> int:
+    from launcher import show, topology
+
+    layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
+    plan = show.plan(run, layout)
+    print(json.dumps(plan, indent=2) if as_json else show.render(plan))
+    return 0

@@ -1,0 +1,38 @@
+"""Pure: the argv and environment of `accelerate launch -m trainers.X` for this run. Starts nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.backend import Backend
+from launcher.config import Run
+from launcher.topology import Topology
+
+
+def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) -> list[str]:
+    """argv of the launch whose files lie in `folder` (accelerate.yaml, config.json)."""
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    if topology.num_machines > 1:
+        # In the YAML these two have no effect (accelerate 1.15): the parser's defaults win.
+        argv += ["--rdzv_backend", "static", "--same_network"]
+    argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
+    return [*argv, "-m", f"trainers.{run.train.trainer}", str(folder / "config.json")]
+
+
+def cpu_threads(topology: Topology) -> int:
+    """Threads a rank: its share of the cores where it computes on them, else one."""
+    if topology.on_gpu:
+        return 1
+    return max(1, topology.hardware.cores // topology.local_processes)
+
+
+def build_environment(run: Run, base: Mapping[str, str], logs: Path, live_terminal: bool) -> dict[str, str]:
+    """The environment of the launch: the caller's, plus where ranks write their logs, and the hub token."""
+    environment = dict(base)
+    environment["PHALANX_LOG_DIR"] = str(logs)
+    environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
+    if run.train.token:
+        environment["HF_TOKEN"] = run.train.token
+    return environment

@@ -1,0 +1,165 @@
+"""The whole config of a run: the trainer's part, and the sections `launch` and `slurm` that only the launcher reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from trainers.config import NEGATED, ConfigError, Int, TrainConfig, Word
+from trainers.config_file import (
+    COLUMN_KEYS,
+    DATA_KEYS,
+    HUB_KEYS,
+    TASKS,
+    Settings,
+    Value,
+    put,
+    read_config_file,
+    resolve,
+    validate,
+)
+
+
+class LaunchConfig(BaseModel):
+    """Machines, ranks and sharding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_processes: Int | None = Field(
+        None, gt=0, description="Ranks over all machines. Default: every GPU, or one rank where there is none."
+    )
+    num_machines: Int | None = Field(None, gt=0, description="Machines. Default: SLURM's nodes, else 1.")
+    machine_rank: Int | None = Field(None, ge=0, description="Number of this machine, from 0. Default: SLURM's, else 0.")
+    main_process_ip: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9.:_-]+$", description="Address of machine 0. Default: SLURM's first node, or loopback."
+    )
+    main_process_port: Int | None = Field(
+        None, gt=1023, lt=65536, description="Rendezvous port. Default: a free one; with several machines, from the job."
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(None, description="ZeRO stage of deepspeed. Default: 3, as AutoTrain.")
+    sharding: Literal["full_shard", "shard_grad_op", "hybrid_shard"] | None = Field(
+        None, description="What fsdp shards. Default: full_shard. hybrid_shard: within a machine, replicated across."
+    )
+    offload: Annotated[Literal["none", "cpu"], BeforeValidator(lambda v: "none" if v is None else v)] = Field(
+        "none", description="cpu: keep sharded parameters and optimiser state in host memory (fsdp, ZeRO 2 and 3)."
+    )
+
+
+# One allow-list for every string that can reach sbatch: no space, no quote, no newline.
+_Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]-]+$")]
+
+
+class SlurmConfig(BaseModel):
+    """What `phalanx show` turns into sbatch's flags for slurm/train.sh."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nodes: Int | None = Field(None, gt=0, description="Nodes.")
+    gpus_per_node: Int | None = Field(None, ge=0, description="GPUs on each node.")
+    cpus_per_task: Int | None = Field(None, gt=0, description="CPU cores on each node.")
+    time: _Plain | None = Field(None, description="Time limit, such as 12:00:00 (quoted in YAML).")
+    partition: _Plain | None = Field(None, description="Partition.")
+    account: _Plain | None = Field(None, description="Account.")
+    qos: _Plain | None = Field(None, description="Quality of service.")
+    job_name: _Plain | None = Field(None, description="Name of the job.")
+
+
+@dataclass
+class Run:
+    """A run as the user described it: the three parts of the config, and where the values came from."""
+
+    settings: Settings
+    launch: LaunchConfig
+    slurm: SlurmConfig
+    launch_sources: dict[str, str]
+    config_path: Path | None
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.settings.train
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, as the user may write it (relative to the working folder)."""
+        return Path(self.train.project_name)
+
+
+def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
+    """File, then flags (they win) -> the effective config.
+
+    `flags` are as the user spelled them, without dashes: `learning_rate` and `lr` both work.
+
+    Raises:
+        ConfigError: what is wrong, where, and the mend.
+    """
+    file = read_config_file(path) if path else None
+    values = dict(file.train) if file else {}
+    launch = dict(file.launcher["launch"]) if file else {}
+    slurm = dict(file.launcher["slurm"]) if file else {}
+    given: dict[str, Value] = {}
+    for name, value in flags.items():
+        entry = Value(value, f"flag --{name.replace('_', '-')}", name)
+        if name in LaunchConfig.model_fields:
+            launch[name] = entry
+        else:
+            put(given, name, entry)
+    values.update(given)
+    settings = resolve(values)
+    run = Run(
+        settings,
+        validate(LaunchConfig, launch),
+        validate(SlurmConfig, slurm),
+        {name: launch[name].source if name in launch else "default" for name in LaunchConfig.model_fields},
+        path,
+    )
+    check_folder_name(run.train.project_name, settings.sources["project_name"])
+    return run
+
+
+def check_folder_name(project_name: str, source: str) -> None:
+    """The run's folder must lie inside the working folder.
+
+    Raises:
+        ConfigError: it is absolute, leaves the working folder, is the folder itself, or holds odd characters.
+    """
+    here = Path.cwd().resolve()
+    target = (here / project_name).resolve()
+    plain = all(c.isalnum() or c in "._-/" for c in project_name) and not project_name.startswith("-")
+    if not plain or target == here or here not in target.parents:
+        raise ConfigError(
+            f"{source}: project_name: '{project_name}' is not a plain path inside the working folder {here}. "
+            "Allowed: letters, digits, '.', '_', '-' and '/', for example my-run or runs/my-run."
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors."""
+    fields = TrainConfig.model_fields
+
+    def pick(keys: Mapping[str, str]) -> dict[str, Any]:
+        return {key: (fields[name].annotation, fields[name]) for key, name in keys.items()}
+
+    strict = ConfigDict(extra="forbid")
+    mapping = create_model("ColumnMapping", __config__=strict, **pick({name: name for name in COLUMN_KEYS}))
+    data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
+    hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
+    negated = {key: (bool, Field(False, description=f"The opposite of {name}.")) for key, name in NEGATED.items()}
+    params = create_model("Params", __base__=TrainConfig, **negated)
+    whole = create_model(
+        "PhalanxConfig",
+        __config__=strict,
+        task=(Literal[TASKS], ...),
+        backend=(Word, Field("local", description="AutoTrain's key; only local.")),
+        **{key: (fields[name].annotation, fields[name]) for key, name in
+           {"base_model": "model", "project_name": "project_name", "log": "log"}.items()},
+        data=(data, ...),
+        params=(params, {}),
+        hub=(hub, {}),
+        launch=(LaunchConfig, {}),
+        slurm=(SlurmConfig, {}),
+    )  # fmt: skip
+    return whole.model_json_schema()

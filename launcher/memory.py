@@ -1,0 +1,53 @@
+"""Predicted memory: parameters from the files' headers, then bytes a parameter. Predictions, not measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+from trainers.config import TrainConfig
+
+ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of a local model, or of a hub id that lies in the hub cache already."""
+    if Path(model).is_dir():
+        return Path(model)
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
+    snapshots = sorted((cache / "snapshots").glob("*/config.json"))
+    return snapshots[-1].parent if snapshots else None
+
+
+def size_of_model(model: str) -> int | None:
+    """Parameters of a model whose files are here, or None."""
+    folder = model_folder(model)
+    if folder is None:
+        return None
+    files = list(folder.glob("*.safetensors"))
+    if files:
+        return sum(_safetensors_size(file) for file in files)
+    # .bin files have no header that can be read without unpickling; two bytes a parameter errs to the safe side.
+    pickled = [file for file in folder.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in pickled) // 2 or None
+
+
+def _safetensors_size(file: Path) -> int:
+    """Sums the shapes in the header (8 bytes of length, then JSON; safetensors' format page)."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def predict_bytes_per_rank(parameters: int, config: TrainConfig) -> int:
+    """Weights, gradients and optimiser state of an unsharded rank, in bytes; activations are not counted."""
+    if not config.peft:
+        return parameters * ADAM_BYTES
+    base = {"int4": 0.6, "int8": 1.1}.get(config.quantization or "", 2.0 if config.mixed_precision else 4.0)
+    # LoRA on all linear layers trains about r * 2 / hidden of the weights; 2 % is above what r = 64 takes.
+    return int(parameters * (base + 0.02 * ADAM_BYTES))

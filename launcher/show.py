@@ -1,0 +1,91 @@
+"""`phalanx show`: what would be generated and run. Writes nothing and starts nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+from launcher import slurm
+from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, STATIC, resolve_backend
+from launcher.check import preflight
+from launcher.command import build_command
+from launcher.config import Run
+from launcher.supervise import attempt_folder
+from launcher.topology import Topology
+
+
+def plan(run: Run, topology: Topology) -> dict[str, Any]:
+    """Everything that `phalanx train` would decide, as JSON types.
+
+    Raises:
+        ConfigError: what would stop the run.
+    """
+    backend = resolve_backend(run, topology)
+    preflight(run, topology)
+    folder = attempt_folder(run, topology)
+    argv = build_command(run, topology, backend, folder)
+    values = run.settings.public()
+    launch = run.launch.model_dump()
+    static = [ACCELERATE_CONFIGS / backend.template.name]
+    return {
+        "config": {k: {"value": v, "source": run.settings.sources[k]} for k, v in values.items()},
+        "launch": {k: {"value": v, "source": run.launch_sources[k]} for k, v in launch.items()},
+        "notes": run.settings.notes,
+        "backend": {"name": backend.name, "reason": backend.reason},
+        "ranks": {
+            "num_processes": topology.num_processes,
+            "num_machines": topology.num_machines,
+            "device": "cuda" if topology.on_gpu else "cpu",
+        },
+        "accelerate_config": build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json"),
+        "deepspeed_config": build_deepspeed_config(backend),
+        "folder": str(folder),
+        "command": argv,
+        "by_hand": [
+            "accelerate", "launch", "--config_file", str(static[0]), "--num_processes", str(topology.num_processes),
+            "-m", f"trainers.{run.train.trainer}", str(run.config_path or "config.yaml"),
+        ],
+        "sbatch": slurm.sbatch_argv(run),
+        "static_files": {
+            "accelerate_configs": str(ACCELERATE_CONFIGS),
+            "deepspeed_configs": str(DEEPSPEED_CONFIGS),
+            "slurm": str(STATIC / "slurm"),
+        },
+    }  # fmt: skip
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for a reader."""
+    lines = ["# effective config"]
+    for section in ("config", "launch"):
+        width = max(len(name) for name in plan[section])
+        for name, entry in plan[section].items():
+            lines.append(f"{name:<{width}}  {_word(entry['value']):<24}  {entry['source']}")
+    if plan["notes"]:
+        lines += ["", "# notes", *plan["notes"]]
+    ranks = plan["ranks"]
+    lines += [
+        "",
+        "# backend",
+        f"{plan['backend']['name']}: {plan['backend']['reason']}",
+        f"{ranks['num_processes']} rank(s) on {ranks['num_machines']} machine(s), {ranks['device']}",
+        "",
+        f"# {plan['folder']}/accelerate.yaml",
+        yaml.safe_dump(plan["accelerate_config"], sort_keys=False).rstrip(),
+    ]
+    if plan["deepspeed_config"]:
+        lines += ["", f"# {plan['folder']}/deepspeed.json"]
+        lines.append(yaml.safe_dump(plan["deepspeed_config"], sort_keys=False).rstrip())
+    lines += ["", "# command", shlex.join(plan["command"])]
+    lines += ["", "# the same by hand", shlex.join(plan["by_hand"])]
+    lines += ["", "# on SLURM", shlex.join(plan["sbatch"])]
+    lines += ["", "# shipped files", *(f"{name}: {path}" for name, path in plan["static_files"].items())]
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,215 @@
+"""Starts the ranks, shows rank 0, forwards signals, and says which rank failed first and why.
+
+    <project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt
+                                      launcher.log rank-N.log rank-N.pid rank-N.error.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+import yaml
+
+from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.backend import Backend
+from launcher.command import build_command, build_environment
+from launcher.config import Run
+from launcher.topology import Topology
+from trainers.config import RUN_FAILED, USAGE_ERROR
+from trainers.config_file import write_effective
+from trainers.run_folder import LAUNCH, claim
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0  # between a forwarded signal and SIGKILL
+LOG_LINES = 15  # of a failed rank's log that are shown
+_PR_SET_PDEATHSIG = 1
+# What the other ranks report when one dies: the consequence, not the cause.
+_PEER_LOST = re.compile(r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed", re.I)
+# torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
+_SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The rank that failed first: its number, and the reason in a line."""
+
+    rank: int
+    reason: str
+    mistake: bool = False  # the user's, found by a rank
+
+
+def attempt_folder(run: Run, topology: Topology) -> Path:
+    """The next free `launch/attempt-K`, per machine where there are several (all then agree on K)."""
+    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
+    number = 1
+    while (run.folder / LAUNCH / f"attempt-{number}" / part / "command.txt").exists():
+        number += 1
+    return (run.folder / LAUNCH / f"attempt-{number}" / part).resolve()
+
+
+def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[str]]:
+    """Claims the run's folder and writes this attempt's files; returns their folder and the argv."""
+    if topology.machine_rank == 0:
+        claim(run.folder, run.train)
+    folder = attempt_folder(run, topology)
+    folder.mkdir(parents=True, exist_ok=True)
+    deepspeed = build_deepspeed_config(backend)
+    if deepspeed is not None:
+        (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
+    write_effective(run.settings, folder / "config.json")
+    argv = build_command(run, topology, backend, folder)
+    (folder / "command.txt").write_text(shlex.join(argv) + "\n", encoding="utf-8")
+    return folder, argv
+
+
+def train(run: Run, topology: Topology, backend: Backend) -> int:
+    """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
+    folder, argv = prepare(run, topology, backend)
+    environment = build_environment(run, os.environ, folder, sys.stdout.isatty())
+    with (folder / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+            preexec_fn=_die_with_parent,
+        )
+        signals = _Forwarder(process)
+        with signals:
+            code = _follow(process, folder / f"rank-{first_rank(topology)}.log", signals)
+        _kill_leftovers(process, folder)
+    if signals.received is not None:
+        print(f"stopped by {signal.Signals(signals.received).name}; logs: {folder}", file=sys.stderr)
+        return 128 + signals.received
+    if code == 0:
+        return 0
+    failure = first_failure(folder)
+    return report(failure, folder)
+
+
+def first_rank(topology: Topology) -> int:
+    """The lowest rank of this machine: the one whose output the terminal shows."""
+    return topology.machine_rank * topology.local_processes
+
+
+def _die_with_parent() -> None:
+    """Linux: if the launcher is killed outright, accelerate goes too, and the ranks with it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Forwarder:
+    """Passes SIGINT and SIGTERM on to the launch; kills it when it does not end in time, or is asked twice."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.received: int | None = None
+        self.deadline = float("inf")
+
+    def __enter__(self) -> None:
+        self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            self.deadline = 0.0
+            return
+        self.received = number
+        self.deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+
+def _follow(process: subprocess.Popen[bytes], log: Path, signals: _Forwarder) -> int:
+    """Copies the log of one rank to the terminal until the launch ends."""
+    stream: BinaryIO | None = None
+    try:
+        while True:
+            ended = process.poll() is not None
+            if stream is None and log.exists():
+                stream = log.open("rb")
+            if stream is not None and (chunk := stream.read()):
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+            if ended:
+                return process.returncode
+            if time.monotonic() > signals.deadline:
+                process.kill()
+            time.sleep(POLL_SECONDS)
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def _kill_leftovers(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """No process stays behind: what the launch left alive is killed. A rank leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for path in folder.glob("rank-*.pid"):
+        pid = int(path.read_text(encoding="utf-8"))
+        if _is_rank(pid, folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_rank(pid: int, folder: Path) -> bool:
+    """Whether a pid is still our rank, and not another process that got the number."""
+    try:
+        return str(folder / "config.json").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def first_failure(folder: Path) -> Failure | None:
+    """Which rank failed first. A rank killed from outside comes before the errors that its peers report."""
+    summary = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    for rank, code in _SUMMARY.findall(summary):
+        number = -int(code)
+        if number > 0 and number not in (signal.SIGTERM, signal.SIGINT):
+            hint = " (out of memory, or killed by hand)" if number == signal.SIGKILL else ""
+            return Failure(int(rank), f"killed by {signal.Signals(number).name}{hint}")
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error.json")]
+    if not notes:
+        return None
+    notes.sort(key=lambda note: (bool(_PEER_LOST.search(note["message"])), note["time"]))
+    note = notes[0]
+    if note["type"] == "config":
+        return Failure(note["rank"], note["message"], mistake=True)
+    return Failure(note["rank"], f"{note['type']}: {note['message'].strip().splitlines()[0] if note['message'].strip() else ''}")
+
+
+def report(failure: Failure | None, folder: Path) -> int:
+    """Prints what went wrong, last things last, and returns the exit code."""
+    if failure is not None and failure.mistake:
+        print(f"error: {failure.reason}", file=sys.stderr)
+        return USAGE_ERROR
+    log = folder / (f"rank-{failure.rank}.log" if failure else "launcher.log")
+    if log.exists():
+        print(f"--- end of {log}", file=sys.stderr)
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
+            print(f"    {line}", file=sys.stderr)
+    if failure is not None:
+        print(f"error: rank {failure.rank} failed first: {failure.reason}", file=sys.stderr)
+    else:
+        print("error: the launch failed before a rank could say why; its log is above", file=sys.stderr)
+    print(f"       logs of all ranks: {folder}", file=sys.stderr)
+    return RUN_FAILED

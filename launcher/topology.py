@@ -1,0 +1,150 @@
+"""Machines, GPUs and ranks: from the hardware (NVML), the environment, and SLURM_*."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.config import LaunchConfig
+from trainers.config import ConfigError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One visible GPU: name, memory in bytes, and compute capability (9.0 is Hopper)."""
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """This machine: its visible GPUs, host memory in bytes, usable cores, and whether the CPU computes in bf16."""
+
+    gpus: tuple[Gpu, ...] = ()
+    memory: int = 0
+    cores: int = 1
+    cpu_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How the ranks lie on the machines."""
+
+    num_machines: int
+    machine_rank: int
+    num_processes: int
+    main_process_ip: str
+    main_process_port: int
+    hardware: Hardware = field(repr=False, default=Hardware())
+
+    @property
+    def local_processes(self) -> int:
+        """Ranks on each machine."""
+        return self.num_processes // self.num_machines
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.hardware.gpus)
+
+
+def detect_hardware(environ: Mapping[str, str] = os.environ) -> Hardware:
+    """Reads what this machine has, without torch and without touching CUDA."""
+    cpu_flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return Hardware(
+        gpus=_nvml_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cores=len(os.sched_getaffinity(0)),
+        cpu_bf16="avx512_bf16" in cpu_flags or "amx_bf16" in cpu_flags,
+    )
+
+
+def _nvml_gpus(visible: str | None) -> tuple[Gpu, ...]:
+    """The GPUs that NVML knows and CUDA_VISIBLE_DEVICES lets through; none where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = {}
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            handles[str(index)] = handles[pynvml.nvmlDeviceGetUUID(handle)] = handle
+        count = len(handles) // 2
+        wanted = [str(index) for index in range(count)] if visible is None else visible.split(",")
+        gpus = []
+        for name in wanted:
+            if name.strip() not in handles:
+                break  # as CUDA does: the first unknown entry ends the list
+            handle = handles[name.strip()]
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            gpus.append(Gpu(str(pynvml.nvmlDeviceGetName(handle)), memory, (major, minor)))
+        return tuple(gpus)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def resolve_topology(
+    launch: LaunchConfig, hardware: Hardware, project_name: str, environ: Mapping[str, str] = os.environ
+) -> Topology:
+    """The topology of this run: the config first, then SLURM, then the hardware.
+
+    Raises:
+        ConfigError: counts that do not fit each other or this machine.
+    """
+    in_step = "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NNODES", "1")) > 1
+    machines = launch.num_machines or (int(environ["SLURM_NNODES"]) if in_step else 1)
+    # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node (accelerate#2816).
+    rank = launch.machine_rank if launch.machine_rank is not None else int(environ["SLURM_NODEID"]) if in_step else 0
+    if rank >= machines:
+        raise ConfigError(f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to {machines - 1}.")
+    gpus = len(hardware.gpus)
+    processes = launch.num_processes or max(gpus, 1) * machines
+    if processes % machines:
+        raise ConfigError(
+            f"launch.num_processes: {processes} ranks do not spread evenly over {machines} machines. "
+            f"Allowed: a multiple of {machines}."
+        )
+    if gpus and processes // machines > gpus:
+        raise ConfigError(
+            f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} visible "
+            f"GPU{'s' if gpus > 1 else ''}. Allowed: up to {gpus * machines}."
+        )
+    address = launch.main_process_ip or (_first_slurm_host(environ) if in_step else LOOPBACK)
+    if machines > 1 and address == LOOPBACK and not launch.main_process_ip:
+        raise ConfigError("launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip).")
+    job = environ.get("SLURM_JOB_ID") or f"{project_name}:{address}"
+    port = launch.main_process_port or (shared_port(job) if machines > 1 else free_port())
+    return Topology(machines, rank, processes, address, port, hardware)
+
+
+def _first_slurm_host(environ: Mapping[str, str]) -> str:
+    argv = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+    try:
+        answer = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"scontrol could not name the first node: {error}. Give --main-process-ip.") from None
+    return answer.stdout.split()[0]
+
+
+def free_port() -> int:
+    """A port that nothing on loopback uses now; the kernel picks it."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def shared_port(job: str) -> int:
+    """A port that every machine of a job derives alike, outside the range the kernel hands out."""
+    return 20000 + zlib.crc32(job.encode()) % 10000

@@ -1,0 +1,396 @@
+"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, and where each value came from.
+
+Both packages read the same file: the launcher for `phalanx train`, a rank for
+`accelerate launch ... -m trainers.sft config.yaml`. Light on purpose: yaml and pydantic, nothing else.
+
+    task: llm-sft            -> trainer: sft          data.path          -> data_path
+    base_model: gpt2         -> model: gpt2           column_mapping.*   -> text_column, ...
+    params.*                 -> by name               hub.*              -> username, token, push_to_hub
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainers.config import ALIASES, BLOCK_SIZE_LIMIT, NEGATED, SECRET_FIELDS, TRAINERS, ConfigError, TrainConfig
+
+TASKS = ("llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo")
+TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
+DATA_KEYS = {
+    "path": "data_path",
+    "train_split": "train_split",
+    "valid_split": "valid_split",
+    "chat_template": "chat_template",
+}
+COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column")
+# AutoTrain's own documentation also writes these three without the suffix.
+COLUMN_ALIASES = {"text": "text_column", "prompt": "prompt_text_column", "rejected_text": "rejected_text_column"}
+HUB_KEYS = ("username", "token", "push_to_hub")
+LAUNCHER_SECTIONS = ("launch", "slurm")
+SECTIONS = ("task", "backend", *TOP_KEYS, "data", "params", "hub", *LAUNCHER_SECTIONS)
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value and its origin, such as `config.yaml:12` or `flag --lr`; name is how the user spelled it."""
+
+    value: Any
+    source: str
+    name: str
+
+
+@dataclass
+class Settings:
+    """The effective config of a run: the values, where each came from, and what was decided for the user."""
+
+    train: TrainConfig
+    sources: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def public(self) -> dict[str, Any]:
+        """The values as JSON types, without secrets."""
+        return {k: v for k, v in self.train.model_dump(mode="json").items() if k not in SECRET_FIELDS}
+
+
+@dataclass
+class FileValues:
+    """What a config file says: fields of TrainConfig, and the sections that only the launcher reads."""
+
+    train: dict[str, Value] = field(default_factory=dict)
+    launcher: dict[str, dict[str, Value]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the closest valid word, or lists a few."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Valid: {', '.join(valid)}."
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Reads a YAML mapping.
+
+    Returns the tree and the line (from 1) of each key, by its path, such as ("data", "path").
+
+    Raises:
+        ConfigError: no such file, not YAML, empty, not a mapping, or a key given twice.
+    """
+    if str(path).startswith(("http://", "https://", "http:/", "https:/")):
+        raise ConfigError(f"{path}: a remote config is not read. Download it, look at it, and give its path.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Give the path of a config, for example examples/demo.yaml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(f"{path}: the file is empty. It needs at least task, base_model, project_name and data.")
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: a mapping of keys is needed, not a {node.id}.")
+        lines: dict[tuple[str, ...], int] = {}
+        tree = _build(loader, node, (), lines, path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    finally:
+        loader.dispose()
+    return tree, lines
+
+
+def _build(
+    loader: yaml.SafeLoader,
+    node: yaml.Node,
+    keys: tuple[str, ...],
+    lines: dict[tuple[str, ...], int],
+    path: Path,
+) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in result:
+                first = lines[(*keys, key)]
+                raise ConfigError(f"{path}:{line}: '{key}' is given twice (first in line {first}). Keep one.")
+            lines[(*keys, key)] = line
+            result[key] = _build(loader, value_node, (*keys, key), lines, path)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, keys, lines, path) for item in node.value]
+    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+
+
+def expand(value: Any, where: str, optional: bool = False) -> tuple[Any, str]:
+    """Replaces `${VAR}` in a string, and tells which variables were read.
+
+    `optional`: a string that is one unset variable becomes None (AutoTrain's hub section works so).
+    """
+    if isinstance(value, list):
+        return [expand(item, where)[0] for item in value], ""
+    if not isinstance(value, str):
+        return value, ""
+    names = _VARIABLE.findall(value)
+    for name in names:
+        if name not in os.environ:
+            if optional and value == f"${{{name}}}":
+                return None, f" (${{{name}}}, not set)"
+            raise ConfigError(f"{where}: the environment variable {name} is not set. Export it, or write the value.")
+    text = _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+    return text, f" ({', '.join('${' + n + '}' for n in names)})" if names else ""
+
+
+# ---------------------------------------------------------------------------- AutoTrain's form
+
+
+def read_config_file(path: Path) -> FileValues:
+    """Reads a config in AutoTrain's form into flat fields.
+
+    Raises:
+        ConfigError: anything in the file that is not allowed, with its line.
+    """
+    tree, lines = load_yaml(path)
+    if set(tree) == {"config", "sources", "notes"}:  # an effective config that the launcher wrote
+        sources = tree["sources"]
+        chosen = {k: Value(v, sources[k], k) for k, v in tree["config"].items() if sources[k] != "default"}
+        return FileValues(train=chosen, notes=tree["notes"])
+    reader = _Reader(path, lines)
+    return reader.read(tree)
+
+
+class _Reader:
+    """Walks one config file; keeps the path and line numbers for messages."""
+
+    def __init__(self, path: Path, lines: dict[tuple[str, ...], int]) -> None:
+        self.path, self.lines = path, lines
+        self.out = FileValues()
+
+    def where(self, *keys: str) -> str:
+        return f"{self.path}:{self.lines.get(keys, 1)}"
+
+    def section(self, tree: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        value = tree.get(keys[-1])
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self.where(*keys)}: {'.'.join(keys)} must be a mapping of keys, not {value!r}.")
+        return value
+
+    def put(self, name: str, value: Any, *keys: str, optional: bool = False) -> None:
+        """Stores one field; the same field by two names with two values is an error."""
+        where = self.where(*keys)
+        value, read = expand(value, where, optional)
+        put(self.out.train, name, Value(value, where + read, ".".join(keys)))
+
+    def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:
+        valid = list(valid)
+        hint = nearest(keys[-1], valid)
+        # A parameter that stands one level too high is the most common slip.
+        if len(keys) == 1 and keys[0] in (*TrainConfig.model_fields, *ALIASES, *NEGATED):
+            hint = "It belongs under 'params:'."
+        return ConfigError(f"{self.where(*keys)}: unknown key '{'.'.join(keys)}'. {hint}")
+
+    def read(self, tree: Mapping[str, Any]) -> FileValues:
+        for key in tree:
+            if key not in SECTIONS:
+                raise self.unknown(SECTIONS, key)
+        self.read_task(tree)
+        backend = tree.get("backend", "local")
+        if not str(backend).startswith("local"):
+            raise ConfigError(
+                f"{self.where('backend')}: backend: {backend} is a service of AutoTrain's that this project does not "
+                "offer. Allowed: local. Clusters: sbatch slurm/train.sh config.yaml."
+            )
+        for key, name in TOP_KEYS.items():
+            if key in tree:
+                self.put(name, tree[key], key)
+        self.read_data(self.section(tree, "data"))
+        hub = self.section(tree, "hub")
+        for key, value in hub.items():
+            if key not in HUB_KEYS:
+                raise self.unknown(HUB_KEYS, "hub", key)
+            self.put(key, value, "hub", key, optional=True)
+        valid = (*TrainConfig.model_fields, *ALIASES, *NEGATED)
+        for key, value in self.section(tree, "params").items():
+            if key not in valid:
+                raise self.unknown(valid, "params", key)
+            self.put(key, value, "params", key)
+        for name in LAUNCHER_SECTIONS:
+            self.out.launcher[name] = {}
+            for key, value in self.section(tree, name).items():
+                where = self.where(name, key)
+                value, read = expand(value, where)
+                self.out.launcher[name][key] = Value(value, where + read, f"{name}.{key}")
+        return self.out
+
+    def read_task(self, tree: Mapping[str, Any]) -> None:
+        if "task" not in tree:
+            raise ConfigError(f"{self.path}: the key 'task' is missing. Write for example task: llm-sft.")
+        task = str(tree["task"]).replace("llm:", "llm-")
+        if task not in TASKS:
+            raise ConfigError(
+                f"{self.where('task')}: task '{tree['task']}' does not exist here. Allowed: {', '.join(TASKS)}."
+            )
+        if "-" in task:
+            trainer = task.split("-", 1)[1].replace("generic", "default")
+            assert trainer in TRAINERS
+            self.put("trainer", trainer, "task")
+
+    def read_data(self, data: Mapping[str, Any]) -> None:
+        for key, value in data.items():
+            if key in DATA_KEYS:
+                self.put(DATA_KEYS[key], value, "data", key)
+            elif key != "column_mapping":
+                raise self.unknown((*DATA_KEYS, "column_mapping"), "data", key)
+        for key, value in self.section(data, "data", "column_mapping").items():
+            name = COLUMN_ALIASES.get(key, key)
+            if name not in COLUMN_KEYS:
+                raise self.unknown(COLUMN_KEYS, "data", "column_mapping", key)
+            self.put(name, value, "data", "column_mapping", key)
+
+
+def put(values: dict[str, Value], name: str, new: Value) -> None:
+    """Stores a value under the field that `name` stands for; two spellings must agree."""
+    if name in NEGATED:
+        word = str(new.value).lower()
+        if word not in ("true", "false"):
+            raise ConfigError(f"{new.source}: {new.name} must be true or false, not {new.value!r}.")
+        name, new = NEGATED[name], Value(word == "false", new.source, new.name)
+    name = ALIASES.get(name, name)
+    old = values.get(name)
+    if old is not None and str(old.value) != str(new.value):
+        raise ConfigError(
+            f"{new.source}: {new.name}: {new.value} contradicts {old.name}: {old.value} ({old.source}); "
+            f"both set {name}. Keep one."
+        )
+    values[name] = new
+
+
+# ------------------------------------------------------------------------------- the effective config
+
+
+def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
+    """Validates values; each mistake becomes a line with its source, its name, and what is allowed."""
+    try:
+        return schema.model_validate({name: entry.value for name, entry in values.items()})
+    except ValidationError as error:
+        found: dict[str, str] = {}
+        for item in error.errors():
+            name = str(item["loc"][0])
+            entry = values.get(name)
+            label = f"{entry.source}: {entry.name}" if entry else name
+            found.setdefault(name, f"{label}: {_explain(item, schema, name)}")
+        raise ConfigError("\n".join(found.values())) from None
+
+
+def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
+    kind, given = item["type"], item.get("input")
+    given = "(hidden)" if name in SECRET_FIELDS else repr(given)
+    if kind == "extra_forbidden":
+        return f"unknown key. {nearest(name, schema.model_fields)}"
+    default = schema.model_fields[name].default
+    if kind in ("float_parsing", "float_type"):
+        return f"{given} is not a number. Write for example {name}: {default if default is not None else 1}."
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{given} is not a whole number. Write for example {name}: {default if default is not None else 1}."
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{given} is not true or false."
+    if kind == "literal_error":
+        return f"{given} does not exist. Allowed: {item['ctx']['expected']}."
+    return f"{given}: {item['msg'].removeprefix('Value error, ')}."
+
+
+def resolve(values: Mapping[str, Value]) -> Settings:
+    """The effective config: validated, with what AutoTrain would decide silently decided aloud.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    if "token" not in values and os.environ.get("HF_TOKEN"):
+        values = {**values, "token": Value(os.environ["HF_TOKEN"], "environment HF_TOKEN", "token")}
+    config = validate(TrainConfig, values)
+    sources = {name: values[name].source if name in values else "default" for name in TrainConfig.model_fields}
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
+
+    def derive(name: str, value: Any, why: str) -> None:
+        changes[name] = value
+        sources[name] = f"derived: {why}"
+
+    if config.quantization and not config.peft and "quantization" not in values:
+        derive("quantization", None, "AutoTrain's default int4 cannot train without peft")
+        notes.append("quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are trained.")
+    if config.block_size == -1:
+        length = min(config.model_max_length, BLOCK_SIZE_LIMIT)
+        derive("block_size", length, f"block_size -1 is model_max_length, at most {BLOCK_SIZE_LIMIT}")
+        if config.model_max_length > length:
+            notes.append(
+                f"block_size: {length}, as AutoTrain picks it from -1; longer documents are cut there. "
+                f"Set block_size up to model_max_length ({config.model_max_length}) to keep more."
+            )
+    if config.save_strategy is None:
+        derive("save_strategy", "steps" if config.save_steps else "epoch", "steps where save_steps is given, else epoch")
+    if config.valid_split is None and config.eval_strategy != "no":
+        derive("eval_strategy", "no", "there is no valid_split")
+    if config.per_device_eval_batch_size is None:
+        derive("per_device_eval_batch_size", config.batch_size, "batch_size")
+    if config.data_seed is None:
+        derive("data_seed", config.seed, "seed")
+    if config.run_name is None:
+        derive("run_name", Path(config.project_name).name, "project_name")
+    if config.unsloth:
+        notes.append("unsloth: has no effect here; packing and activation checkpointing are built in.")
+
+    # model_copy keeps model_fields_set, which tells what the user chose.
+    effective = config.model_copy(update=changes)
+    save, evaluate = effective.save_strategy, effective.eval_strategy
+    if effective.load_best_model_at_end is None:
+        aligned = evaluate != "no" and evaluate == save and effective.eval_steps == effective.save_steps
+        why = "every save has an eval_loss" if aligned else "not every save has an eval_loss"
+        sources["load_best_model_at_end"] = f"derived: {why}"
+        effective = effective.model_copy(update={"load_best_model_at_end": aligned})
+    problems = effective.problems()
+    if problems:
+        raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in problems))
+    return Settings(effective, sources, notes)
+
+
+def _at(values: Mapping[str, Value], name: str) -> str:
+    return f"{values[name].source}: " if name in values else ""
+
+
+def load_settings(path: Path) -> Settings:
+    """What a rank started by hand does: file -> effective config."""
+    read = read_config_file(path)
+    settings = resolve(read.train)
+    settings.notes = list(dict.fromkeys(read.notes + settings.notes))
+    return settings
+
+
+def write_effective(settings: Settings, path: Path) -> None:
+    """Writes the effective config, without secrets, as a file that load_settings reads back."""
+    record = {"config": settings.public(), "sources": settings.sources, "notes": settings.notes}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""The first and last thing a rank does: its own log file, and a note of what stopped it.
+
+The launcher sets PHALANX_LOG_DIR; a run by hand has none and writes to the terminal as usual.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from trainers.config import RUN_FAILED, USAGE_ERROR, ConfigError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    """This process's rank over all machines; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def log_folder() -> Path | None:
+    """Where the launcher wants the logs of the ranks, if a launcher started this one."""
+    folder = os.environ.get("PHALANX_LOG_DIR")
+    return Path(folder) if folder else None
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """Runs a rank's main function with its output in its own file, and returns its exit code.
+
+    0: trained. 1: failed, with the traceback. 2: a mistake of the user's, in one line.
+    """
+    folder = log_folder()
+    if folder is not None:
+        _redirect(folder / f"rank-{rank()}.log")
+        (folder / f"rank-{rank()}.pid").write_text(str(os.getpid()), encoding="utf-8")
+        _die_with_parent()
+    try:
+        return main()
+    except ConfigError as error:
+        _note(folder, "config", str(error))
+        if folder is None:  # else the launcher prints it, once for all ranks
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    except Exception as error:
+        _note(folder, type(error).__name__, str(error))
+        traceback.print_exc()
+        return RUN_FAILED
+
+
+def _redirect(path: Path) -> None:
+    """Sends this process's output, that of C++ libraries too, to a file."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(target, stream.fileno())
+    os.close(target)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _die_with_parent() -> None:
+    """A rank whose parent was killed outright does not stay behind (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _note(folder: Path | None, kind: str, message: str) -> None:
+    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause."""
+    if folder is None:
+        return
+    note = {"rank": rank(), "time": time.time(), "type": kind, "message": message[:2000]}
+    (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")

@@ -1,0 +1,243 @@
+"""The shared life of a run: settings, data, seed, resume, train, evaluate, save, teardown.
+
+A trainer module gives `build`, which makes its Trainer from a Context; everything else is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config import ConfigError, TrainConfig
+from trainers.config_file import Settings, load_settings
+from trainers.rank import log_folder, rank, run_rank, world_size
+from trainers.run_folder import claim, resume_checkpoint, write_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from trainers.data import Prepared
+
+TRACKERS = {"none": "none", "tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+@dataclass
+class Context:
+    """What a trainer module builds its Trainer from."""
+
+    config: TrainConfig
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    new_tokens: list[int]
+    train: Prepared
+    valid: Prepared | None
+    arguments: dict[str, Any]  # for TrainingArguments and its subclasses
+
+
+Build = Callable[[Context], "Trainer"]
+
+
+def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> int:
+    """A trainer module's main: `accelerate launch -m trainers.sft config.yaml`. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog=f"trainers.{trainer_name}")
+    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    options = parser.parse_args(argv)
+    return run_rank(lambda: _train(load_settings(options.config), trainer_name, build))
+
+
+def _train(settings: Settings, trainer_name: str, build: Build) -> int:
+    config, folder = settings.train, Path(settings.train.project_name)
+    if config.trainer != trainer_name:
+        raise ConfigError(f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started.")
+    if log_folder() is None and rank() == 0:
+        claim(folder, config)  # under the launcher it was claimed already
+    _quiet()
+    from trainers.tracking import configure_tracker
+
+    configure_tracker(config, folder)
+    _resolve_deepspeed_pointer()
+    context = _prepare(settings, folder)  # before the process group exists
+    checkpoint = resume_checkpoint(folder, config)
+    trainer = build(context)
+    if trainer.is_world_process_zero():
+        write_record(folder, settings, _facts(trainer))
+    _report(trainer, folder, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _save(trainer, context)
+    _leave()
+    if trainer.is_world_process_zero():
+        _finish(context)
+    return 0
+
+
+def _quiet() -> None:
+    """Rank 0 alone speaks for the libraries, and only of warnings; their progress bars stay off."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if rank() != 0:
+        transformers.logging.set_verbosity_error()
+
+
+def _resolve_deepspeed_pointer() -> None:
+    """A shipped accelerate config points to deepspeed_configs/ beside it, from whatever folder it is used."""
+    pointer = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if pointer and not Path(pointer).exists():
+        shipped = Path(__file__).resolve().parent.parent / pointer
+        if shipped.exists():
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(shipped)
+
+
+def _prepare(settings: Settings, folder: Path) -> Context:
+    from trainers.data import prepare
+    from trainers.model import load_tokenizer
+
+    config = settings.train
+    tokenizer, new_tokens = load_tokenizer(config)
+    train = prepare(config, tokenizer, config.train_split, "train_split", packed=config.packed)
+    valid = None
+    if config.valid_split:
+        valid = prepare(config, tokenizer, config.valid_split, "valid_split", packed=False)
+    if rank() == 0:
+        if log_folder() is None:  # else the launcher has said it
+            for note in settings.notes:
+                print(f"note: {note}")
+        print(train.summary.line("train"))
+        if valid is not None:
+            print(valid.summary.line("valid"), flush=True)
+    arguments = training_arguments(config, folder, logging_steps(config, train, valid))
+    return Context(config, folder, tokenizer, new_tokens, train, valid, arguments)
+
+
+def logging_steps(config: TrainConfig, train: Prepared, valid: Prepared | None) -> int:
+    """AutoTrain's rule for logging_steps -1: a fifth of the evaluated (else trained) batches, from 1 to 25."""
+    if config.logging_steps > 0:
+        return config.logging_steps
+    rows = len((valid or train).dataset)
+    return min(max(int(0.2 * rows / config.batch_size), 1), 25)
+
+
+def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:
+    """The config in the words of transformers' TrainingArguments."""
+    import torch
+
+    from trainers.activation_checkpointing import checkpointing_arguments
+
+    # warmup_steps below 1 is a ratio (transformers 5); a ratio of 1.0 must not become one step.
+    warmup = config.warmup_steps if config.warmup_steps is not None else min(config.warmup_ratio, 0.999999)
+    return {
+        "output_dir": str(folder),
+        "run_name": config.run_name,
+        "seed": config.seed,
+        "data_seed": config.data_seed,  # unset, the order depends on the backend
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "auto_find_batch_size": config.auto_find_batch_size,
+        "learning_rate": config.lr,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "lr_scheduler_type": config.scheduler,
+        "optim": config.optimizer,
+        "warmup_steps": warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "bf16": config.mixed_precision == "bf16",
+        "fp16": config.mixed_precision == "fp16",
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": logging,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": config.eval_strategy if config.valid_split else "no",
+        "eval_steps": config.eval_steps,
+        "save_strategy": config.save_strategy,
+        "save_steps": config.save_steps or 500,  # read only with save_strategy: steps, which needs save_steps
+        "save_total_limit": config.save_total_limit,
+        "load_best_model_at_end": config.load_best_model_at_end,
+        "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
+        "greater_is_better": False if config.load_best_model_at_end else None,
+        "report_to": TRACKERS[config.log],
+        "dataloader_num_workers": config.dataloader_num_workers,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        **checkpointing_arguments(config),
+    }
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What run.json says of this start beyond the config."""
+    accelerator = trainer.accelerator
+    return {
+        "trainer": type(trainer).__name__,
+        "distributed_type": str(accelerator.distributed_type.value),
+        "world_size": world_size(),
+        "device": str(accelerator.device.type),
+        "seed": trainer.args.seed,
+        "global_batch": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * world_size(),
+        "command": sys.argv,
+    }
+
+
+def _report(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    from trainers.tracking import Report
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if checkpoint:
+            print(f"resume: {checkpoint}", flush=True)
+        live = os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
+        trainer.add_callback(Report(folder, live, step))
+
+
+def _save(trainer: Trainer, context: Context) -> None:
+    """The final model as an ordinary Hugging Face folder, gathered from the shards; and the tokenizer."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(context.folder))
+    if trainer.is_world_process_zero():
+        context.tokenizer.save_pretrained(context.folder)
+        trainer.state.save_to_json(str(context.folder / "trainer_state.json"))
+
+
+def _leave() -> None:
+    """All ranks are done with each other: what follows happens on rank 0 alone, with no collective open."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _finish(context: Context) -> None:
+    from trainers.model import merge_adapter
+
+    if context.config.merge_adapter:
+        merge_adapter(context.config, context.folder, context.tokenizer)
+    if context.config.push_to_hub:
+        push(context.config, context.folder)
+
+
+def push(config: TrainConfig, folder: Path) -> None:
+    """Uploads the final model, without checkpoints and logs, to a private repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=config.token)
+    repo = f"{config.username}/{folder.name}"
+    api.create_repo(repo, private=True, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo, folder_path=str(folder), ignore_patterns=["checkpoint-*", "launch/*", "wandb/*", "runs/*"]
+    )
+    print(f"pushed: {repo}", flush=True)

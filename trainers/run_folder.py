@@ -1,0 +1,110 @@
+"""The run's folder: what lies where, whether it is free, and the record of the run.
+
+    <project_name>/                  final model, tokenizer, run.json, metrics.jsonl
+    <project_name>/checkpoint-N/     checkpoints
+    <project_name>/launch/attempt-K/ what the launcher generated, and each rank's log
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainers.config import ConfigError, TrainConfig
+from trainers.config_file import Settings
+
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT_PREFIX = "checkpoint-"
+LAUNCH = "launch"
+VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "phalanx")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started here before."""
+    return (folder / RECORD).exists() or (folder / LAUNCH).exists() or any(folder.glob(f"{CHECKPOINT_PREFIX}*"))
+
+
+def check_free(folder: Path, config: TrainConfig) -> None:
+    """Refuses a folder that holds another run, unless the config resumes or overwrites it.
+
+    Raises:
+        ConfigError: the folder is taken, or there is nothing to resume.
+    """
+    if folder.is_file():
+        raise ConfigError(f"project_name: {folder} is a file. Give another name.")
+    if holds_run(folder) and not (config.resume or config.overwrite):
+        raise ConfigError(
+            f"project_name: {folder} holds another run. Go on with it: --resume. Start anew: --overwrite (deletes it). "
+            "Or give another project_name."
+        )
+    if config.resume:
+        resume_checkpoint(folder, config)
+
+
+def claim(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder this run's own; with overwrite, deletes what the earlier run left, and nothing else."""
+    check_free(folder, config)
+    if config.overwrite and holds_run(folder):
+        for path in folder.iterdir():
+            ours = path.name in (RECORD, METRICS, LAUNCH) or path.name.startswith(CHECKPOINT_PREFIX)
+            if ours and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif ours or path.name.endswith((".safetensors", ".safetensors.index.json", "adapter_config.json")):
+                path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first: the trainer's state is in them, and no save is under way."""
+    found = []
+    for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
+        number = path.name.removeprefix(CHECKPOINT_PREFIX)
+        if number.isdigit() and (path / "trainer_state.json").is_file():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found)]
+
+
+def resume_checkpoint(folder: Path, config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Raises:
+        ConfigError: resume was asked for and there is none.
+    """
+    if not config.resume:
+        return None
+    if isinstance(config.resume, str):
+        path = Path(config.resume)
+        if not (path / "trainer_state.json").is_file():
+            raise ConfigError(f"resume: {path} is not a finished checkpoint (it has no trainer_state.json).")
+        return path
+    found = checkpoints(folder)
+    if not found:
+        raise ConfigError(f"resume: there is no finished checkpoint in {folder}. Start without --resume.")
+    return found[-1]
+
+
+def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
+    """Writes run.json: each value with where it came from, the versions, and the facts of this start."""
+    config = {
+        name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
+    }
+    record = {"config": config, "notes": settings.notes, **facts, "versions": versions()}
+    part = folder / f"{RECORD}.part"
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / RECORD)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers; those that are installed."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

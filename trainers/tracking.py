@@ -1,0 +1,106 @@
+"""What a run reports: metrics.jsonl, the live line on the terminal, and the tracker's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainers.config import TrainConfig
+from trainers.run_folder import METRICS
+
+
+def configure_tracker(config: TrainConfig, folder: Path) -> None:
+    """Where the tracker puts its files; the user's own environment wins."""
+    os.environ.setdefault("WANDB_PROJECT", folder.name)
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+
+
+class Report(TrainerCallback):
+    """Rank 0 writes each logged value to metrics.jsonl and keeps the live line fresh.
+
+    tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the time that
+    optimiser steps took since the last log (evaluation and saving are not counted).
+    """
+
+    def __init__(self, folder: Path, live: bool, resumed_step: int) -> None:
+        self.path, self.live = folder / METRICS, live
+        self.base_tokens = self._keep_until(resumed_step)
+        self.tokens = self.base_tokens
+        self.step_seconds = self.logged_seconds = 0.0
+        self.step_began: float | None = None
+        self.steps = 0
+
+    def _keep_until(self, step: int) -> int:
+        """Drops what was logged after the checkpoint that the run goes on from; returns the tokens until there."""
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+        return max((json.loads(line).get("tokens", 0) for line in kept), default=0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step_began is None:
+            self.step_began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.step_began is not None:
+            self.step_seconds += time.monotonic() - self.step_began
+            self.step_began = None
+        self.steps += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        values = dict(logs)
+        if "num_tokens" in values:
+            total = self.base_tokens + int(values.pop("num_tokens"))
+            values["tokens"] = total
+            seconds = self.step_seconds - self.logged_seconds
+            if seconds > 0 and total > self.tokens:
+                values["tokens_per_second"] = round((total - self.tokens) / seconds, 1)
+            self.tokens, self.logged_seconds = total, self.step_seconds
+        record = {"step": state.global_step, "epoch": values.pop("epoch", state.epoch), **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._show(state, record)
+
+    def _show(self, state: TrainerState, record: dict[str, Any]) -> None:
+        parts = [f"step {record['step']}/{state.max_steps}"]
+        if "train_runtime" in record:
+            return
+        if "eval_loss" in record:
+            self._print(f"{parts[0]}  eval_loss {record['eval_loss']:.4f}", lasting=True)
+            return
+        if "loss" in record:
+            parts.append(f"loss {float(record['loss']):.4f}")
+        if "tokens_per_second" in record:
+            parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+        if self.steps:
+            left = (state.max_steps - state.global_step) * self.step_seconds / self.steps
+            parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
+        self._print("  ".join(parts), lasting=state.global_step >= state.max_steps)
+
+    def _print(self, text: str, lasting: bool) -> None:
+        """On a terminal the line is overwritten in place; elsewhere each is a line of its own."""
+        if self.live:
+            print(f"\r\033[K{text}", end="\n" if lasting else "", flush=True)
+        else:
+            print(text, flush=True)
