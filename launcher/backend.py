@@ -81,6 +81,8 @@ RULES = (
          "sharding belongs to distributed_backend: fsdp.", "Set that, or remove sharding."),
     Rule("launch.sharding", lambda c: c.sharding == "hybrid_shard" and c.topology.num_machines < 2,
          "hybrid_shard replicates across machines, and there is one.", "Use full_shard."),
+    Rule("launch.sharding", lambda c: c.sharding == "hybrid_shard" and not c.topology.on_gpu,
+         "accelerate's device mesh needs GPUs, and there is none.", "Use full_shard."),
     Rule("launch.offload", lambda c: c.offload == "cpu" and c.backend not in ("fsdp", "deepspeed"),
          "only fsdp and deepspeed can offload.", "Use distributed_backend: fsdp, or offload: none."),
     Rule("launch.offload", lambda c: c.offload == "cpu" and c.zero_stage == 1,
@@ -156,7 +158,10 @@ def _choose(run: Run, topology: Topology) -> tuple[str, str]:
         return "none", "one process"
     size = size_of_model(run.train.model)
     if size is None:
-        return "fsdp", f"the size of {run.train.model} is not known before it is downloaded, and fsdp holds the largest"
+        return (
+            "fsdp",
+            f"the size of {run.train.model} is not known before it is downloaded, and fsdp holds the largest",
+        )
     needed = predict_bytes_per_rank(size, run.train)
     hardware = topology.hardware
     room = min((gpu.memory for gpu in hardware.gpus), default=hardware.memory // topology.local_processes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launcher.config import Run
-from launcher.memory import model_folder
+from launcher.memory import model_folder, size_of_model
 from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import check_split, find_split
@@ -27,16 +29,23 @@ def check_model(train: TrainConfig) -> None:
     folder = model_folder(train.model)
     if folder is None:
         if train.model.startswith((".", "/", "~")) or train.model.count("/") > 1:
-            raise ConfigError(f"base_model: the folder {train.model} does not exist. Give a model folder, or a hub id.")
+            raise ConfigError(
+                f"base_model: the folder {train.model} does not exist. Give a model folder, or a hub id."
+            )
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"base_model: {folder} holds no config.json, so it is not a model folder.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise ConfigError(f"base_model: {folder} holds no weights. Expected *.safetensors or pytorch_model*.bin.")
+        raise ConfigError(
+            f"base_model: {folder} holds no weights. Expected *.safetensors or pytorch_model*.bin."
+        )
+    size_of_model(train.model)  # refuses weights that are not what their name says
 
 
 def check_data(train: TrainConfig) -> None:
     """Splits that exist and hold rows with the columns that the config names."""
+    if "data_path" not in train.model_fields_set and not Path(train.data_path).exists():
+        raise ConfigError("data.path: it is missing. Give a folder, a file, or a dataset id on the hub (flag --data-path).")
     check_split(find_split(train.data_path, train.train_split), train, "train_split")
     if train.valid_split:
         check_split(find_split(train.data_path, train.valid_split, "valid_split"), train, "valid_split")

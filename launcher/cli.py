@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from trainers.config import ALIASES, NEGATED, USAGE_ERROR, ConfigError, TrainConfig
 
@@ -29,15 +29,25 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
         if unknown != message and unknown.startswith("--"):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown, flags, n=1)
+            close = difflib.get_close_matches(unknown, self._flags(), n=1)
             message += f" (did you mean {close[0]}?)" if close else ""
         self.exit(USAGE_ERROR, f"error: {message}\n")
+
+    def _flags(self) -> list[str]:
+        """Every flag of this parser and its commands; argparse reports an unknown one from the top."""
+        found = []
+        for action in self._actions:
+            found += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                found += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return found
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the asked command gets its flags, so that --help stays fast."""
-    parser = _Parser(prog="phalanx", description="Fine-tune language models on many GPUs: one config, one command.")
+    parser = _Parser(
+        prog="phalanx", description="Fine-tune language models on many GPUs: one config, one command."
+    )
     from importlib.metadata import version
 
     parser.add_argument("--version", action="version", version=f"phalanx {version('phalanx')}")
@@ -56,7 +66,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         if name in ("train", "show"):
             sub.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
         if name == "llm":
-            sub.add_argument("--train", action="store_true", help="train; the only thing this command does here")
+            sub.add_argument(
+                "--train", action="store_true", help="train; the only thing this command does here"
+            )
             sub.add_argument("--backend", default="local", help="AutoTrain's key; only local")
         if name == "show":
             sub.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
@@ -79,18 +91,18 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
                 text = field.description or ""
                 if index == 0 and field.default not in (None, ""):
                     text += f" (default: {field.default})"
-                _add_flag(group, spelling, text.replace("%", "%%") if index == 0 else argparse.SUPPRESS)
+                shown = text.replace("%", "%%") if index == 0 else argparse.SUPPRESS
+                _add_flag(group, spelling, shown, switch=bool in (field.annotation, *get_args(field.annotation)))
     for negated in NEGATED:
-        _add_flag(parser, negated, argparse.SUPPRESS)
+        _add_flag(parser, negated, argparse.SUPPRESS, switch=True)
 
 
-def _add_flag(group: Any, name: str, text: str) -> None:
+def _add_flag(group: Any, name: str, text: str, switch: bool) -> None:
     dashed, plain = f"--{name.replace('_', '-')}", f"--{name}"
-    # A flag without a value is a switch, as in AutoTrain; the schema refuses that where a value is needed.
+    optional: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}  # --peft is --peft true, as in AutoTrain
     group.add_argument(
-        *dict.fromkeys((dashed, plain)), dest=name, nargs="?", const="true", default=argparse.SUPPRESS,
-        metavar="VALUE", help=text,
-    )  # fmt: skip
+        *dict.fromkeys((dashed, plain)), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,11 +126,25 @@ def _run(command: str, options: dict[str, Any]) -> int:
     as_json = options.pop("as_json", False)
     if command == "llm":
         if not options.pop("train"):
-            raise ConfigError("phalanx llm: nothing to do. Add --train (deploying and inference are not offered).")
+            raise ConfigError(
+                "phalanx llm: nothing to do. Add --train (deploying and inference are not offered)."
+            )
         if not str(options.pop("backend")).startswith("local"):
-            raise ConfigError("--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml.")
+            raise ConfigError(
+                "--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml."
+            )
     run = load_run(options.pop("config", None), options)
-    return _show(run, as_json) if command == "show" else _train(run)
+    try:
+        return _show(run, as_json) if command == "show" else _train(run)
+    except ConfigError as error:
+        raise ConfigError(_located(run, str(error))) from None
+
+
+def _located(run: Run, message: str) -> str:
+    """Puts the line of the file, or the flag, before a message that begins with its key."""
+    source = run.source_of(message.split(": ")[0])
+    chosen = source and source != "default" and not source.startswith("derived")
+    return f"{source}: {message}" if chosen else message
 
 
 def _train(run: Run) -> int:

@@ -13,7 +13,13 @@ from launcher.topology import Topology
 
 def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) -> list[str]:
     """argv of the launch whose files lie in `folder` (accelerate.yaml, config.json)."""
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(folder / "accelerate.yaml"),
+    ]
     if topology.num_machines > 1:
         # In the YAML these two have no effect (accelerate 1.15): the parser's defaults win.
         argv += ["--rdzv_backend", "static", "--same_network"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from trainers.config import NEGATED, ConfigError, Int, TrainConfig, Word
+from trainers.config import ALIASES, NEGATED, ConfigError, Int, TrainConfig, Word
 from trainers.config_file import (
     COLUMN_KEYS,
     DATA_KEYS,
@@ -30,27 +30,46 @@ class LaunchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_processes: Int | None = Field(
-        None, gt=0, description="Ranks over all machines. Default: every GPU, or one rank where there is none."
+        None,
+        gt=0,
+        description="Ranks over all machines. Default: every GPU, or one rank where there is none.",
     )
     num_machines: Int | None = Field(None, gt=0, description="Machines. Default: SLURM's nodes, else 1.")
-    machine_rank: Int | None = Field(None, ge=0, description="Number of this machine, from 0. Default: SLURM's, else 0.")
+    machine_rank: Int | None = Field(
+        None, ge=0, description="Number of this machine, from 0. Default: SLURM's, else 0."
+    )
     main_process_ip: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9.:_-]+$", description="Address of machine 0. Default: SLURM's first node, or loopback."
+        None,
+        pattern=r"^[A-Za-z0-9.:_-]+$",
+        description="Address of machine 0. Default: SLURM's first node, or loopback.",
     )
     main_process_port: Int | None = Field(
-        None, gt=1023, lt=65536, description="Rendezvous port. Default: a free one; with several machines, from the job."
+        None,
+        gt=1023,
+        lt=65536,
+        description="Rendezvous port. Default: a free one; with several machines, from the job.",
     )
-    zero_stage: Literal[1, 2, 3] | None = Field(None, description="ZeRO stage of deepspeed. Default: 3, as AutoTrain.")
+    zero_stage: Int | None = Field(
+        None, ge=1, le=3, description="ZeRO stage of deepspeed. Default: 3, as AutoTrain."
+    )
     sharding: Literal["full_shard", "shard_grad_op", "hybrid_shard"] | None = Field(
-        None, description="What fsdp shards. Default: full_shard. hybrid_shard: within a machine, replicated across."
+        None,
+        description="What fsdp shards. Default: full_shard. hybrid_shard: within a machine, replicated across.",
     )
     offload: Annotated[Literal["none", "cpu"], BeforeValidator(lambda v: "none" if v is None else v)] = Field(
-        "none", description="cpu: keep sharded parameters and optimiser state in host memory (fsdp, ZeRO 2 and 3)."
+        "none",
+        description="cpu: keep sharded parameters and optimiser state in host memory (fsdp, ZeRO 2 and 3).",
     )
 
 
 # One allow-list for every string that can reach sbatch: no space, no quote, no newline.
 _Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]-]+$")]
+
+
+def _quoted_time(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError("YAML reads a time without quotes as a number of seconds. Write for example '12:00:00'")
+    return value
 
 
 class SlurmConfig(BaseModel):
@@ -61,7 +80,7 @@ class SlurmConfig(BaseModel):
     nodes: Int | None = Field(None, gt=0, description="Nodes.")
     gpus_per_node: Int | None = Field(None, ge=0, description="GPUs on each node.")
     cpus_per_task: Int | None = Field(None, gt=0, description="CPU cores on each node.")
-    time: _Plain | None = Field(None, description="Time limit, such as 12:00:00 (quoted in YAML).")
+    time: Annotated[_Plain | None, BeforeValidator(_quoted_time)] = Field(None, description="Time limit, such as 12:00:00 (quoted in YAML).")
     partition: _Plain | None = Field(None, description="Partition.")
     account: _Plain | None = Field(None, description="Account.")
     qos: _Plain | None = Field(None, description="Quality of service.")
@@ -87,6 +106,14 @@ class Run:
         """The run's folder, as the user may write it (relative to the working folder)."""
         return Path(self.train.project_name)
 
+    def source_of(self, key: str) -> str:
+        """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from; else ""."""
+        section, _, name = key.rpartition(".")
+        if section == "launch":
+            return self.launch_sources.get(name, "")
+        name = DATA_KEYS.get(name, name) if section == "data" else ALIASES.get(name, name)
+        return self.settings.sources.get(name, "")
+
 
 def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
     """File, then flags (they win) -> the effective config.
@@ -98,8 +125,8 @@ def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
     """
     file = read_config_file(path) if path else None
     values = dict(file.train) if file else {}
-    launch = dict(file.launcher["launch"]) if file else {}
-    slurm = dict(file.launcher["slurm"]) if file else {}
+    launch = dict(file.launcher.get("launch", {})) if file else {}
+    slurm = dict(file.launcher.get("slurm", {})) if file else {}
     given: dict[str, Value] = {}
     for name, value in flags.items():
         entry = Value(value, f"flag --{name.replace('_', '-')}", name)
@@ -109,6 +136,7 @@ def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
             put(given, name, entry)
     values.update(given)
     settings = resolve(values)
+    settings.notes = list(dict.fromkeys([*(file.notes if file else ()), *settings.notes]))
     run = Run(
         settings,
         validate(LaunchConfig, launch),
@@ -131,7 +159,7 @@ def check_folder_name(project_name: str, source: str) -> None:
     plain = all(c.isalnum() or c in "._-/" for c in project_name) and not project_name.startswith("-")
     if not plain or target == here or here not in target.parents:
         raise ConfigError(
-            f"{source}: project_name: '{project_name}' is not a plain path inside the working folder {here}. "
+            f"{source}: project_name: {project_name!r} is not a plain path inside the working folder {here}. "
             "Allowed: letters, digits, '.', '_', '-' and '/', for example my-run or runs/my-run."
         )
 
@@ -147,8 +175,11 @@ def json_schema() -> dict[str, Any]:
     mapping = create_model("ColumnMapping", __config__=strict, **pick({name: name for name in COLUMN_KEYS}))
     data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
     hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
-    negated = {key: (bool, Field(False, description=f"The opposite of {name}.")) for key, name in NEGATED.items()}
-    params = create_model("Params", __base__=TrainConfig, **negated)
+    negated = {
+        key: (bool, Field(False, description=f"The opposite of {name}.")) for key, name in NEGATED.items()
+    }
+    aliases = {alias: (fields[name].annotation, fields[name]) for alias, name in ALIASES.items()}
+    params = create_model("Params", __base__=TrainConfig, **negated, **aliases)
     whole = create_model(
         "PhalanxConfig",
         __config__=strict,

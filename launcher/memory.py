@@ -8,8 +8,9 @@ import os
 import struct
 from pathlib import Path
 
-from trainers.config import TrainConfig
+from trainers.config import ConfigError, TrainConfig
 
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
 
 
@@ -24,7 +25,11 @@ def model_folder(model: str) -> Path | None:
 
 
 def size_of_model(model: str) -> int | None:
-    """Parameters of a model whose files are here, or None."""
+    """Parameters of a model whose files are here, or None.
+
+    Raises:
+        ConfigError: weights that cannot be read.
+    """
     folder = model_folder(model)
     if folder is None:
         return None
@@ -38,9 +43,16 @@ def size_of_model(model: str) -> int | None:
 
 def _safetensors_size(file: Path) -> int:
     """Sums the shapes in the header (8 bytes of length, then JSON; safetensors' format page)."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MAX_HEADER:
+                raise ValueError("no header is as long")
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError):
+        raise ConfigError(
+            f"base_model: {file} is not a safetensors file. Download it anew (of Git LFS, it may be the pointer only)."
+        ) from None
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 

@@ -1,7 +1,7 @@
 """Starts the ranks, shows rank 0, forwards signals, and says which rank failed first and why.
 
-    <project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt
-                                      launcher.log rank-N.log rank-N.pid rank-N.error.json
+<project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt
+                                  launcher.log rank-N.log rank-N.pid rank-N.error.json
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from trainers.run_folder import LAUNCH, claim
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # between a forwarded signal and SIGKILL
-LOG_LINES = 15  # of a failed rank's log that are shown
+LOG_LINES = 25  # of a failed rank's log that are shown
 _PR_SET_PDEATHSIG = 1
 # What the other ranks report when one dies: the consequence, not the cause.
-_PEER_LOST = re.compile(r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed", re.I)
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed", re.I
+)
 # torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
 _SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
 
@@ -100,8 +102,7 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
         return 128 + signals.received
     if code == 0:
         return 0
-    failure = first_failure(folder)
-    return report(failure, folder)
+    return report(first_failure(folder), folder, shown=first_rank(topology))
 
 
 def first_rank(topology: Topology) -> int:
@@ -194,16 +195,22 @@ def first_failure(folder: Path) -> Failure | None:
     note = notes[0]
     if note["type"] == "config":
         return Failure(note["rank"], note["message"], mistake=True)
-    return Failure(note["rank"], f"{note['type']}: {note['message'].strip().splitlines()[0] if note['message'].strip() else ''}")
+    return Failure(
+        note["rank"],
+        f"{note['type']}: {note['message'].strip().splitlines()[0] if note['message'].strip() else ''}",
+    )
 
 
-def report(failure: Failure | None, folder: Path) -> int:
-    """Prints what went wrong, last things last, and returns the exit code."""
+def report(failure: Failure | None, folder: Path, shown: int) -> int:
+    """Prints what went wrong, last things last, and returns the exit code.
+
+    `shown` is the rank whose log the terminal has already.
+    """
     if failure is not None and failure.mistake:
         print(f"error: {failure.reason}", file=sys.stderr)
         return USAGE_ERROR
     log = folder / (f"rank-{failure.rank}.log" if failure else "launcher.log")
-    if log.exists():
+    if log.exists() and (failure is None or failure.rank != shown):
         print(f"--- end of {log}", file=sys.stderr)
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
             print(f"    {line}", file=sys.stderr)

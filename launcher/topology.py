@@ -106,9 +106,17 @@ def resolve_topology(
     in_step = "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NNODES", "1")) > 1
     machines = launch.num_machines or (int(environ["SLURM_NNODES"]) if in_step else 1)
     # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node (accelerate#2816).
-    rank = launch.machine_rank if launch.machine_rank is not None else int(environ["SLURM_NODEID"]) if in_step else 0
+    rank = (
+        launch.machine_rank
+        if launch.machine_rank is not None
+        else int(environ["SLURM_NODEID"])
+        if in_step
+        else 0
+    )
     if rank >= machines:
-        raise ConfigError(f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to {machines - 1}.")
+        raise ConfigError(
+            f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to {machines - 1}."
+        )
     gpus = len(hardware.gpus)
     processes = launch.num_processes or max(gpus, 1) * machines
     if processes % machines:
@@ -119,11 +127,13 @@ def resolve_topology(
     if gpus and processes // machines > gpus:
         raise ConfigError(
             f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} visible "
-            f"GPU{'s' if gpus > 1 else ''}. Allowed: up to {gpus * machines}."
+            f"GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
         )
     address = launch.main_process_ip or (_first_slurm_host(environ) if in_step else LOOPBACK)
     if machines > 1 and address == LOOPBACK and not launch.main_process_ip:
-        raise ConfigError("launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip).")
+        raise ConfigError(
+            "launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip)."
+        )
     job = environ.get("SLURM_JOB_ID") or f"{project_name}:{address}"
     port = launch.main_process_port or (shared_port(job) if machines > 1 else free_port())
     return Topology(machines, rank, processes, address, port, hardware)
@@ -134,7 +144,9 @@ def _first_slurm_host(environ: Mapping[str, str]) -> str:
     try:
         answer = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"scontrol could not name the first node: {error}. Give --main-process-ip.") from None
+        raise ConfigError(
+            f"scontrol could not name the first node: {error}. Give --main-process-ip."
+        ) from None
     return answer.stdout.split()[0]
 
 

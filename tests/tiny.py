@@ -30,7 +30,9 @@ def build_tiny_model(folder: Path, chat_template: bool = True) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         SENTENCES * 4,
-        trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>"

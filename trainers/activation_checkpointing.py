@@ -14,5 +14,5 @@ def checkpointing_arguments(config: TrainConfig) -> dict[str, Any]:
     itself turns to reentrant for ZeRO-3 with peft, which needs it (trl#2514).
     """
     if config.disable_gradient_checkpointing:
-        return {"gradient_checkpointing": False}
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        return {"activation_checkpointing": False}
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}

@@ -1,7 +1,7 @@
 """Turns a row into token ids and labels: templates, masks, EOS. Labels of -100 are not trained on.
 
-    ids     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello<|im_end|>  \\n
-    labels  ...................... -100 ......................... ^^^^^^^^^^^^^^^^^  -100
+ids     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello<|im_end|>  \\n
+labels  ...................... -100 ......................... ^^^^^^^^^^^^^^^^^  -100
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def parse_messages(value: Any) -> list[dict[str, str]] | None:
     return turns
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], train_all: bool) -> Encoded:
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], train_all: bool
+) -> Encoded:
     """Renders a conversation; the loss sees the assistant's turns with their end-of-turn token, or everything.
 
     The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that the

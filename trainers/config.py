@@ -72,7 +72,7 @@ def _flag_word(value: Any) -> Any:
 
 Word = Annotated[str | None, BeforeValidator(_none_word)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Strategy = Literal["no", "steps", "epoch"]
 
 
@@ -95,23 +95,34 @@ class TrainConfig(BaseModel):
     )
     log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
     run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
-    seed: Int = Field(42, ge=0, description="Seed of weights, dropout and data order.")
-    data_seed: Int | None = Field(None, ge=0, description="Seed of the data order alone. Default: seed.")
+    seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    data_seed: Int | None = Field(None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed.")
     resume: Annotated[bool | str, BeforeValidator(_flag_word)] = Field(
         False, description="true: go on from the newest checkpoint of the run. A path: from that checkpoint."
     )
     overwrite: bool = Field(False, description="Delete the run that project_name holds and start anew.")
 
     # --- data
-    data_path: str = Field("data", min_length=1, description="Folder or file (CSV, JSONL, JSON, Parquet), or hub id.")
-    train_split: str = Field("train", min_length=1, description="Split to train on; `config:split` on the hub.")
+    data_path: str = Field(
+        "data", min_length=1, description="Folder or file (CSV, JSONL, JSON, Parquet), or hub id."
+    )
+    train_split: str = Field(
+        "train", min_length=1, description="Split to train on; `config:split` on the hub."
+    )
     valid_split: Word = Field(None, description="Split to evaluate on. null: no evaluation.")
-    chat_template: Annotated[Literal["zephyr", "chatml", "tokenizer"] | None, BeforeValidator(_none_word)] = Field(
-        None, description="How turns become text: zephyr, chatml, tokenizer (the model's own), or null for none."
+    chat_template: Annotated[Literal["zephyr", "chatml", "tokenizer"] | None, BeforeValidator(_none_word)] = (
+        Field(
+            None,
+            description="How turns become text: zephyr, chatml, tokenizer (the model's own), or null for none.",
+        )
     )
     text_column: str = Field("text", description="Column with the text, the messages, or the completion.")
-    prompt_text_column: str | None = Field(None, description="Column with the prompt; text_column is its completion.")
-    rejected_text_column: str | None = Field(None, description="Column with the rejected answer (preference data).")
+    prompt_text_column: str | None = Field(
+        None, description="Column with the prompt; text_column is its completion."
+    )
+    rejected_text_column: str | None = Field(
+        None, description="Column with the rejected answer (preference data)."
+    )
     add_eos_token: bool = Field(True, description="End each document with the EOS token, and train on it.")
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
@@ -121,12 +132,17 @@ class TrainConfig(BaseModel):
         "auto",
         description="bfd: several documents fill one block and do not see each other. none: one a row. auto: bfd.",
     )
-    block_size: Annotated[Int | list[Int], BeforeValidator(_int_or_list)] = Field(
-        -1, description="Longest sequence in tokens. -1: model_max_length, at most 1024. A list serves dpo and orpo."
+    block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = Field(
+        -1,
+        description="Longest sequence in tokens. -1: model_max_length, at most 1024. A list serves dpo and orpo.",
     )
-    model_max_length: Int = Field(2048, gt=0, description="Longest sequence, in tokens, that the model may see.")
+    model_max_length: Int = Field(
+        2048, gt=0, description="Longest sequence, in tokens, that the model may see."
+    )
     max_prompt_length: Int = Field(128, gt=0, description="Longest prompt in tokens (dpo, orpo).")
-    max_completion_length: Int | None = Field(None, gt=0, description="Longest completion in tokens (dpo, orpo).")
+    max_completion_length: Int | None = Field(
+        None, gt=0, description="Longest completion in tokens (dpo, orpo)."
+    )
     padding: Annotated[Literal["left", "right"] | None, BeforeValidator(_none_word)] = Field(
         "right", description="Padding side of the saved tokenizer; batches in training are padded right."
     )
@@ -135,13 +151,25 @@ class TrainConfig(BaseModel):
     lr: Float = Field(3e-5, ge=0, description="Peak learning rate.")
     epochs: Float = Field(1, gt=0, description="Passes over the training data.")
     max_steps: Int = Field(-1, ge=-1, description="Optimiser steps; overrides epochs. -1: by epochs.")
-    batch_size: Int = Field(2, gt=0, description="Micro-batch: rows (blocks, when packed) a rank takes at a time.")
-    per_device_eval_batch_size: Int | None = Field(None, gt=0, description="Evaluation rows a rank. Default: batch_size.")
-    gradient_accumulation: Int = Field(4, gt=0, description="Micro-batches a rank sums before an optimiser step.")
-    auto_find_batch_size: bool = Field(False, description="Halve the micro-batch when memory runs out (one process).")
-    optimizer: str = Field("adamw_torch", description="Any optimiser name of transformers' TrainingArguments.optim.")
+    batch_size: Int = Field(
+        2, gt=0, description="Micro-batch: rows (blocks, when packed) a rank takes at a time."
+    )
+    per_device_eval_batch_size: Int | None = Field(
+        None, gt=0, description="Evaluation rows a rank. Default: batch_size."
+    )
+    gradient_accumulation: Int = Field(
+        4, gt=0, description="Micro-batches a rank sums before an optimiser step."
+    )
+    auto_find_batch_size: bool = Field(
+        False, description="Halve the micro-batch when memory runs out (one process)."
+    )
+    optimizer: str = Field(
+        "adamw_torch", description="Any optimiser name of transformers' TrainingArguments.optim."
+    )
     scheduler: str = Field("linear", description="Any scheduler name of transformers.")
-    warmup_ratio: Float = Field(0.1, ge=0, le=1, description="Part of the steps that warms up the learning rate.")
+    warmup_ratio: Float = Field(
+        0.1, ge=0, le=1, description="Part of the steps that warms up the learning rate."
+    )
     warmup_steps: Int | None = Field(None, ge=0, description="Steps of warm-up; overrides warmup_ratio.")
     weight_decay: Float = Field(0.0, ge=0, description="Weight decay.")
     max_grad_norm: Float = Field(1.0, ge=0, description="Gradient norm is clipped to this; 0: not clipped.")
@@ -152,7 +180,9 @@ class TrainConfig(BaseModel):
         None, description="Compute type over float32 master weights; null: float32 throughout."
     )
     use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
-    disable_gradient_checkpointing: bool = Field(False, description="true: keep activations (faster, more memory).")
+    disable_gradient_checkpointing: bool = Field(
+        False, description="true: keep activations (faster, more memory)."
+    )
     dataloader_num_workers: Int = Field(0, ge=0, description="Processes a rank uses to collate batches.")
 
     # --- logging, evaluation, saving
@@ -160,14 +190,19 @@ class TrainConfig(BaseModel):
     eval_strategy: Annotated[Strategy, BeforeValidator(_strategy_word)] = Field(
         "epoch", description="When to evaluate, if there is a valid_split."
     )
-    eval_steps: Int | None = Field(None, gt=0, description="Steps between evaluations (eval_strategy: steps).")
+    eval_steps: Int | None = Field(
+        None, gt=0, description="Steps between evaluations (eval_strategy: steps)."
+    )
     save_strategy: Annotated[Strategy | None, BeforeValidator(_strategy_word)] = Field(
         None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
     )
-    save_steps: Int | None = Field(None, gt=0, description="Steps between checkpoints (save_strategy: steps).")
+    save_steps: Int | None = Field(
+        None, gt=0, description="Steps between checkpoints (save_strategy: steps)."
+    )
     save_total_limit: Int = Field(1, gt=0, description="Checkpoints kept.")
     load_best_model_at_end: bool | None = Field(
-        None, description="End with the weights of the lowest eval_loss. Default: true where every save has its loss."
+        None,
+        description="End with the weights of the lowest eval_loss. Default: true where every save has its loss.",
     )
 
     # --- peft and quantisation
@@ -177,7 +212,8 @@ class TrainConfig(BaseModel):
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout inside the adapters.")
     target_modules: Word = Field("all-linear", description="Comma-separated module names, or all-linear.")
     quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(_none_word)] = Field(
-        "int4", description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised."
+        "int4",
+        description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised.",
     )
     merge_adapter: bool = Field(False, description="Merge the adapter into the base model at the end.")
 
@@ -188,12 +224,15 @@ class TrainConfig(BaseModel):
     # --- hub
     push_to_hub: bool = Field(False, description="Upload the final model to username/project_name, private.")
     username: str | None = Field(None, description="Account on the hub.")
-    token: str | None = Field(None, repr=False, description="Hub token; ${HF_TOKEN} keeps it out of the file.")
+    token: str | None = Field(
+        None, repr=False, description="Hub token; ${HF_TOKEN} keeps it out of the file."
+    )
 
     # --- how it is spread
     unsloth: bool = Field(False, description="AutoTrain's switch; has no effect here.")
     distributed_backend: Annotated[
-        Literal["auto", "ddp", "fsdp", "deepspeed", "none"], BeforeValidator(lambda v: "auto" if v is None else v)
+        Literal["auto", "ddp", "fsdp", "deepspeed", "none"],
+        BeforeValidator(lambda v: "auto" if v is None else v),
     ] = Field("auto", description="auto, ddp, fsdp, deepspeed, or none for one process.")
 
     @property
@@ -218,13 +257,17 @@ class TrainConfig(BaseModel):
                 ("quantization", f"{self.quantization} weights cannot be trained themselves. "
                                  "Set peft: true, or quantization: null."))  # fmt: skip
         if self.merge_adapter and not self.peft:
-            found.append(("merge_adapter", "there is no adapter to merge. Set peft: true, or merge_adapter: false."))
+            found.append(
+                ("merge_adapter", "there is no adapter to merge. Set peft: true, or merge_adapter: false.")
+            )
         if self.save_strategy == "steps" and self.save_steps is None:
             found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
         if self.eval_strategy == "steps" and self.eval_steps is None and self.valid_split:
             found.append(("eval_strategy", "steps needs eval_steps, for example eval_steps: 100."))
         if self.push_to_hub and not (self.username and self.token):
-            found.append(("push_to_hub", "username and token are needed, for example username: ${HF_USERNAME}."))
+            found.append(
+                ("push_to_hub", "username and token are needed, for example username: ${HF_USERNAME}.")
+            )
         if self.resume and self.overwrite:
             found.append(("resume", "resume and overwrite contradict each other. Choose one."))
         return found

@@ -22,7 +22,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainers.config import ALIASES, BLOCK_SIZE_LIMIT, NEGATED, SECRET_FIELDS, TRAINERS, ConfigError, TrainConfig
+from trainers.config import (
+    ALIASES,
+    BLOCK_SIZE_LIMIT,
+    NEGATED,
+    SECRET_FIELDS,
+    TRAINERS,
+    ConfigError,
+    TrainConfig,
+)
 
 TASKS = ("llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo")
 TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
@@ -34,10 +42,17 @@ DATA_KEYS = {
 }
 COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column")
 # AutoTrain's own documentation also writes these three without the suffix.
-COLUMN_ALIASES = {"text": "text_column", "prompt": "prompt_text_column", "rejected_text": "rejected_text_column"}
+COLUMN_ALIASES = {
+    "text": "text_column",
+    "prompt": "prompt_text_column",
+    "rejected_text": "rejected_text_column",
+}
 HUB_KEYS = ("username", "token", "push_to_hub")
 LAUNCHER_SECTIONS = ("launch", "slurm")
 SECTIONS = ("task", "backend", *TOP_KEYS, "data", "params", "hub", *LAUNCHER_SECTIONS)
+
+DEEPEST = 5  # levels of a config, lists counted; an effective config has the most
+MANY = 20  # more names than a message can list
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -77,12 +92,12 @@ class FileValues:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint that names the closest valid word, or lists a few."""
+    """A hint that names the closest valid word, or lists them where they are few."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"Did you mean '{close[0]}'?"
-    return f"Valid: {', '.join(valid)}."
+    return f"Valid: {', '.join(valid)}." if len(valid) <= MANY else "phalanx train --help lists the valid ones."
 
 
 # ---------------------------------------------------------------------------------------------- YAML
@@ -101,16 +116,27 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Give the path of a config, for example examples/demo.yaml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+        raise ConfigError(
+            f"{path}: no such file. Give the path of a config, for example examples/demo.yaml."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder. Give the path of a config file in it.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
-            raise ConfigError(f"{path}: the file is empty. It needs at least task, base_model, project_name and data.")
+            raise ConfigError(
+                f"{path}: the file is empty. It needs at least task, base_model, project_name and data."
+            )
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:{node.start_mark.line + 1}: a mapping of keys is needed, not a {node.id}.")
+            raise ConfigError(
+                f"{path}:{node.start_mark.line + 1}: a mapping of keys is needed, not a {node.id}."
+            )
         lines: dict[tuple[str, ...], int] = {}
         tree = _build(loader, node, (), lines, path)
     except yaml.YAMLError as error:
@@ -128,20 +154,31 @@ def _build(
     keys: tuple[str, ...],
     lines: dict[tuple[str, ...], int],
     path: Path,
+    depth: int = 0,
 ) -> Any:
+    line = node.start_mark.line + 1
+    if depth == DEEPEST:  # an alias of itself has no end
+        raise ConfigError(f"{path}:{line}: nested deeper than any key of a config.")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{path}:{line}: a key must be a word, not a {key_node.id}.")
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"{path}:{line}: merge keys (<<) are not read. Write the keys out.")
             if key in result:
                 first = lines[(*keys, key)]
                 raise ConfigError(f"{path}:{line}: '{key}' is given twice (first in line {first}). Keep one.")
             lines[(*keys, key)] = line
-            result[key] = _build(loader, value_node, (*keys, key), lines, path)
+            result[key] = _build(loader, value_node, (*keys, key), lines, path, depth + 1)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, item, keys, lines, path) for item in node.value]
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return [_build(loader, item, keys, lines, path, depth + 1) for item in node.value]
+    try:
+        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    except ValueError as error:  # a date or a number that is none, such as 2024-13-45
+        raise ConfigError(f"{path}:{line}: {node.value} is not a value: {error}. Put it in quotes.") from None
 
 
 def expand(value: Any, where: str, optional: bool = False) -> tuple[Any, str]:
@@ -158,7 +195,9 @@ def expand(value: Any, where: str, optional: bool = False) -> tuple[Any, str]:
         if name not in os.environ:
             if optional and value == f"${{{name}}}":
                 return None, f" (${{{name}}}, not set)"
-            raise ConfigError(f"{where}: the environment variable {name} is not set. Export it, or write the value.")
+            raise ConfigError(
+                f"{where}: the environment variable {name} is not set. Export it, or write the value."
+            )
     text = _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
     return text, f" ({', '.join('${' + n + '}' for n in names)})" if names else ""
 
@@ -196,7 +235,9 @@ class _Reader:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise ConfigError(f"{self.where(*keys)}: {'.'.join(keys)} must be a mapping of keys, not {value!r}.")
+            raise ConfigError(
+                f"{self.where(*keys)}: {'.'.join(keys)} must be a mapping of keys, not {value!r}."
+            )
         return value
 
     def put(self, name: str, value: Any, *keys: str, optional: bool = False) -> None:
@@ -282,8 +323,9 @@ def put(values: dict[str, Value], name: str, new: Value) -> None:
     name = ALIASES.get(name, name)
     old = values.get(name)
     if old is not None and str(old.value) != str(new.value):
+        this, other = ("(hidden)", "(hidden)") if name in SECRET_FIELDS else (new.value, old.value)
         raise ConfigError(
-            f"{new.source}: {new.name}: {new.value} contradicts {old.name}: {old.value} ({old.source}); "
+            f"{new.source}: {new.name}: {this} contradicts {old.name}: {other} ({old.source}); "
             f"both set {name}. Keep one."
         )
     values[name] = new
@@ -308,7 +350,7 @@ def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
 
 def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
     kind, given = item["type"], item.get("input")
-    given = "(hidden)" if name in SECRET_FIELDS else repr(given)
+    given = "(hidden)" if name in SECRET_FIELDS else "null" if given is None else repr(given)
     if kind == "extra_forbidden":
         return f"unknown key. {nearest(name, schema.model_fields)}"
     default = schema.model_fields[name].default
@@ -318,8 +360,15 @@ def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
         return f"{given} is not a whole number. Write for example {name}: {default if default is not None else 1}."
     if kind in ("bool_parsing", "bool_type"):
         return f"{given} is not true or false."
+    if kind == "string_type":
+        return f"{given} is not text. Put it in quotes."
+    if kind == "string_pattern_mismatch":
+        signs = item["ctx"]["pattern"].removeprefix("^[A-Za-z0-9").removesuffix("]+$").replace("\\", "")
+        return f"{given} holds a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
     if kind == "literal_error":
         return f"{given} does not exist. Allowed: {item['ctx']['expected']}."
+    if item["msg"].startswith("Input should be "):
+        return f"{given} must be {item['msg'].removeprefix('Input should be ')}."
     return f"{given}: {item['msg'].removeprefix('Value error, ')}."
 
 
@@ -332,7 +381,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if "token" not in values and os.environ.get("HF_TOKEN"):
         values = {**values, "token": Value(os.environ["HF_TOKEN"], "environment HF_TOKEN", "token")}
     config = validate(TrainConfig, values)
-    sources = {name: values[name].source if name in values else "default" for name in TrainConfig.model_fields}
+    sources = {
+        name: values[name].source if name in values else "default" for name in TrainConfig.model_fields
+    }
     notes: list[str] = []
     changes: dict[str, Any] = {}
 
@@ -342,7 +393,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
 
     if config.quantization and not config.peft and "quantization" not in values:
         derive("quantization", None, "AutoTrain's default int4 cannot train without peft")
-        notes.append("quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are trained.")
+        notes.append(
+            "quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are trained."
+        )
     if config.block_size == -1:
         length = min(config.model_max_length, BLOCK_SIZE_LIMIT)
         derive("block_size", length, f"block_size -1 is model_max_length, at most {BLOCK_SIZE_LIMIT}")
@@ -352,7 +405,11 @@ def resolve(values: Mapping[str, Value]) -> Settings:
                 f"Set block_size up to model_max_length ({config.model_max_length}) to keep more."
             )
     if config.save_strategy is None:
-        derive("save_strategy", "steps" if config.save_steps else "epoch", "steps where save_steps is given, else epoch")
+        derive(
+            "save_strategy",
+            "steps" if config.save_steps else "epoch",
+            "steps where save_steps is given, else epoch",
+        )
     if config.valid_split is None and config.eval_strategy != "no":
         derive("eval_strategy", "no", "there is no valid_split")
     if config.per_device_eval_batch_size is None:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainers import chat
 from trainers.config import ConfigError, TrainConfig
-from trainers.data_files import Split, column_names, completion_column, find_split, row_kind, rows, text_column
+from trainers.data_files import (
+    Split,
+    column_names,
+    completion_column,
+    find_split,
+    row_kind,
+    rows,
+    text_column,
+)
 from trainers.packing import pack
 
 if TYPE_CHECKING:
@@ -108,7 +116,9 @@ def _from_hub(split: Split, config: TrainConfig) -> Dataset:
         data = load_dataset(split.path, name=name or None, split=part, token=config.token)
     except Exception as error:
         # The hub's failures are many classes; all say that these rows cannot be had.
-        raise ConfigError(f"data.path: {split.path} ({split.name}) cannot be loaded from the hub: {error}") from error
+        raise ConfigError(
+            f"data.path: {split.path} ({split.name}) cannot be loaded from the hub: {error}"
+        ) from error
     assert isinstance(data, Dataset)
     return data
 
@@ -139,7 +149,11 @@ def _files_digest(split: Split) -> str:
 
 
 def _key(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fingerprint: str, columns: list[str], packed: bool
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    columns: list[str],
+    packed: bool,
 ) -> str:
     """Content + tokenizer + template + what the config says of rows."""
     parts = [
@@ -204,7 +218,9 @@ class _Encoder:
         if self.kind == "text":
             turns = chat.parse_messages(row[self.text])
             if turns is None and config.chat_template is None:
-                return chat.encode_text(self.tokenizer, self.string(row, self.text, index), config.add_eos_token)
+                return chat.encode_text(
+                    self.tokenizer, self.string(row, self.text, index), config.add_eos_token
+                )
             if turns is None:
                 raise ConfigError(
                     f"chat_template: {config.chat_template} needs messages, and row {index + 1} has plain text in "
@@ -240,5 +256,7 @@ class _Encoder:
     def string(self, row: dict[str, Any], column: str, index: int) -> str:
         value = row[column]
         if not isinstance(value, str):
-            raise ConfigError(f"data: row {index + 1}: column '{column}' must hold text, not {type(value).__name__}.")
+            raise ConfigError(
+                f"data: row {index + 1}: column '{column}' must hold text, not {type(value).__name__}."
+            )
         return value

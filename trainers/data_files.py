@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
     Raises:
         ConfigError: nothing there; the message lists what is.
     """
-    root = Path(data_path).expanduser()
+    root = Path(os.path.expanduser(data_path))  # pathlib's raises where there is no such user
     if root.is_file():
         if root.suffix not in SUFFIXES:
-            raise ConfigError(f"data.path: {root} is not a file this project reads. Allowed: {', '.join(SUFFIXES)}.")
+            raise ConfigError(
+                f"data.path: {root} is not a file this project reads. Allowed: {', '.join(SUFFIXES)}."
+            )
         if key == "valid_split":
             raise ConfigError(
                 f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder that holds "
@@ -55,7 +58,9 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
     if not root.exists():
         if _HUB_ID.fullmatch(data_path) and not data_path.endswith(SUFFIXES):
             return Split(data_path, name)
-        raise ConfigError(f"data.path: {data_path} does not exist. Give a folder, a file, or a dataset id on the hub.")
+        raise ConfigError(
+            f"data.path: {data_path} does not exist. Give a folder, a file, or a dataset id on the hub."
+        )
     for suffix in SUFFIXES:
         found = [root / f"{name}{suffix}"] if (root / f"{name}{suffix}").is_file() else []
         found = found or sorted(root.glob(f"{glob_escape(name)}-*{suffix}"))
@@ -110,9 +115,13 @@ def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        raise ConfigError(f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line.") from None
+        raise ConfigError(
+            f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line."
+        ) from None
     if not isinstance(row, dict):
-        raise ConfigError(f'{path}:{number}: a row must be an object, such as {{"text": "..."}}, not {type(row).__name__}.')
+        raise ConfigError(
+            f'{path}:{number}: a row must be an object, such as {{"text": "..."}}, not {type(row).__name__}.'
+        )
     return row
 
 
@@ -130,7 +139,7 @@ def _json_array(path: Path) -> Iterator[dict[str, Any]]:
 
 def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         read = 0
         try:
@@ -146,19 +155,30 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
                     return
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: not UTF-8. Save the file as UTF-8.") from None
+        except csv.Error as error:
+            raise ConfigError(f"{path}:{reader.line_num}: the row is not valid CSV: {error}. Mend that line.") from None
 
 
 def column_names(split: Split) -> list[str]:
     """The columns of a local split, from its first row, header or schema. Empty: the split has no row."""
     path = split.files[0]
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        if sum(pq.read_metadata(file).num_rows for file in split.files) == 0:
-            return []
-        return list(pq.read_schema(path).names)
+        return _parquet_columns(split)
     first = next(rows(split), None)
     return list(first) if first is not None else []
+
+
+def _parquet_columns(split: Split) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count = 0
+    for path in split.files:
+        try:
+            count += pq.read_metadata(path).num_rows
+        except pa.ArrowInvalid:
+            raise ConfigError(f"{path}: not a Parquet file, or not whole. Write or download it anew.") from None
+    return list(pq.read_schema(split.files[0]).names) if count else []
 
 
 def check_split(split: Split, config: TrainConfig, key: str) -> None:
@@ -171,7 +191,9 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
         return
     columns = column_names(split)
     if not columns:
-        raise ConfigError(f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row.")
+        raise ConfigError(
+            f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
+        )
     row_kind(columns, config)
     for _ in rows(split, CHECK_BYTES):
         pass

@@ -30,7 +30,9 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, token=config.token)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model: no tokenizer can be loaded from {config.model}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"base_model: no tokenizer can be loaded from {config.model}: {_first_line(error)}"
+        ) from error
     gained = set_template(tokenizer, config.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -50,7 +52,11 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     from transformers import AutoModelForCausalLM
 
     dtype = compute_dtype(config) if config.peft else torch.float32
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": choose_attention(config)[0], "token": config.token}
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": choose_attention(config)[0],
+        "token": config.token,
+    }
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
         if torch.cuda.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:

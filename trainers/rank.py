@@ -52,6 +52,8 @@ def run_rank(main: Callable[[], int]) -> int:
         if folder is None:  # else the launcher prints it, once for all ranks
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
         _note(folder, type(error).__name__, str(error))
         traceback.print_exc()

@@ -53,11 +53,17 @@ def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> i
 def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     config, folder = settings.train, Path(settings.train.project_name)
     if config.trainer != trainer_name:
-        raise ConfigError(f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started.")
+        raise ConfigError(
+            f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started."
+        )
     if log_folder() is None and rank() == 0:
         claim(folder, config)  # under the launcher it was claimed already
     _quiet()
+    from transformers import set_seed
+
     from trainers.tracking import configure_tracker
+
+    set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
 
     configure_tracker(config, folder)
     _resolve_deepspeed_pointer()
@@ -77,9 +83,15 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
 
 def _quiet() -> None:
     """Rank 0 alone speaks for the libraries, and only of warnings; their progress bars stay off."""
+    import warnings
+
     import datasets
     import transformers
 
+    # Deprecations inside the libraries are addressed to their authors; a user can mend none of them.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate)\b"
+    )
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     if rank() != 0:
@@ -183,7 +195,9 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "world_size": world_size(),
         "device": str(accelerator.device.type),
         "seed": trainer.args.seed,
-        "global_batch": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * world_size(),
+        "global_batch": trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * world_size(),
         "command": sys.argv,
     }
 
@@ -238,6 +252,8 @@ def push(config: TrainConfig, folder: Path) -> None:
     repo = f"{config.username}/{folder.name}"
     api.create_repo(repo, private=True, exist_ok=True)
     api.upload_folder(
-        repo_id=repo, folder_path=str(folder), ignore_patterns=["checkpoint-*", "launch/*", "wandb/*", "runs/*"]
+        repo_id=repo,
+        folder_path=str(folder),
+        ignore_patterns=["checkpoint-*", "launch/*", "wandb/*", "runs/*"],
     )
     print(f"pushed: {repo}", flush=True)

@@ -1,8 +1,8 @@
 """The run's folder: what lies where, whether it is free, and the record of the run.
 
-    <project_name>/                  final model, tokenizer, run.json, metrics.jsonl
-    <project_name>/checkpoint-N/     checkpoints
-    <project_name>/launch/attempt-K/ what the launcher generated, and each rank's log
+<project_name>/                  final model, tokenizer, run.json, metrics.jsonl
+<project_name>/checkpoint-N/     checkpoints
+<project_name>/launch/attempt-K/ what the launcher generated, and each rank's log
 """
 
 from __future__ import annotations
@@ -21,12 +21,25 @@ RECORD = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT_PREFIX = "checkpoint-"
 LAUNCH = "launch"
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "phalanx")
+# Machine 0 marks an attempt; another machine of the same start may have made its own files already.
+LAUNCHED = (f"{LAUNCH}/attempt-*/command.txt", f"{LAUNCH}/attempt-*/machine-0/command.txt")
+VERSIONS = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+    "phalanx",
+)
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a run was started here before."""
-    return (folder / RECORD).exists() or (folder / LAUNCH).exists() or any(folder.glob(f"{CHECKPOINT_PREFIX}*"))
+    marks = (RECORD, f"{CHECKPOINT_PREFIX}*", *LAUNCHED)
+    return any(True for mark in marks for _ in folder.glob(mark))
 
 
 def check_free(folder: Path, config: TrainConfig) -> None:
@@ -35,8 +48,9 @@ def check_free(folder: Path, config: TrainConfig) -> None:
     Raises:
         ConfigError: the folder is taken, or there is nothing to resume.
     """
-    if folder.is_file():
-        raise ConfigError(f"project_name: {folder} is a file. Give another name.")
+    for part in (folder, *folder.parents):
+        if part.is_file():
+            raise ConfigError(f"project_name: {part} is a file. Give another name.")
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise ConfigError(
             f"project_name: {folder} holds another run. Go on with it: --resume. Start anew: --overwrite (deletes it). "
@@ -50,11 +64,15 @@ def claim(folder: Path, config: TrainConfig) -> None:
     """Makes the folder this run's own; with overwrite, deletes what the earlier run left, and nothing else."""
     check_free(folder, config)
     if config.overwrite and holds_run(folder):
+        for mark in LAUNCHED:
+            for command in folder.glob(mark):
+                shutil.rmtree(folder / LAUNCH / command.relative_to(folder / LAUNCH).parts[0])
         for path in folder.iterdir():
-            ours = path.name in (RECORD, METRICS, LAUNCH) or path.name.startswith(CHECKPOINT_PREFIX)
-            if ours and path.is_dir() and not path.is_symlink():
+            if path.name.startswith(CHECKPOINT_PREFIX) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif ours or path.name.endswith((".safetensors", ".safetensors.index.json", "adapter_config.json")):
+            elif path.name in (RECORD, METRICS) or path.name.endswith(
+                (".safetensors", ".safetensors.index.json", "adapter_config.json")
+            ):
                 path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 

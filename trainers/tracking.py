@@ -53,7 +53,9 @@ class Report(TrainerCallback):
         if self.step_began is None:
             self.step_began = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.step_began is not None:
             self.step_seconds += time.monotonic() - self.step_began
             self.step_began = None

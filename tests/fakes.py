@@ -1,0 +1,57 @@
+"""What tests invent: hardware, a model folder that only looks like one, rows, and the command run in this process."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher import supervise
+from launcher.cli import main
+from launcher.topology import Gpu, Hardware
+
+GIB = 2**30
+
+
+def machine(gpus: int = 0, gib: int = 80, capability: tuple[int, int] = (9, 0), cpu_bf16: bool = True) -> Hardware:
+    """Invented hardware; eight cores and 16 GiB of host memory."""
+    cards = tuple(Gpu(f"card {index}", gib * GIB, capability) for index in range(gpus))
+    return Hardware(gpus=cards, memory=16 * GIB, cores=8, cpu_bf16=cpu_bf16)
+
+
+def fake_model(folder: Path, parameters: int = 1000) -> Path:
+    """A config and the header of a safetensors file that claims `parameters` weights: all that the launcher reads."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}\n')
+    header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    """Writes JSONL, one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path under a folder, with its size and time of change."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in paths}
+
+
+def run_command(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """`phalanx <argv>` in this process; its exit code. A run that would start ranks fails the test."""
+
+    def started(*_: object) -> int:
+        pytest.fail("the ranks would have been started")
+
+    monkeypatch.setattr(supervise, "train", started)
+    try:
+        return main(argv)
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)

@@ -1,0 +1,277 @@
+"""Which backend a run gets and why, the static files behind it, and the files and the command made from them.
+
+The files in tests/golden/ are compared whole. After a change that is meant: PHALANX_GOLDEN=write pytest tests/test_backend.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fakes import fake_model, machine
+
+from launcher import backend as backends
+from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, RULES, Backend, resolve_backend
+from launcher.command import build_command, build_environment
+from launcher.config import Run, load_run
+from launcher.topology import Hardware, Topology, resolve_topology
+from trainers.config import ConfigError, TrainConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+WRITE = os.environ.get("PHALANX_GOLDEN") == "write"
+HERE = Path("/runs/mine/launch/attempt-1")
+CPU = machine()
+BILLION = 10**9
+
+
+@pytest.fixture
+def resolve(work: Path, packages: object) -> Callable[..., tuple[Run, Topology, Backend]]:
+    """`resolve(hardware, zero_stage=2, ...)`: a run with these flags, its topology and its backend."""
+
+    def decide(hardware: Hardware = CPU, **flags: object) -> tuple[Run, Topology, Backend]:
+        given = {"trainer": "sft", "model": "model", "main_process_port": "23456", **flags}
+        run = load_run(None, {name: str(value) for name, value in given.items()})
+        topology = resolve_topology(run.launch, hardware, run.train.project_name, {})
+        return run, topology, resolve_backend(run, topology)
+
+    return decide
+
+
+Resolve = Callable[..., tuple[Run, Topology, Backend]]
+
+
+# -------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize(
+    ("hardware", "parameters", "flags", "name", "reason"),
+    [
+        (CPU, 1000, {}, "none", "one process"),
+        (machine(gpus=1), 100 * BILLION, {}, "none", "one process"),
+        (machine(gpus=2), 1000, {}, "ddp", "fits on each rank"),
+        (machine(gpus=2), 3 * BILLION, {}, "ddp", "predicted 44.7 GiB a rank, 80.0 GiB there"),
+        (machine(gpus=2), 7 * BILLION, {}, "fsdp", "does not fit on each rank"),
+        (machine(gpus=2), 7 * BILLION, {"peft": "true"}, "ddp", "fits on each rank"),
+        (machine(gpus=2), 70 * BILLION, {"peft": "true", "quantization": "none"}, "fsdp", "does not fit"),
+        (machine(gpus=2, gib=16), 3 * BILLION, {}, "fsdp", "does not fit"),
+        (CPU, 1000, {"num_processes": 2}, "ddp", "fits on each rank"),
+        (CPU, BILLION, {"num_processes": 2}, "fsdp", "does not fit"),
+    ],
+)
+def test_auto(
+    resolve: Resolve, work: Path, hardware: Hardware, parameters: int, flags: dict[str, str], name: str, reason: str
+) -> None:
+    fake_model(work / "sized", parameters)
+    _, _, chosen = resolve(hardware, model="sized", **flags)
+    assert chosen.name == name
+    assert reason in chosen.reason
+
+
+def test_auto_of_unknown_size_is_fsdp(resolve: Resolve) -> None:
+    _, _, chosen = resolve(machine(gpus=2), model="org/not-downloaded")
+    assert chosen.name == "fsdp"
+    assert "not known before it is downloaded" in chosen.reason
+
+
+def test_auto_knows_a_model_in_the_hub_cache(resolve: Resolve, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(work / "hf"))
+    fake_model(work / "hf" / "hub" / "models--org--name" / "snapshots" / "abc")
+    assert resolve(machine(gpus=2), model="org/name")[2].name == "ddp"
+
+
+def test_auto_sizes_pickled_weights_by_their_bytes(resolve: Resolve, work: Path) -> None:
+    (work / "model" / "model.safetensors").unlink()
+    (work / "model" / "pytorch_model.bin").write_bytes(b"\0" * 4096)
+    assert resolve(machine(gpus=2))[2].name == "ddp"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_what_was_asked_for_is_taken(resolve: Resolve, name: str) -> None:
+    for count in (1, 2):
+        _, _, chosen = resolve(num_processes=count, distributed_backend=name)
+        assert chosen.name == name
+        assert chosen.reason.startswith("asked for (flag --distributed-backend)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "template", "deepspeed"),
+    [
+        ({"distributed_backend": "none", "num_processes": 1}, "single.yaml", None),
+        ({"distributed_backend": "ddp"}, "ddp.yaml", None),
+        ({"distributed_backend": "fsdp"}, "fsdp.yaml", None),
+        ({"distributed_backend": "fsdp", "sharding": "full_shard"}, "fsdp.yaml", None),
+        ({"distributed_backend": "fsdp", "offload": "cpu"}, "fsdp.yaml", None),
+        ({"distributed_backend": "fsdp", "sharding": "shard_grad_op"}, "fsdp_shard_grad_op.yaml", None),
+        ({"distributed_backend": "fsdp", "sharding": "hybrid_shard", "num_machines": 2, "main_process_ip": "h"},
+         "fsdp_hybrid.yaml", None),
+        ({"distributed_backend": "deepspeed"}, "deepspeed_zero3.yaml", "zero3.json"),
+        ({"distributed_backend": "deepspeed", "zero_stage": 1}, "deepspeed_zero1.yaml", "zero1.json"),
+        ({"distributed_backend": "deepspeed", "zero_stage": 2}, "deepspeed_zero2.yaml", "zero2.json"),
+        ({"distributed_backend": "deepspeed", "zero_stage": 3}, "deepspeed_zero3.yaml", "zero3.json"),
+        ({"distributed_backend": "deepspeed", "zero_stage": 2, "offload": "cpu"},
+         "deepspeed_zero2_offload.yaml", "zero2_offload.json"),
+        ({"distributed_backend": "deepspeed", "offload": "cpu"}, "deepspeed_zero3_offload.yaml", "zero3_offload.json"),
+    ],
+)  # fmt: skip
+def test_templates(resolve: Resolve, flags: dict[str, Any], template: str, deepspeed: str | None) -> None:
+    _, _, chosen = resolve(machine(gpus=4), **{"num_processes": 2, **flags})
+    assert chosen.template == ACCELERATE_CONFIGS / template
+    assert chosen.deepspeed_template == (DEEPSPEED_CONFIGS / deepspeed if deepspeed else None)
+    assert chosen.template.is_file()
+    assert deepspeed is None or chosen.deepspeed_template.is_file()
+
+
+def test_deepspeed_without_a_stage_does_as_autotrain(resolve: Resolve) -> None:
+    assert "ZeRO stage 3 (as AutoTrain)" in resolve(num_processes=2, distributed_backend="deepspeed")[2].reason
+    chosen = resolve(num_processes=2, distributed_backend="deepspeed", zero_stage=3)[2]
+    assert "AutoTrain" not in chosen.reason
+
+
+def test_flags_of_an_auto_run_are_checked_against_what_was_chosen(resolve: Resolve) -> None:
+    with pytest.raises(ConfigError, match=r"launch.sharding: .*fsdp"):
+        resolve(num_processes=2, sharding="full_shard")
+
+
+def test_every_rule_names_a_key_and_a_mend() -> None:
+    for rule in RULES:
+        section, _, name = rule.key.rpartition(".")
+        assert name in (Run.__annotations__ if not name else {*TrainConfig.model_fields, "zero_stage", "sharding", "offload"})
+        assert section in ("", "launch")
+        assert rule.reason.endswith(".")
+        assert rule.mend.endswith(".")
+
+
+def test_installed() -> None:
+    assert backends.installed("pyyaml")
+    assert not backends.installed("no-such-distribution")
+
+
+# -------------------------------------------------------------------------------------- the static files
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE_CONFIGS.glob("*")), ids=lambda path: path.name)
+def test_shipped_accelerate_configs(path: Path) -> None:
+    text = path.read_text()
+    config = yaml.safe_load(text)
+    assert path.suffix == ".yaml"
+    assert f"--config_file accelerate_configs/{path.name}" in text, "the command that runs it by hand"
+    kind = path.stem.split("_")[0]
+    assert config["distributed_type"] == {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}[kind]
+    assert config.get("mixed_precision", "no") == "no", "the trainer's mixed_precision is the only switch"
+    if kind == "deepspeed":
+        pointer = config["deepspeed_config"]["deepspeed_config_file"]
+        assert (ACCELERATE_CONFIGS.parent / pointer).is_file()
+        assert path.stem.removeprefix("deepspeed_") == Path(pointer).stem
+    if kind == "fsdp":
+        assert config["fsdp_config"]["fsdp_version"] == 2
+        assert config["fsdp_config"]["fsdp_activation_checkpointing"] is False
+
+
+@pytest.mark.parametrize("path", sorted(DEEPSPEED_CONFIGS.glob("*")), ids=lambda path: path.name)
+def test_shipped_deepspeed_configs(path: Path) -> None:
+    config = json.loads(path.read_text())
+    policy = config["zero_optimization"]
+    assert path.stem.startswith(f"zero{policy['stage']}")
+    assert ("offload_optimizer" in policy) == path.stem.endswith("_offload")
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[name] == "auto"
+    assert (ACCELERATE_CONFIGS / f"deepspeed_{path.stem}.yaml").is_file()
+
+
+def test_no_sharding_policy_in_python() -> None:
+    """Everything but the topology, the offload switch and the pointer comes from the template."""
+    words = re.compile(r"fsdp_(?!config|offload_params)\w+|stage3_\w+|reduce_bucket\w*|overlap_comm")
+    for path in (Path(backends.__file__), *Path(backends.__file__).parent.glob("*.py")):
+        assert not words.findall(path.read_text()), path
+
+
+# ------------------------------------------------------------------------------------- the generated files
+
+TWO_MACHINES = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "node07"}
+GENERATED = {
+    "single": {},
+    "ddp": {"num_processes": 2, "distributed_backend": "ddp"},
+    "ddp_two_machines": {"num_processes": 8, "distributed_backend": "ddp", **TWO_MACHINES},
+    "fsdp": {"num_processes": 4, "distributed_backend": "fsdp"},
+    "fsdp_offload": {"num_processes": 4, "distributed_backend": "fsdp", "offload": "cpu"},
+    "fsdp_shard_grad_op": {"num_processes": 4, "distributed_backend": "fsdp", "sharding": "shard_grad_op"},
+    "fsdp_hybrid": {"num_processes": 8, "distributed_backend": "fsdp", "sharding": "hybrid_shard", **TWO_MACHINES},
+    "zero1": {"num_processes": 4, "distributed_backend": "deepspeed", "zero_stage": 1},
+    "zero2": {"num_processes": 4, "distributed_backend": "deepspeed", "zero_stage": 2},
+    "zero3": {"num_processes": 4, "distributed_backend": "deepspeed", "zero_stage": 3},
+    "zero2_offload": {"num_processes": 4, "distributed_backend": "deepspeed", "zero_stage": 2, "offload": "cpu"},
+    "zero3_offload": {"num_processes": 4, "distributed_backend": "deepspeed", "zero_stage": 3, "offload": "cpu"},
+}  # fmt: skip
+
+
+def same_as_golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if WRITE:
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs"
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_files(resolve: Resolve, name: str) -> None:
+    run, topology, chosen = resolve(machine(gpus=1 if name == "single" else 4), **GENERATED[name])
+    accelerate = build_accelerate_config(chosen, topology, run.launch, HERE / "deepspeed.json")
+    same_as_golden(f"{name}.yaml", yaml.safe_dump(accelerate, sort_keys=False))
+    deepspeed = build_deepspeed_config(chosen)
+    assert (deepspeed is not None) == name.startswith("zero")
+    if deepspeed is not None:
+        assert deepspeed == json.loads((DEEPSPEED_CONFIGS / f"{name}.json").read_text())
+        assert accelerate["deepspeed_config"]["deepspeed_config_file"] == str(HERE / "deepspeed.json")
+
+
+def test_hybrid_sizes_multiply_to_the_ranks(resolve: Resolve) -> None:
+    run, topology, chosen = resolve(machine(gpus=4), **GENERATED["fsdp_hybrid"])
+    sizes = build_accelerate_config(chosen, topology, run.launch, None)["parallelism_config"]
+    assert sizes["parallelism_config_dp_replicate_size"] * sizes["parallelism_config_dp_shard_size"] == 8
+
+
+def test_a_relative_pointer_is_a_mistake_of_ours(resolve: Resolve) -> None:
+    run, topology, chosen = resolve(num_processes=2, distributed_backend="deepspeed")
+    with pytest.raises(AssertionError):
+        build_accelerate_config(chosen, topology, run.launch, Path("deepspeed.json"))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware", "flags"),
+    [
+        ("command_one_cpu", CPU, {}),
+        ("command_two_cpu_ranks", CPU, GENERATED["ddp"]),
+        ("command_four_gpus", machine(gpus=4), GENERATED["fsdp"]),
+        ("command_two_machines", machine(gpus=4), GENERATED["ddp_two_machines"]),
+    ],
+)
+def test_command(resolve: Resolve, name: str, hardware: Hardware, flags: dict[str, Any]) -> None:
+    argv = build_command(*resolve(hardware, **flags), HERE)
+    assert argv[0] == sys.executable
+    same_as_golden(f"{name}.txt", "\n".join(["python", *argv[1:]]) + "\n")
+
+
+def test_more_ranks_than_cores_get_a_thread_each(resolve: Resolve) -> None:
+    run, topology, chosen = resolve(num_processes=16, distributed_backend="ddp")
+    argv = build_command(run, topology, chosen, HERE)
+    assert argv[argv.index("--num_cpu_threads_per_process") + 1] == "1"
+
+
+def test_environment(resolve: Resolve) -> None:
+    run, _, _ = resolve(token="hf_secret")
+    base = {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
+    made = build_environment(run, base, HERE, live_terminal=False)
+    assert made == {**base, "PHALANX_LOG_DIR": str(HERE), "PHALANX_LIVE": "0", "HF_TOKEN": "hf_secret"}
+    assert build_environment(run, base, HERE, live_terminal=True)["PHALANX_LIVE"] == "1"
+    assert base == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
+    assert "HF_TOKEN" not in build_environment(resolve()[0], base, HERE, live_terminal=False)

@@ -1,0 +1,500 @@
+"""The config: AutoTrain's form means what it meant there, every value says where it came from, secrets stay inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import run_command
+
+from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
+from trainers.config import ALIASES, NEGATED, ConfigError, TrainConfig
+from trainers.config_file import TASKS, load_settings, resolve, write_effective
+
+AUTOTRAIN_DEFAULTS = {
+    "model": "gpt2",
+    "project_name": "project-name",
+    "data_path": "data",
+    "train_split": "train",
+    "valid_split": None,
+    "add_eos_token": True,
+    "block_size": -1,
+    "model_max_length": 2048,
+    "padding": "right",
+    "trainer": "default",
+    "use_flash_attention_2": False,
+    "log": "none",
+    "disable_gradient_checkpointing": False,
+    "logging_steps": -1,
+    "eval_strategy": "epoch",
+    "save_total_limit": 1,
+    "auto_find_batch_size": False,
+    "mixed_precision": None,
+    "lr": 3e-5,
+    "epochs": 1,
+    "batch_size": 2,
+    "warmup_ratio": 0.1,
+    "gradient_accumulation": 4,
+    "optimizer": "adamw_torch",
+    "scheduler": "linear",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+    "chat_template": None,
+    "quantization": "int4",
+    "target_modules": "all-linear",
+    "merge_adapter": False,
+    "peft": False,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "model_ref": None,
+    "dpo_beta": 0.1,
+    "max_prompt_length": 128,
+    "max_completion_length": None,
+    "prompt_text_column": None,
+    "text_column": "text",
+    "rejected_text_column": None,
+    "push_to_hub": False,
+    "username": None,
+    "token": None,
+    "unsloth": False,
+}
+
+Read = Callable[..., Run]
+
+
+@pytest.fixture
+def read(work: Path) -> Read:
+    """`read(text, **flags)`: a config file's text and flags, resolved."""
+
+    def load(text: str, **flags: str) -> Run:
+        (work / "c.yaml").write_text(text)
+        return load_run(Path("c.yaml"), flags)
+
+    return load
+
+
+def sft(*params: str) -> str:
+    """A short config; its parameters start in line 5."""
+    return "task: llm-sft\ndata:\n  path: data\nparams:\n" + "".join(f"  {p}\n" for p in (*params, "seed: 42"))
+
+
+# --------------------------------------------------------------------------------------- AutoTrain's form
+
+
+def test_every_parameter_of_autotrain_has_its_default() -> None:
+    config = TrainConfig()
+    assert {name: getattr(config, name) for name in AUTOTRAIN_DEFAULTS} == AUTOTRAIN_DEFAULTS
+    assert config.distributed_backend == "auto"
+    assert TrainConfig(distributed_backend=None).distributed_backend == "auto"
+
+
+WHOLE = """\
+task: llm:sft
+base_model: org/base
+project_name: autotrain-run
+log: tensorboard
+backend: local
+
+data:
+  path: org/chat
+  train_split: test
+  valid_split: held-out
+  chat_template: tokenizer
+  column_mapping:
+    text_column: messages
+    prompt_text_column: ask
+    rejected_text_column: worse
+
+params:
+  block_size: 1024
+  model_max_length: 8192
+  max_prompt_length: 512
+  max_completion_length: 256
+  epochs: 3
+  batch_size: 1
+  lr: 3e-5
+  peft: true
+  quantization: int8
+  target_modules: q_proj,v_proj
+  padding: left
+  optimizer: paged_adamw_8bit
+  scheduler: cosine
+  gradient_accumulation: 8
+  mixed_precision: fp16
+  merge_adapter: true
+  lora_dropout: 0
+  eval_strategy: no
+  distributed_backend: null
+
+hub:
+  username: ${PX_USER}
+  token: ${PX_TOKEN}
+  push_to_hub: true
+"""
+
+
+def test_the_whole_form(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PX_USER", "me")
+    monkeypatch.setenv("PX_TOKEN", "hf_secret")
+    run = read(WHOLE)
+    expected = {
+        "trainer": "sft",
+        "model": "org/base",
+        "project_name": "autotrain-run",
+        "log": "tensorboard",
+        "data_path": "org/chat",
+        "train_split": "test",
+        "valid_split": "held-out",
+        "chat_template": "tokenizer",
+        "text_column": "messages",
+        "prompt_text_column": "ask",
+        "rejected_text_column": "worse",
+        "block_size": 1024,
+        "model_max_length": 8192,
+        "max_prompt_length": 512,
+        "max_completion_length": 256,
+        "epochs": 3,
+        "batch_size": 1,
+        "lr": 3e-5,
+        "peft": True,
+        "quantization": "int8",
+        "target_modules": "q_proj,v_proj",
+        "padding": "left",
+        "optimizer": "paged_adamw_8bit",
+        "scheduler": "cosine",
+        "gradient_accumulation": 8,
+        "mixed_precision": "fp16",
+        "merge_adapter": True,
+        "lora_dropout": 0.0,
+        "eval_strategy": "no",
+        "distributed_backend": "auto",
+        "username": "me",
+        "token": "hf_secret",
+        "push_to_hub": True,
+    }
+    assert {name: getattr(run.train, name) for name in expected} == expected
+    assert run.settings.notes == []
+
+
+# The shapes of the configs in AutoTrain's configs/llm_finetuning.
+SHAPES = {
+    "full fine-tuning": sft("block_size: 1024", "max_prompt_length: 512", "mixed_precision: fp16"),
+    "lora without quantisation": sft("peft: true", "quantization: null", "optimizer: paged_adamw_8bit"),
+    "qlora and merge": sft("peft: true", "quantization: int4", "merge_adapter: true", "mixed_precision: bf16"),
+    "unsloth": sft("peft: true", "quantization: int4", "unsloth: true", "lora_dropout: 0"),
+    "hub off": sft() + "hub:\n  username: ${PX_NONE}\n  token: ${PX_NONE}\n  push_to_hub: false\n",
+    "no valid split": sft().replace("path: data", "path: a/b\n  valid_split: null\n  chat_template: null"),
+    "columns without the suffix": sft().replace("path: data", "path: a/b\n  column_mapping:\n    text: messages"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_autotrains_examples(read: Read, shape: str) -> None:
+    assert read(SHAPES[shape]).train.trainer == "sft"
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
+def test_preference_examples_are_refused_for_the_trainer_alone(read: Read, name: str) -> None:
+    mapping = "\n  column_mapping:\n    text_column: chosen\n    rejected_text_column: rejected\n    prompt_text_column: prompt"
+    text = sft("max_prompt_length: 512", "block_size: [1024, 512]").replace("llm-sft", f"llm-{name}")
+    with pytest.raises(ConfigError) as refused:
+        read(text.replace("path: data", f"path: a/b{mapping}"))
+    assert len(str(refused.value).splitlines()) == 1
+    assert f"'{name}' is not available" in str(refused.value)
+
+
+@pytest.mark.parametrize("task", [*TASKS, "llm:sft", "llm:dpo"])
+def test_every_spelling_of_the_task(read: Read, task: str) -> None:
+    trainer = {"llm-generic": "default"}.get(task, task[4:] if task[3:4] in ("-", ":") else "default")
+    text = sft().replace("llm-sft", task)
+    if trainer == "sft":
+        assert read(text).train.trainer == "sft"
+    else:
+        with pytest.raises(ConfigError, match=f"'{trainer}' is not available"):
+            read(text)
+
+
+def test_task_llm_takes_the_trainer_from_params(read: Read) -> None:
+    for task in ("llm", "lm_training"):
+        assert read(sft("trainer: sft").replace("llm-sft", task)).train.trainer == "sft"
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases(read: Read, alias: str) -> None:
+    name = ALIASES[alias]
+    values = {"optim": "sgd", "scheduler": "cosine", "eval_strategy": "no", "log": "wandb", "resume": True}
+    value: Any = values.get(name, values.get(alias, "word"))
+    kind = TrainConfig.model_fields[name].annotation
+    value = 3 if kind in (int, float) or name == "block_size" else value
+    assert getattr(read(sft(f"{alias}: {json.dumps(value)}")).train, name) == value
+
+
+@pytest.mark.parametrize("name", NEGATED)
+@pytest.mark.parametrize("value", [True, False])
+def test_negated_names(read: Read, name: str, value: bool) -> None:
+    run = read(sft(f"{name}: {json.dumps(value)}"))
+    assert getattr(run.train, NEGATED[name]) is not value
+    assert run.settings.sources[NEGATED[name]] == "c.yaml:5"
+
+
+def test_two_spellings_that_agree_are_fine(read: Read) -> None:
+    assert read(sft("lr: 0.1", "learning_rate: 0.1")).train.lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("lr: 3e-5", "lr", 3e-5),  # a string for PyYAML
+        ("lr: 1", "lr", 1.0),
+        ("epochs: 0.5", "epochs", 0.5),
+        ("eval_strategy: no", "eval_strategy", "no"),  # false for PyYAML
+        ("save_strategy: no", "save_strategy", "no"),
+        ("mixed_precision: none", "mixed_precision", None),
+        ("mixed_precision: null", "mixed_precision", None),
+        ("quantization: none", "quantization", None),
+        ("block_size: '512'", "block_size", 512),
+        ("block_size: 512,256", "block_size", [512, 256]),
+        ("block_size: [512, 256]", "block_size", [512, 256]),
+        ("peft: yes", "peft", True),
+        ("resume: true", "resume", True),
+        ("resume: run/checkpoint-3", "resume", "run/checkpoint-3"),
+        ("weight_decay: 1e-2", "weight_decay", 0.01),
+    ],
+)
+def test_words_of_yaml(read: Read, line: str, name: str, value: object) -> None:
+    params = [line, "peft: true"] if line.startswith("quantization") else [line]
+    assert getattr(read(sft(*params)).train, name) == value
+
+
+# -------------------------------------------------------------------------------------------- provenance
+
+
+def test_each_value_says_where_it_came_from(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PX_DATA", "rows")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = read(sft("lr: 0.1").replace("path: data", "path: ${PX_DATA}"), learning_rate="0.2", num_processes="2")
+    sources = run.settings.sources
+    assert run.train.lr == 0.2, "flags win over the file"
+    assert sources["lr"] == "flag --learning-rate"
+    assert sources["trainer"] == "c.yaml:1"
+    assert sources["seed"] == "c.yaml:6"
+    assert sources["data_path"] == "c.yaml:3 (${PX_DATA})"
+    assert sources["token"] == "environment HF_TOKEN"
+    assert sources["weight_decay"] == "default"
+    assert sources["data_seed"] == "derived: seed"
+    assert set(sources) == set(TrainConfig.model_fields)
+    assert run.launch_sources["num_processes"] == "flag --num-processes"
+    assert run.launch_sources["offload"] == "default"
+
+
+def test_launch_and_slurm_sections(read: Read) -> None:
+    run = read(sft() + "launch:\n  num_processes: 4\n  zero_stage: 2\nslurm:\n  nodes: 2\n", zero_stage="3")
+    assert (run.launch.num_processes, run.launch.zero_stage, run.slurm.nodes) == (4, 3, 2)
+    assert run.launch_sources["num_processes"] == "c.yaml:7"
+    assert run.launch_sources["zero_stage"] == "flag --zero-stage"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("base_model", "model"),
+        ("data.path", "data_path"),
+        ("data.train_split", "train_split"),
+        ("data.column_mapping.text_column", "text_column"),
+        ("project_name", "project_name"),
+        ("quantization", "quantization"),
+    ],
+)
+def test_the_source_of_a_key_in_a_message(read: Read, key: str, name: str) -> None:
+    run = read(sft(), **{name: "int4" if name == "quantization" else "x", "peft": "true"})
+    assert run.source_of(key) == f"flag --{name.replace('_', '-')}"
+    assert run.source_of("launch.num_processes") == "default"
+    assert run.source_of("data/train.jsonl:2") == ""
+
+
+def test_flags_replace_what_the_file_says_by_another_name(read: Read) -> None:
+    assert read(sft("learning_rate: 0.1"), lr="0.2").train.lr == 0.2
+    assert read(sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true").train.disable_gradient_checkpointing
+
+
+# --------------------------------------------------------------------------- what is decided for the user
+
+
+def test_int4_by_default_is_dropped_without_peft(read: Read) -> None:
+    run = read(sft())
+    assert run.train.quantization is None
+    assert run.settings.sources["quantization"].startswith("derived: AutoTrain's default int4")
+    assert any("int4" in note for note in run.settings.notes)
+
+
+def test_int4_by_default_stays_with_peft(read: Read) -> None:
+    run = read(sft("peft: true"))
+    assert run.train.quantization == "int4"
+    assert not any("int4" in note for note in run.settings.notes)
+
+
+@pytest.mark.parametrize(("limit", "size", "noted"), [(2048, 1024, True), (1024, 1024, False), (512, 512, False)])
+def test_block_size_of_minus_one(read: Read, limit: int, size: int, noted: bool) -> None:
+    run = read(sft(f"model_max_length: {limit}"))
+    assert run.train.block_size == size
+    assert run.settings.sources["block_size"].startswith("derived: ")
+    assert any("block_size" in note for note in run.settings.notes) is noted
+
+
+def test_a_default_prompt_length_forbids_no_short_block(read: Read) -> None:
+    assert read(sft("block_size: 64")).train.block_size == 64
+
+
+@pytest.mark.parametrize(
+    ("params", "save", "evaluate", "best"),
+    [
+        ([], "epoch", "no", False),
+        (["save_steps: 5"], "steps", "no", False),
+        (["valid_split: v"], "epoch", "epoch", True),
+        (["valid_split: v", "save_steps: 5"], "steps", "epoch", False),
+        (["valid_split: v", "save_steps: 5", "eval_strategy: steps", "eval_steps: 5"], "steps", "steps", True),
+        (["valid_split: v", "save_steps: 5", "eval_strategy: steps", "eval_steps: 2"], "steps", "steps", False),
+        (["valid_split: v", "load_best_model_at_end: false"], "epoch", "epoch", False),
+        (["save_strategy: no"], "no", "no", False),
+    ],
+)  # fmt: skip
+def test_when_to_save_and_to_evaluate(read: Read, params: list[str], save: str, evaluate: str, best: bool) -> None:
+    train = read(sft(*params)).train
+    assert (train.save_strategy, train.eval_strategy, train.load_best_model_at_end) == (save, evaluate, best)
+
+
+def test_derived_values_follow_what_the_user_chose(read: Read) -> None:
+    train = read(sft("batch_size: 7", "project_name: runs/mine").replace("seed: 42", "seed: 9")).train
+    assert (train.per_device_eval_batch_size, train.data_seed, train.run_name) == (7, 9, "mine")
+    chosen = read(sft("per_device_eval_batch_size: 3", "data_seed: 4", "run_name: other")).train
+    assert (chosen.per_device_eval_batch_size, chosen.data_seed, chosen.run_name) == (3, 4, "other")
+
+
+def test_unsloth_is_noted(read: Read) -> None:
+    assert any(note.startswith("unsloth: has no effect") for note in read(sft("unsloth: true")).settings.notes)
+
+
+# ------------------------------------------------------------------------------------ variables, secrets
+
+
+def test_variables_in_every_string(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PX_A", "left")
+    monkeypatch.setenv("PX_B", "right")
+    monkeypatch.setenv("PX_LR", "0.5")
+    run = read(sft("run_name: ${PX_A}-${PX_B}", "lr: ${PX_LR}"))
+    assert run.train.run_name == "left-right"
+    assert run.train.lr == 0.5
+    assert run.settings.sources["run_name"] == "c.yaml:5 (${PX_A}, ${PX_B})"
+
+
+def test_variables_in_launch_and_slurm(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PX_N", "2")
+    run = read(sft() + "launch:\n  num_processes: ${PX_N}\nslurm:\n  account: team${PX_N}\n")
+    assert (run.launch.num_processes, run.slurm.account) == (2, "team2")
+
+
+def test_an_unset_hub_variable_is_null(read: Read) -> None:
+    run = read(sft() + "hub:\n  username: ${PX_NONE}\n  token: ${PX_NONE}\n")
+    assert (run.train.username, run.train.token) == (None, None)
+    assert run.settings.sources["username"] == "c.yaml:7 (${PX_NONE}, not set)"
+
+
+SECRET = "hf_do_not_print_me"
+
+
+@pytest.mark.parametrize("how", ["file", "variable", "environment"])
+def test_a_secret_stays_inside(
+    read: Read, how: str, work: Path, hardware: object, packages: object,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv({"variable": "PX_TOKEN", "environment": "HF_TOKEN"}.get(how, "PX_OTHER"), SECRET)
+    hub = {"file": f"hub:\n  token: {SECRET}\n", "variable": "hub:\n  token: ${PX_TOKEN}\n", "environment": ""}[how]
+    text = sft("project_name: run", "model: model") + hub
+    run = read(text)
+    assert run.train.token == SECRET
+    assert "token" not in run.settings.public()
+    assert SECRET not in repr(run.train)
+    write_effective(run.settings, work / "effective.json")
+    assert SECRET not in (work / "effective.json").read_text()
+    assert run_command(["show", "c.yaml"], monkeypatch) == 0
+    assert run_command(["show", "c.yaml", "--json"], monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert SECRET not in shown.out + shown.err
+
+
+# ----------------------------------------------------------------------------------- the effective config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        sft(),
+        sft("peft: true", "quantization: int4", "unsloth: true"),
+        sft("block_size: [512, 256]", "valid_split: v", "save_steps: 5", "resume: true"),
+        sft("lr: 3e-5", "warmup_steps: 3", "distributed_backend: fsdp", "target_modules: null"),
+    ],
+)
+def test_the_effective_config_resolves_to_itself(read: Read, work: Path, text: str) -> None:
+    first = read(text)
+    write_effective(first.settings, work / "effective.json")
+    second = load_settings(work / "effective.json")
+    assert second == first.settings
+    again = load_run(work / "effective.json", {})
+    assert again.settings == first.settings
+    write_effective(second, work / "twice.json")
+    assert (work / "twice.json").read_bytes() == (work / "effective.json").read_bytes()
+
+
+def test_what_the_user_chose_is_still_known_after_the_round_trip(read: Read, work: Path) -> None:
+    run = read(sft("text_column: body", "max_prompt_length: 100"))
+    write_effective(run.settings, work / "effective.json")
+    chosen = load_settings(work / "effective.json").train.model_fields_set
+    assert {"text_column", "max_prompt_length"} <= chosen
+    assert "prompt_text_column" not in chosen
+
+
+def test_nothing_given_resolves() -> None:
+    with pytest.raises(ConfigError, match="'default' is not available"):
+        resolve({})
+
+
+# -------------------------------------------------------------------------------------------- the schema
+
+
+def test_the_json_schema_lists_every_key_and_refers_to_nothing_missing() -> None:
+    schema = json_schema()
+    kinds = {"object", "array", "string", "integer", "number", "boolean", "null"}
+    definitions = schema["$defs"]
+
+    def walk(node: object) -> None:
+        if isinstance(node, list):
+            for item in node:
+                walk(item)
+        elif isinstance(node, dict):
+            assert node.get("type", "object") in kinds or isinstance(node["type"], dict)  # a field named type
+            if "$ref" in node:
+                assert node["$ref"].removeprefix("#/$defs/") in definitions
+            for item in node.values():
+                walk(item)
+
+    walk(schema)
+    assert json.loads(json.dumps(schema)) == schema
+    assert set(definitions["Params"]["properties"]) == {*TrainConfig.model_fields, *ALIASES, *NEGATED}
+    assert set(definitions["LaunchConfig"]["properties"]) == set(LaunchConfig.model_fields)
+    assert set(definitions["SlurmConfig"]["properties"]) == set(SlurmConfig.model_fields)
+    assert set(definitions["Hub"]["properties"]) == {"username", "token", "push_to_hub"}
+    assert schema["required"] == ["task", "data"]
+    for section in (schema, *definitions.values()):
+        assert section["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("model", [TrainConfig, LaunchConfig, SlurmConfig])
+def test_every_field_says_what_it_is(model: type[Any]) -> None:
+    for name, field in model.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name

@@ -1,0 +1,206 @@
+"""Machines, ranks and ports: the config first, then SLURM, then what the hardware has."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from fakes import GIB, machine
+
+from launcher import topology
+from launcher.config import LaunchConfig
+from launcher.topology import Hardware, Topology, detect_hardware, free_port, resolve_topology, shared_port
+from trainers.config import ConfigError
+
+CPU = machine()
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_NODELIST": "node[07-08]",
+}
+
+
+def layout(hardware: Hardware = CPU, environ: Mapping[str, str] | None = None, **launch: object) -> Topology:
+    return resolve_topology(LaunchConfig.model_validate(launch), hardware, "run", environ or {})
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stub of SLURM's scontrol, first on PATH; it notes its arguments."""
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nprintf "node07\\nnode08\\n"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return script
+
+
+# ------------------------------------------------------------------------------------------------ counts
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launch", "processes", "local"),
+    [
+        (0, {}, 1, 1),
+        (1, {}, 1, 1),
+        (8, {}, 8, 8),
+        (8, {"num_processes": 3}, 3, 3),
+        (0, {"num_processes": 4}, 4, 4),
+        (4, {"num_machines": 2, "main_process_ip": "h"}, 8, 4),
+        (0, {"num_machines": 2, "main_process_ip": "h"}, 2, 1),
+        (4, {"num_machines": 2, "num_processes": 2, "main_process_ip": "h"}, 2, 1),
+    ],
+)
+def test_number_of_ranks(gpus: int, launch: dict[str, object], processes: int, local: int) -> None:
+    found = layout(machine(gpus=gpus), **launch)
+    assert (found.num_processes, found.local_processes, found.on_gpu) == (processes, local, gpus > 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launch", "words"),
+    [
+        (2, {"num_processes": 3}, "num_processes up to 2"),
+        (2, {"num_processes": 8, "num_machines": 2, "main_process_ip": "h"}, "num_processes up to 4"),
+        (0, {"num_processes": 3, "num_machines": 2, "main_process_ip": "h"}, "a multiple of 2"),
+        (0, {"machine_rank": 1}, "Allowed: 0 to 0"),
+        (0, {"machine_rank": 2, "num_machines": 2, "main_process_ip": "h"}, "Allowed: 0 to 1"),
+        (0, {"num_machines": 2}, "--main-process-ip"),
+    ],
+)
+def test_counts_that_do_not_fit(gpus: int, launch: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        layout(machine(gpus=gpus), **launch)
+
+
+# ------------------------------------------------------------------------------------------------- SLURM
+
+
+def test_a_step_on_two_nodes(scontrol: Path) -> None:
+    found = layout(machine(gpus=4), STEP)
+    assert (found.num_machines, found.machine_rank, found.num_processes) == (2, 1, 8)
+    assert found.main_process_ip == "node07"
+    assert found.main_process_port == shared_port("77")
+    assert (scontrol.parent / "asked").read_text() == "show hostnames node[07-08]\n"
+
+
+def test_every_node_of_a_step_agrees(scontrol: Path) -> None:
+    first, second = (layout(machine(gpus=4), {**STEP, "SLURM_NODEID": rank}) for rank in "01")
+    assert (first.machine_rank, second.machine_rank) == (0, 1)
+    same = ("num_machines", "num_processes", "main_process_ip", "main_process_port")
+    assert [getattr(first, name) for name in same] == [getattr(second, name) for name in same]
+
+
+def test_the_batch_script_is_not_a_step() -> None:
+    """There, SLURM_NODEID is 0 on whichever node it runs."""
+    outside = {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}
+    assert layout(machine(gpus=4), outside).num_machines == 1
+
+
+def test_a_step_on_one_node_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = layout(machine(gpus=4), {**STEP, "SLURM_NNODES": "1", "SLURM_NODEID": "0"})
+    assert (found.num_machines, found.main_process_ip) == (1, "127.0.0.1")
+
+
+def test_the_config_wins_over_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = layout(CPU, STEP, num_machines=4, machine_rank=3, main_process_ip="head", main_process_port=4000)
+    assert (found.num_machines, found.machine_rank) == (4, 3)
+    assert (found.main_process_ip, found.main_process_port) == ("head", 4000)
+
+
+@pytest.mark.parametrize("script", [None, "exit 1", "true"])
+def test_scontrol_that_does_not_answer(script: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        scontrol.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(ConfigError, match=r"scontrol could not name the first node.*--main-process-ip"):
+        layout(CPU, STEP)
+
+
+# ------------------------------------------------------------------------------------------------- ports
+
+
+def test_a_free_port_is_free() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", free_port()))
+
+
+def test_one_machine_takes_a_free_port_or_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "free_port", lambda: 45678)
+    assert layout().main_process_port == 45678
+    assert layout(main_process_port=5000).main_process_port == 5000
+
+
+def test_machines_without_slurm_derive_the_same_port() -> None:
+    ports = {layout(num_machines=2, machine_rank=rank, main_process_ip="h").main_process_port for rank in (0, 1)}
+    assert ports == {shared_port("run:h")}
+
+
+def test_shared_ports_lie_below_the_kernels_own_and_differ_by_job() -> None:
+    ports = [shared_port(str(job)) for job in range(200)]
+    assert all(20000 <= port < 30000 for port in ports)
+    assert len(set(ports)) > 190
+
+
+# ---------------------------------------------------------------------------------------------- hardware
+
+
+def fake_nvml(cards: int) -> types.ModuleType:
+    """What _nvml_gpus uses of pynvml."""
+    module = types.ModuleType("pynvml")
+    members = {
+        "NVMLError": RuntimeError,
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: cards,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}",
+        "nvmlDeviceGetName": lambda handle: f"card {handle}",
+        "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=80 * GIB),
+    }
+    module.__dict__.update(members)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["card 0", "card 1", "card 2", "card 3"]),
+        ("2,0", ["card 2", "card 0"]),
+        ("GPU-1", ["card 1"]),
+        ("1, 3", ["card 1", "card 3"]),
+        ("", []),
+        ("-1", []),
+        ("0,9,1", ["card 0"]),
+    ],
+)
+def test_visible_gpus(visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(4))
+    found = detect_hardware({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert [gpu.name for gpu in found.gpus] == names
+    assert all(gpu.memory == 80 * GIB and gpu.capability == (9, 0) for gpu in found.gpus)
+
+
+def test_no_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_nvml(4)
+
+    def fail() -> None:
+        raise module.NVMLError("driver not loaded")
+
+    module.nvmlInit = fail
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert detect_hardware({}).gpus == ()
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    found = detect_hardware({})
+    assert found.cores >= 1
+    assert found.memory > GIB // 4
