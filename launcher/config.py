@@ -68,7 +68,7 @@ _Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]-]+$")]
 
 def _quoted_time(value: Any) -> Any:
     if isinstance(value, int):
-        raise ValueError("YAML reads a time without quotes as a number of seconds. Write for example '12:00:00'")
+        raise ValueError("YAML reads a time without quotes as a number. Write for example '12:00:00'")
     return value
 
 
@@ -80,7 +80,9 @@ class SlurmConfig(BaseModel):
     nodes: Int | None = Field(None, gt=0, description="Nodes.")
     gpus_per_node: Int | None = Field(None, ge=0, description="GPUs on each node.")
     cpus_per_task: Int | None = Field(None, gt=0, description="CPU cores on each node.")
-    time: Annotated[_Plain | None, BeforeValidator(_quoted_time)] = Field(None, description="Time limit, such as 12:00:00 (quoted in YAML).")
+    time: Annotated[_Plain | None, BeforeValidator(_quoted_time)] = Field(
+        None, description="Time limit, such as 12:00:00 (quoted in YAML)."
+    )
     partition: _Plain | None = Field(None, description="Partition.")
     account: _Plain | None = Field(None, description="Account.")
     qos: _Plain | None = Field(None, description="Quality of service.")
@@ -178,8 +180,7 @@ def json_schema() -> dict[str, Any]:
     negated = {
         key: (bool, Field(False, description=f"The opposite of {name}.")) for key, name in NEGATED.items()
     }
-    aliases = {alias: (fields[name].annotation, fields[name]) for alias, name in ALIASES.items()}
-    params = create_model("Params", __base__=TrainConfig, **negated, **aliases)
+    params = create_model("Params", __base__=TrainConfig, **negated, **pick(ALIASES))
     whole = create_model(
         "PhalanxConfig",
         __config__=strict,

@@ -51,7 +51,7 @@ def _safetensors_size(file: Path) -> int:
             header = json.loads(stream.read(length))
     except (struct.error, ValueError):
         raise ConfigError(
-            f"base_model: {file} is not a safetensors file. Download it anew (of Git LFS, it may be the pointer only)."
+            f"base_model: {file} is not a safetensors file (perhaps a pointer of Git LFS). Download it anew."
         ) from None
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 

@@ -147,7 +147,10 @@ def _first_slurm_host(environ: Mapping[str, str]) -> str:
         raise ConfigError(
             f"scontrol could not name the first node: {error}. Give --main-process-ip."
         ) from None
-    return answer.stdout.split()[0]
+    hosts = answer.stdout.split()
+    if not hosts:
+        raise ConfigError("scontrol could not name the first node: it printed none. Give --main-process-ip.")
+    return hosts[0]
 
 
 def free_port() -> int:

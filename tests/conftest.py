@@ -53,7 +53,7 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`packages(without="wandb")`: every optional package but these is installed, as far as the launcher sees."""
+    """`packages(without="wandb")`: the launcher finds every optional package but these."""
 
     def present(without: tuple[str, ...] | str = ()) -> None:
         missing = (without,) if isinstance(without, str) else without

@@ -1,4 +1,4 @@
-"""What tests invent: hardware, a model folder that only looks like one, rows, and the command run in this process."""
+"""What tests invent: hardware, a model folder that only looks like one, rows; the command in-process."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from launcher.topology import Gpu, Hardware
 GIB = 2**30
 
 
-def machine(gpus: int = 0, gib: int = 80, capability: tuple[int, int] = (9, 0), cpu_bf16: bool = True) -> Hardware:
+def machine(
+    gpus: int = 0, gib: int = 80, capability: tuple[int, int] = (9, 0), cpu_bf16: bool = True
+) -> Hardware:
     """Invented hardware; eight cores and 16 GiB of host memory."""
     cards = tuple(Gpu(f"card {index}", gib * GIB, capability) for index in range(gpus))
     return Hardware(gpus=cards, memory=16 * GIB, cores=8, cpu_bf16=cpu_bf16)
 
 
 def fake_model(folder: Path, parameters: int = 1000) -> Path:
-    """A config and the header of a safetensors file that claims `parameters` weights: all that the launcher reads."""
+    """What the launcher reads of a model: a config, and the header of weights that claims `parameters`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
     header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 0]}}).encode()

@@ -1,5 +1,5 @@
-"""A wrong config fails before a rank starts: exit code 2, a plain line that says what, where and how to mend it, and
-nothing written. Each case goes through the real command, as `train` and as `show`.
+"""A wrong config fails before a rank starts: exit code 2, a plain line on what, where and how to mend it,
+and nothing written. Each case goes through the real command, as `train` and as `show`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def section(name: str, *lines: str) -> str:
 
 @pytest.fixture
 def refuse(
-    work: Path, hardware: object, packages: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path,
+    hardware: object,
+    packages: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Refuse:
     """`refuse(text, *words, flags=...)`: the command refuses this config and says all of the words."""
 
@@ -109,7 +113,9 @@ def test_not_utf8(refuse: Refuse, work: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://example.com/c.yaml", "https://example.com/c.yaml"])
-def test_remote_config(work: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_remote_config(
+    work: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(["train", url], monkeypatch) == 2
     message = capsys.readouterr().err
     check_message(message)
@@ -126,19 +132,25 @@ def test_remote_config(work: Path, url: str, monkeypatch: pytest.MonkeyPatch, ca
         pytest.param("llm-sft\n", ["c.yaml:1", "mapping of keys"], id="a-word"),
         pytest.param("task: [llm-sft\nlog: none\n", ["c.yaml:", "not valid YAML"], id="not-yaml"),
         pytest.param("task: llm-sft\n\tlog: none\n", ["c.yaml:2", "not valid YAML"], id="tab"),
-        pytest.param("task: llm-sft\n---\ntask: llm-sft\n", ["c.yaml:2", "not valid YAML"], id="two-documents"),
-        pytest.param(spoil("0.001", "!!python/object:os.system x"), ["c.yaml:12", "not valid YAML"], id="python-tag"),
+        pytest.param("task: llm-sft\n---\ntask: llm-sft\n", ["c.yaml:2", "not valid YAML"],
+                     id="two-documents"),
+        pytest.param(spoil("0.001", "!!python/object:os.system x"), ["c.yaml:12", "not valid YAML"],
+                     id="python-tag"),
         pytest.param(spoil("0.001", "2024-13-45"), ["c.yaml:12", "2024-13-45"], id="impossible-date"),
         pytest.param(spoil("0.001", "2024-01-01"), ["c.yaml:12", "params.lr", "not a number"], id="date"),
-        pytest.param(spoil("log: none", "task: llm-sft"), ["c.yaml:4", "'task' is given twice", "line 1"], id="twice"),
-        pytest.param(params("lr: 0.1"), ["c.yaml:14", "'lr' is given twice", "line 12", "Keep one"], id="param-twice"),
+        pytest.param(spoil("log: none", "task: llm-sft"),
+                     ["c.yaml:4", "'task' is given twice", "line 1"], id="twice"),
+        pytest.param(params("lr: 0.1"), ["c.yaml:14", "'lr' is given twice", "line 12", "Keep one"],
+                     id="param-twice"),
         pytest.param(spoil("task: llm-sft\n", ""), ["c.yaml", "'task' is missing", "llm-sft"], id="no-task"),
         pytest.param(params("<<: {seed: 1}"), ["c.yaml:14", "merge keys (<<)"], id="merge-key"),
-        pytest.param(params("? [a, b]", ": 1"), ["c.yaml:14", "a key must be a word"], id="key-that-is-a-list"),
+        pytest.param(params("? [a, b]", ": 1"), ["c.yaml:14", "a key must be a word"],
+                     id="key-that-is-a-list"),
         pytest.param(params("seed: &x [*x]"), ["c.yaml:14", "nested"], id="alias-of-itself"),
-        pytest.param(spoil("data:\n  path: data\n  train_split: train\n  column_mapping:\n    text_column: text\n",
-                           "data: data\n"), ["c.yaml:6", "data must be a mapping"], id="section-that-is-a-word"),
-        pytest.param(GOOD + "launch: [1]\n", ["c.yaml:14", "launch must be a mapping"], id="section-that-is-a-list"),
+        pytest.param("task: llm-sft\ndata: data\n", ["c.yaml:2", "data must be a mapping"],
+                     id="section-that-is-a-word"),
+        pytest.param(GOOD + "launch: [1]\n", ["c.yaml:14", "launch must be a mapping"],
+                     id="section-that-is-a-list"),
     ],
 )  # fmt: skip
 def test_form(refuse: Refuse, text: str, words: list[str]) -> None:
@@ -151,15 +163,21 @@ def test_form(refuse: Refuse, text: str, words: list[str]) -> None:
         pytest.param(GOOD + "lr: 1\n", ["c.yaml:14", "'lr'", "under 'params:'"], id="param-at-the-top"),
         pytest.param(GOOD + "learning_rate: 1\n", ["c.yaml:14", "under 'params:'"], id="alias-at-the-top"),
         pytest.param(spoil("base_model", "base_modle"), ["c.yaml:2", "Did you mean 'base_model'?"], id="top"),
-        pytest.param(spoil("params", "parms"), ["c.yaml:11", "'parms'", "Did you mean 'params'?"], id="section"),
+        pytest.param(spoil("params", "parms"), ["c.yaml:11", "'parms'", "Did you mean 'params'?"],
+                     id="section"),
         pytest.param(params("bach_size: 2"), ["c.yaml:14", "params.bach_size", "'batch_size'?"], id="param"),
         pytest.param(spoil("train_split", "trian_split"), ["c.yaml:8", "'train_split'?"], id="data"),
         pytest.param(spoil("text_column", "txt_column"), ["c.yaml:10", "'text_column'?"], id="column"),
-        pytest.param(section("hub", "user_name: me"), ["c.yaml:15", "hub.user_name", "'username'?"], id="hub"),
-        pytest.param(section("launch", "num_procs: 2"), ["c.yaml:15", "launch.num_procs", "'num_processes'?"], id="launch"),
-        pytest.param(section("slurm", "partitoin: a"), ["c.yaml:15", "slurm.partitoin", "'partition'?"], id="slurm"),
-        pytest.param(section("hub", "zzz: 1"), ["c.yaml:15", "Valid: push_to_hub, token, username"], id="nothing-near"),
-        pytest.param(params("zzzzzz: 1"), ["c.yaml:14", "params.zzzzzz", "phalanx train --help"], id="param-nothing-near"),
+        pytest.param(section("hub", "user_name: me"), ["c.yaml:15", "hub.user_name", "'username'?"],
+                     id="hub"),
+        pytest.param(section("launch", "num_procs: 2"),
+                     ["c.yaml:15", "launch.num_procs", "'num_processes'?"], id="launch"),
+        pytest.param(section("slurm", "partitoin: a"), ["c.yaml:15", "slurm.partitoin", "'partition'?"],
+                     id="slurm"),
+        pytest.param(section("hub", "zzz: 1"), ["c.yaml:15", "Valid: push_to_hub, token, username"],
+                     id="nothing-near"),
+        pytest.param(params("zzzzzz: 1"), ["c.yaml:14", "params.zzzzzz", "phalanx train --help"],
+                     id="param-nothing-near"),
     ],
 )  # fmt: skip
 def test_unknown_key(refuse: Refuse, text: str, words: list[str]) -> None:
@@ -235,11 +253,15 @@ def test_task_that_does_not_exist(refuse: Refuse, task: str) -> None:
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
 def test_trainer_that_is_not_available_yet(refuse: Refuse, name: str) -> None:
-    refuse(spoil("llm-sft", f"llm-{name}"), "c.yaml:1", f"'{name}' is not available", "Available: sft", "llm-sft")
+    refuse(
+        spoil("llm-sft", f"llm-{name}"), "c.yaml:1", f"'{name}' is not available", "Available: sft", "llm-sft"
+    )
 
 
 def test_backend_of_autotrains_cloud(refuse: Refuse) -> None:
-    refuse(spoil("local", "spaces-a10g"), "c.yaml:5", "backend: spaces-a10g", "Allowed: local", "slurm/train.sh")
+    refuse(
+        spoil("local", "spaces-a10g"), "c.yaml:5", "backend: spaces-a10g", "Allowed: local", "slurm/train.sh"
+    )
 
 
 def test_trainer_that_does_not_exist(refuse: Refuse) -> None:
@@ -248,7 +270,9 @@ def test_trainer_that_does_not_exist(refuse: Refuse) -> None:
 
 
 def test_tracker_that_does_not_exist(refuse: Refuse) -> None:
-    refuse(spoil("log: none", "log: mlflow"), "c.yaml:4", "'mlflow' does not exist", "'tensorboard' or 'wandb'")
+    refuse(
+        spoil("log: none", "log: mlflow"), "c.yaml:4", "'mlflow' does not exist", "'tensorboard' or 'wandb'"
+    )
 
 
 # ------------------------------------------------------------------------------- values against values
@@ -260,7 +284,11 @@ def test_tracker_that_does_not_exist(refuse: Refuse) -> None:
         (["block_size: 4096"], "block_size", "model_max_length (2048)"),
         (["max_prompt_length: 4096", "block_size: -1"], "max_prompt_length", "model_max_length (2048)"),
         (["max_prompt_length: 600", "block_size: 512"], "max_prompt_length", "block_size (512)"),
-        (["max_completion_length: 4096", "block_size: -1"], "max_completion_length", "model_max_length (2048)"),
+        (
+            ["max_completion_length: 4096", "block_size: -1"],
+            "max_completion_length",
+            "model_max_length (2048)",
+        ),
         (["max_completion_length: 600", "block_size: 512"], "max_completion_length", "block_size (512)"),
     ],
 )
@@ -270,7 +298,9 @@ def test_lengths(refuse: Refuse, lines: list[str], name: str, bound: str) -> Non
 
 @pytest.mark.parametrize("size", [0, -2])
 def test_block_size_that_is_no_length(refuse: Refuse, size: int) -> None:
-    refuse(params(f"block_size: {size}"), "c.yaml:14", f"block_size: {size} is not a length", "Allowed: -1 or")
+    refuse(
+        params(f"block_size: {size}"), "c.yaml:14", f"block_size: {size} is not a length", "Allowed: -1 or"
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,16 +318,23 @@ def test_pairs_of_parameters(refuse: Refuse, lines: list[str], words: list[str])
 
 def test_eval_steps_are_missing(refuse: Refuse, work: Path) -> None:
     write_rows(work / "data" / "valid.jsonl", {"text": "one"})
-    text = spoil("train_split: train\n", "train_split: train\n  valid_split: valid\n") + "  eval_strategy: steps\n"
+    text = (
+        spoil("train_split: train\n", "train_split: train\n  valid_split: valid\n")
+        + "  eval_strategy: steps\n"
+    )
     refuse(text, "c.yaml:15", "eval_strategy", "eval_steps: 100")
 
 
 def test_two_spellings_in_the_file(refuse: Refuse) -> None:
-    refuse(params("learning_rate: 0.1"), "c.yaml:14", "learning_rate: 0.1 contradicts", "lr: 0.001", "c.yaml:12")
+    refuse(
+        params("learning_rate: 0.1"), "c.yaml:14", "learning_rate: 0.1 contradicts", "lr: 0.001", "c.yaml:12"
+    )
 
 
 def test_two_spellings_as_flags(refuse: Refuse) -> None:
-    refuse(GOOD, "flag --learning-rate", "contradicts", "flag --lr", flags=("--lr", "1", "--learning-rate", "2"))
+    refuse(
+        GOOD, "flag --learning-rate", "contradicts", "flag --lr", flags=("--lr", "1", "--learning-rate", "2")
+    )
 
 
 def test_a_param_and_its_opposite(refuse: Refuse) -> None:
@@ -325,7 +362,9 @@ def test_a_bad_token_is_not_printed(refuse: Refuse, work: Path, capsys: pytest.C
     assert "hf_" not in message
 
 
-@pytest.mark.parametrize("text", [spoil("path: data", "path: ${PX_NOT_SET}"), spoil("path: data", "path: a/${PX_NOT_SET}")])
+@pytest.mark.parametrize(
+    "text", [spoil("path: data", "path: ${PX_NOT_SET}"), spoil("path: data", "path: a/${PX_NOT_SET}")]
+)
 def test_variable_that_is_not_set(refuse: Refuse, text: str) -> None:
     refuse(text, "c.yaml:7", "PX_NOT_SET is not set", "Export it")
 
@@ -337,9 +376,18 @@ def test_hub_variable_inside_a_word(refuse: Refuse) -> None:
 # ----------------------------------------------------------------------------------------- project_name
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/phalanx-outside", ".", "runs/../..", "'a b'", "x;y", '"x\\ny"', "'-x'", "$x", "~/x"])
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/tmp/phalanx-outside", ".", "runs/../..", "'a b'", "x;y", '"x\\ny"', "'-x'", "$x", "~/x"],
+)
 def test_project_name_that_is_not_a_plain_path_inside(refuse: Refuse, name: str) -> None:
-    refuse(spoil("project_name: run", f"project_name: {name}"), "c.yaml:3", "project_name", "Allowed: letters", "my-run")
+    refuse(
+        spoil("project_name: run", f"project_name: {name}"),
+        "c.yaml:3",
+        "project_name",
+        "Allowed: letters",
+        "my-run",
+    )
 
 
 def test_empty_project_name(refuse: Refuse) -> None:
@@ -358,7 +406,9 @@ def test_project_name_that_is_a_file(refuse: Refuse, work: Path, made: str) -> N
     refuse(spoil("project_name: run", f"project_name: {made}"), "c.yaml:3", "run is a file", "another name")
 
 
-@pytest.mark.parametrize("left", ["run.json", "launch/attempt-1/command.txt", "checkpoint-5/model.safetensors"])
+@pytest.mark.parametrize(
+    "left", ["run.json", "launch/attempt-1/command.txt", "checkpoint-5/model.safetensors"]
+)
 def test_folder_that_holds_another_run(refuse: Refuse, work: Path, left: str) -> None:
     (work / "run" / left).parent.mkdir(parents=True)
     (work / "run" / left).write_text("{}")
@@ -366,7 +416,9 @@ def test_folder_that_holds_another_run(refuse: Refuse, work: Path, left: str) ->
 
 
 def test_resume_without_a_checkpoint(refuse: Refuse) -> None:
-    refuse(GOOD, "flag --resume", "no finished checkpoint in run", "Start without --resume", flags=("--resume",))
+    refuse(
+        GOOD, "flag --resume", "no finished checkpoint in run", "Start without --resume", flags=("--resume",)
+    )
 
 
 def test_resume_from_an_unfinished_checkpoint(refuse: Refuse, work: Path) -> None:
@@ -380,7 +432,13 @@ def test_resume_from_an_unfinished_checkpoint(refuse: Refuse, work: Path) -> Non
 
 def test_model_path_that_does_not_exist(refuse: Refuse) -> None:
     for path in ("./nowhere", "/nowhere", "a/b/c"):
-        refuse(spoil("base_model: model", f"base_model: {path}"), "c.yaml:2", "base_model", f"{path} does not exist", "hub id")
+        refuse(
+            spoil("base_model: model", f"base_model: {path}"),
+            "c.yaml:2",
+            "base_model",
+            f"{path} does not exist",
+            "hub id",
+        )
 
 
 def test_model_folder_without_config(refuse: Refuse, work: Path) -> None:
@@ -393,7 +451,10 @@ def test_model_folder_without_weights(refuse: Refuse, work: Path) -> None:
     refuse(GOOD, "c.yaml:2", "base_model", "model holds no weights", "*.safetensors or pytorch_model*.bin")
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", b"\x05" + b"\0" * 7 + b"hello"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", b"\x05" + b"\0" * 7 + b"hello"],
+)
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_weights_that_are_not_safetensors(refuse: Refuse, work: Path, content: bytes, ranks: str) -> None:
     (work / "model" / "model.safetensors").write_bytes(content)
@@ -411,7 +472,13 @@ def test_no_data_at_all(refuse: Refuse, work: Path) -> None:
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "nowhere.jsonl", "a/b/c"])
 def test_data_path_that_does_not_exist(refuse: Refuse, path: str) -> None:
-    refuse(spoil("path: data", f"path: {path}"), "c.yaml:7", "data.path", f"{path} does not exist", "dataset id on the hub")
+    refuse(
+        spoil("path: data", f"path: {path}"),
+        "c.yaml:7",
+        "data.path",
+        f"{path} does not exist",
+        "dataset id on the hub",
+    )
 
 
 def test_home_of_a_user_that_does_not_exist(refuse: Refuse) -> None:
@@ -420,14 +487,26 @@ def test_home_of_a_user_that_does_not_exist(refuse: Refuse) -> None:
 
 def test_data_file_of_another_kind(refuse: Refuse, work: Path) -> None:
     (work / "rows.xlsx").write_text("x")
-    refuse(spoil("path: data", "path: rows.xlsx"), "c.yaml:7", "rows.xlsx", "Allowed: .csv, .jsonl, .json, .parquet")
+    refuse(
+        spoil("path: data", "path: rows.xlsx"),
+        "c.yaml:7",
+        "rows.xlsx",
+        "Allowed: .csv, .jsonl, .json, .parquet",
+    )
 
 
 def test_folder_without_the_split(refuse: Refuse, work: Path) -> None:
     write_rows(work / "data" / "test.jsonl", {"text": "x"})
     (work / "data" / "notes.txt").write_text("not data")
     text = spoil("train_split: train", "train_split: training")
-    refuse(text, "c.yaml:8", "data.train_split", "no split 'training'", "There: test.jsonl, train.jsonl", "data/training.jsonl")
+    refuse(
+        text,
+        "c.yaml:8",
+        "data.train_split",
+        "no split 'training'",
+        "There: test.jsonl, train.jsonl",
+        "data/training.jsonl",
+    )
 
 
 def test_folder_with_nothing(refuse: Refuse, work: Path) -> None:
@@ -441,7 +520,9 @@ def test_valid_split_that_is_not_there(refuse: Refuse) -> None:
 
 
 def test_valid_split_of_a_single_file(refuse: Refuse) -> None:
-    text = spoil("path: data", "path: data/train.jsonl").replace("train_split: train", "train_split: train\n  valid_split: valid")
+    text = spoil("path: data", "path: data/train.jsonl").replace(
+        "train_split: train", "train_split: train\n  valid_split: valid"
+    )
     refuse(text, "data.path", "one file", "valid_split: null")
 
 
@@ -449,17 +530,31 @@ def test_valid_split_of_a_single_file(refuse: Refuse) -> None:
 def test_column_that_is_not_there(refuse: Refuse, work: Path, mapping: str) -> None:
     write_rows(work / "data" / "train.jsonl", {"text": "x", "label": 1})
     name = mapping.split(": ")[1]
-    refuse(spoil("text_column: text", mapping), "c.yaml:10", "data.column_mapping", f"no column '{name}'", "text, label")
+    refuse(
+        spoil("text_column: text", mapping),
+        "c.yaml:10",
+        "data.column_mapping",
+        f"no column '{name}'",
+        "text, label",
+    )
 
 
 def test_no_column_that_could_be_text(refuse: Refuse, work: Path) -> None:
     write_rows(work / "data" / "train.jsonl", {"body": "x"})
-    refuse(spoil("  column_mapping:\n    text_column: text\n", ""), "no column 'text'", "The columns are: body")
+    refuse(
+        spoil("  column_mapping:\n    text_column: text\n", ""), "no column 'text'", "The columns are: body"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("train.jsonl", ""), ("train.jsonl", "\n\n"), ("train.csv", ""), ("train.csv", "text,label\n"), ("train.json", "[]")],
+    [
+        ("train.jsonl", ""),
+        ("train.jsonl", "\n\n"),
+        ("train.csv", ""),
+        ("train.csv", "text,label\n"),
+        ("train.json", "[]"),
+    ],
 )
 def test_empty_split(refuse: Refuse, work: Path, name: str, content: str) -> None:
     (work / "data" / "train.jsonl").unlink()
@@ -484,17 +579,26 @@ def test_parquet_that_is_none(refuse: Refuse, work: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        pytest.param("train.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', [":2", "not valid JSON", "Mend or remove"], id="half-a-row"),
-        pytest.param("train.jsonl", b'{"text": "a"}\n\n["b"]\n', [":3", "must be an object", "not list"], id="row-that-is-a-list"),
-        pytest.param("train.jsonl", b'{"text": "a"}\n5\n', [":2", "must be an object", "not int"], id="row-that-is-a-number"),
-        pytest.param("train.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', [":2", "not UTF-8"], id="jsonl-not-utf8"),
-        pytest.param("train.json", b'[{"text": "a"},\n {"text": }]', [":2", "not valid JSON"], id="broken-array"),
-        pytest.param("train.json", b'[{"text": "a"}, "b"]', ["row 2", "must be an object", "not str"], id="array-of-words"),
-        pytest.param("train.csv", b"text,n\na,1\nb,2,3\n", [":3", "more fields than the header (2)", "Quote"], id="csv-fields"),
+        pytest.param("train.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n',
+                     [":2", "not valid JSON", "Mend or remove"], id="half-a-row"),
+        pytest.param("train.jsonl", b'{"text": "a"}\n\n["b"]\n', [":3", "must be an object", "not list"],
+                     id="row-that-is-a-list"),
+        pytest.param("train.jsonl", b'{"text": "a"}\n5\n', [":2", "must be an object", "not int"],
+                     id="row-that-is-a-number"),
+        pytest.param("train.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', [":2", "not UTF-8"],
+                     id="jsonl-not-utf8"),
+        pytest.param("train.json", b'[{"text": "a"},\n {"text": }]', [":2", "not valid JSON"],
+                     id="broken-array"),
+        pytest.param("train.json", b'[{"text": "a"}, "b"]', ["row 2", "must be an object", "not str"],
+                     id="array-of-words"),
+        pytest.param("train.csv", b"text,n\na,1\nb,2,3\n",
+                     [":3", "more fields than the header (2)", "Quote"], id="csv-fields"),
         pytest.param("train.csv", b"text\ncaf\xe9\n", ["not UTF-8"], id="csv-not-utf8"),
     ],
 )  # fmt: skip
-def test_row_that_cannot_be_read(refuse: Refuse, work: Path, name: str, content: bytes, words: list[str]) -> None:
+def test_row_that_cannot_be_read(
+    refuse: Refuse, work: Path, name: str, content: bytes, words: list[str]
+) -> None:
     (work / "data" / "train.jsonl").unlink()
     (work / "data" / name).write_bytes(content)
     refuse(GOOD, f"data/{name}", *words)
@@ -510,8 +614,10 @@ def test_row_that_cannot_be_read(refuse: Refuse, work: Path, name: str, content:
          ["launch.num_processes", "3 ranks", "2 machines", "a multiple of 2"]),
         (machine(), ["--machine-rank", "1"], ["launch.machine_rank", "1 does not exist", "Allowed: 0 to 0"]),
         (machine(), ["--num-machines", "2"], ["launch.main_process_ip", "--main-process-ip"]),
-        (machine(gpus=1), ["--num-processes", "2"], ["launch.num_processes", "its 1 visible GPU.", "num_processes up to 1"]),
-        (machine(gpus=2), ["--num-processes", "3"], ["launch.num_processes", "its 2 visible GPUs.", "up to 2"]),
+        (machine(gpus=1), ["--num-processes", "2"],
+         ["launch.num_processes", "its 1 visible GPU.", "num_processes up to 1"]),
+        (machine(gpus=2), ["--num-processes", "3"],
+         ["launch.num_processes", "its 2 visible GPUs.", "up to 2"]),
         (machine(gpus=2), ["--num-processes", "8", "--num-machines", "2", "--main-process-ip", "h"],
          ["launch.num_processes", "its 2 visible GPUs", "up to 4"]),
     ],
@@ -527,10 +633,14 @@ TWO = ["--num-processes", "2"]
 GPUS = machine(gpus=2)
 OLD = machine(gpus=2, capability=(7, 5))
 PAIRS = [
-    (machine(), [*TWO, "--distributed-backend", "none"], ["distributed_backend", "Use ddp, or num_processes: 1"]),
-    (machine(), [*TWO, "--distributed-backend", "ddp", "--zero-stage", "2"], ["launch.zero_stage", "deepspeed"]),
-    (machine(), [*TWO, "--distributed-backend", "ddp", "--sharding", "full_shard"], ["launch.sharding", "fsdp"]),
-    (machine(), [*TWO, "--distributed-backend", "ddp", "--offload", "cpu"], ["launch.offload", "offload: none"]),
+    (machine(), [*TWO, "--distributed-backend", "none"],
+     ["distributed_backend", "Use ddp, or num_processes: 1"]),
+    (machine(), [*TWO, "--distributed-backend", "ddp", "--zero-stage", "2"],
+     ["launch.zero_stage", "deepspeed"]),
+    (machine(), [*TWO, "--distributed-backend", "ddp", "--sharding", "full_shard"],
+     ["launch.sharding", "fsdp"]),
+    (machine(), [*TWO, "--distributed-backend", "ddp", "--offload", "cpu"],
+     ["launch.offload", "offload: none"]),
     (machine(), ["--offload", "cpu"], ["launch.offload", "only fsdp and deepspeed"]),
     (machine(), [*TWO, "--distributed-backend", "deepspeed", "--zero-stage", "1", "--offload", "cpu"],
      ["launch.offload", "zero_stage: 2"]),
@@ -538,16 +648,20 @@ PAIRS = [
      ["launch.sharding", "across machines", "Use full_shard"]),
     (GPUS, [*TWO, "--distributed-backend", "fsdp", "--peft", "--quantization", "int8"],
      ["quantization", "int8", "Use int4, or distributed_backend: ddp"]),
-    (GPUS, [*TWO, "--distributed-backend", "deepspeed", "--peft", "--quantization", "int8"], ["quantization", "int8"]),
+    (GPUS, [*TWO, "--distributed-backend", "deepspeed", "--peft", "--quantization", "int8"],
+     ["quantization", "int8"]),
     (machine(), [*TWO, "--distributed-backend", "ddp", "--peft", "--quantization", "int8"],
      ["quantization", "int8", "num_processes: 1"]),
     (machine(), ["--mixed-precision", "fp16"], ["mixed_precision", "CPU", "mixed_precision: null"]),
-    (machine(cpu_bf16=False), ["--mixed-precision", "bf16"], ["mixed_precision", "bf16", "mixed_precision: null"]),
+    (machine(cpu_bf16=False), ["--mixed-precision", "bf16"],
+     ["mixed_precision", "bf16", "mixed_precision: null"]),
     (OLD, ["--mixed-precision", "bf16"], ["mixed_precision", "8.0", "mixed_precision: fp16"]),
-    (machine(), ["--use-flash-attention-2"], ["use_flash_attention_2", "no GPU", "use_flash_attention_2: false"]),
+    (machine(), ["--use-flash-attention-2"],
+     ["use_flash_attention_2", "no GPU", "use_flash_attention_2: false"]),
     (GPUS, ["--use-flash-attention-2"], ["use_flash_attention_2", "mixed_precision: bf16"]),
     (OLD, ["--use-flash-attention-2", "--mixed-precision", "fp16"], ["use_flash_attention_2", "8.0"]),
-    (machine(), [*TWO, "--auto-find-batch-size"], ["auto_find_batch_size", "one process", "gradient_accumulation"]),
+    (machine(), [*TWO, "--auto-find-batch-size"],
+     ["auto_find_batch_size", "one process", "gradient_accumulation"]),
     (machine(), [*TWO, "--unsloth"], ["unsloth", "several ranks", "unsloth: false"]),
 ]  # fmt: skip
 
@@ -604,9 +718,11 @@ def test_a_rule_that_a_default_broke(refuse: Refuse, packages: Callable[..., Non
         (["train", "c.yaml", "--model"], ["--model", "expected one argument"]),
         (["train", "c.yaml", "--lr", "fast"], ["flag --lr", "'fast' is not a number"]),
         (["train", "c.yaml", "--peft", "perhaps"], ["flag --peft", "'perhaps' is not true or false"]),
-        (["train", "c.yaml", "--gradient-checkpointing", "perhaps"], ["gradient-checkpointing", "true or false"]),
+        (["train", "c.yaml", "--gradient-checkpointing", "perhaps"],
+         ["gradient-checkpointing", "true or false"]),
         (["train", "c.yaml", "--project-name", "../x"], ["flag --project-name", "'../x'", "my-run"]),
-        (["train", "c.yaml", "--trainer", "dpo"], ["flag --trainer", "'dpo' is not available", "Available: sft"]),
+        (["train", "c.yaml", "--trainer", "dpo"],
+         ["flag --trainer", "'dpo' is not available", "Available: sft"]),
         (["train", "c.yaml", "--num-processes", "x"], ["flag --num-processes", "not a whole number"]),
         (["llm", "--model", "model"], ["--train"]),
         (["llm"], ["--train"]),
@@ -631,7 +747,11 @@ def test_flags(
 
 @pytest.mark.parametrize(
     ("argv", "word"),
-    [(["train", "missing.yaml"], "no such file"), (["train", "bad.yaml"], "bad.yaml:12"), (["llm"], "--train")],
+    [
+        (["train", "missing.yaml"], "no such file"),
+        (["train", "bad.yaml"], "bad.yaml:12"),
+        (["llm"], "--train"),
+    ],
 )
 def test_the_installed_command(work: Path, argv: list[str], word: str) -> None:
     (work / "bad.yaml").write_text(spoil("lr: 0.001", "lr: fast"))
@@ -644,9 +764,19 @@ def test_the_installed_command(work: Path, argv: list[str], word: str) -> None:
     assert listing(work.parent) == before
 
 
-def test_fakes_are_enough_to_start(work: Path, hardware: object, packages: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fakes_are_enough_to_start(
+    work: Path, hardware: object, packages: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The guard of all tests above: without a mistake the command reaches the start of the ranks."""
     (work / "c.yaml").write_text(GOOD)
     fake_model(work / "other")
     with pytest.raises(pytest.fail.Exception, match="would have been started"):
         run_command(["train", "c.yaml", "--base-model", "other"], monkeypatch)
+
+
+def test_csv_as_excel_writes_it(work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a mistake: the byte order mark is no part of the first column's name."""
+    (work / "data" / "train.jsonl").unlink()
+    (work / "data" / "train.csv").write_text("text,n\na,1\n", encoding="utf-8-sig")
+    (work / "c.yaml").write_text(GOOD)
+    assert run_command(["show", "c.yaml"], monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""The config: AutoTrain's form means what it meant there, every value says where it came from, secrets stay inside."""
+"""The config: AutoTrain's form means what it meant there, values say where they are from, secrets stay in."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def read(work: Path) -> Read:
 
 def sft(*params: str) -> str:
     """A short config; its parameters start in line 5."""
-    return "task: llm-sft\ndata:\n  path: data\nparams:\n" + "".join(f"  {p}\n" for p in (*params, "seed: 42"))
+    return "task: llm-sft\ndata:\n  path: data\nparams:\n" + "".join(
+        f"  {p}\n" for p in (*params, "seed: 42")
+    )
 
 
 # --------------------------------------------------------------------------------------- AutoTrain's form
@@ -185,11 +187,15 @@ def test_the_whole_form(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
 SHAPES = {
     "full fine-tuning": sft("block_size: 1024", "max_prompt_length: 512", "mixed_precision: fp16"),
     "lora without quantisation": sft("peft: true", "quantization: null", "optimizer: paged_adamw_8bit"),
-    "qlora and merge": sft("peft: true", "quantization: int4", "merge_adapter: true", "mixed_precision: bf16"),
+    "qlora and merge": sft(
+        "peft: true", "quantization: int4", "merge_adapter: true", "mixed_precision: bf16"
+    ),
     "unsloth": sft("peft: true", "quantization: int4", "unsloth: true", "lora_dropout: 0"),
     "hub off": sft() + "hub:\n  username: ${PX_NONE}\n  token: ${PX_NONE}\n  push_to_hub: false\n",
     "no valid split": sft().replace("path: data", "path: a/b\n  valid_split: null\n  chat_template: null"),
-    "columns without the suffix": sft().replace("path: data", "path: a/b\n  column_mapping:\n    text: messages"),
+    "columns without the suffix": sft().replace(
+        "path: data", "path: a/b\n  column_mapping:\n    text: messages"
+    ),
 }
 
 
@@ -200,7 +206,8 @@ def test_shapes_of_autotrains_examples(read: Read, shape: str) -> None:
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
 def test_preference_examples_are_refused_for_the_trainer_alone(read: Read, name: str) -> None:
-    mapping = "\n  column_mapping:\n    text_column: chosen\n    rejected_text_column: rejected\n    prompt_text_column: prompt"
+    columns = ("text_column: chosen", "rejected_text_column: rejected", "prompt_text_column: prompt")
+    mapping = "\n    ".join(("\n  column_mapping:", *columns))
     text = sft("max_prompt_length: 512", "block_size: [1024, 512]").replace("llm-sft", f"llm-{name}")
     with pytest.raises(ConfigError) as refused:
         read(text.replace("path: data", f"path: a/b{mapping}"))
@@ -277,7 +284,9 @@ def test_words_of_yaml(read: Read, line: str, name: str, value: object) -> None:
 def test_each_value_says_where_it_came_from(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_DATA", "rows")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    run = read(sft("lr: 0.1").replace("path: data", "path: ${PX_DATA}"), learning_rate="0.2", num_processes="2")
+    run = read(
+        sft("lr: 0.1").replace("path: data", "path: ${PX_DATA}"), learning_rate="0.2", num_processes="2"
+    )
     sources = run.settings.sources
     assert run.train.lr == 0.2, "flags win over the file"
     assert sources["lr"] == "flag --learning-rate"
@@ -319,7 +328,9 @@ def test_the_source_of_a_key_in_a_message(read: Read, key: str, name: str) -> No
 
 def test_flags_replace_what_the_file_says_by_another_name(read: Read) -> None:
     assert read(sft("learning_rate: 0.1"), lr="0.2").train.lr == 0.2
-    assert read(sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true").train.disable_gradient_checkpointing
+    assert read(
+        sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true"
+    ).train.disable_gradient_checkpointing
 
 
 # --------------------------------------------------------------------------- what is decided for the user
@@ -338,7 +349,9 @@ def test_int4_by_default_stays_with_peft(read: Read) -> None:
     assert not any("int4" in note for note in run.settings.notes)
 
 
-@pytest.mark.parametrize(("limit", "size", "noted"), [(2048, 1024, True), (1024, 1024, False), (512, 512, False)])
+@pytest.mark.parametrize(
+    ("limit", "size", "noted"), [(2048, 1024, True), (1024, 1024, False), (512, 512, False)]
+)
 def test_block_size_of_minus_one(read: Read, limit: int, size: int, noted: bool) -> None:
     run = read(sft(f"model_max_length: {limit}"))
     assert run.train.block_size == size
@@ -357,13 +370,17 @@ def test_a_default_prompt_length_forbids_no_short_block(read: Read) -> None:
         (["save_steps: 5"], "steps", "no", False),
         (["valid_split: v"], "epoch", "epoch", True),
         (["valid_split: v", "save_steps: 5"], "steps", "epoch", False),
-        (["valid_split: v", "save_steps: 5", "eval_strategy: steps", "eval_steps: 5"], "steps", "steps", True),
-        (["valid_split: v", "save_steps: 5", "eval_strategy: steps", "eval_steps: 2"], "steps", "steps", False),
+        (["valid_split: v", "eval_strategy: steps", "save_steps: 5", "eval_steps: 5"],
+         "steps", "steps", True),
+        (["valid_split: v", "eval_strategy: steps", "save_steps: 5", "eval_steps: 2"],
+         "steps", "steps", False),
         (["valid_split: v", "load_best_model_at_end: false"], "epoch", "epoch", False),
         (["save_strategy: no"], "no", "no", False),
     ],
 )  # fmt: skip
-def test_when_to_save_and_to_evaluate(read: Read, params: list[str], save: str, evaluate: str, best: bool) -> None:
+def test_when_to_save_and_to_evaluate(
+    read: Read, params: list[str], save: str, evaluate: str, best: bool
+) -> None:
     train = read(sft(*params)).train
     assert (train.save_strategy, train.eval_strategy, train.load_best_model_at_end) == (save, evaluate, best)
 
@@ -376,7 +393,9 @@ def test_derived_values_follow_what_the_user_chose(read: Read) -> None:
 
 
 def test_unsloth_is_noted(read: Read) -> None:
-    assert any(note.startswith("unsloth: has no effect") for note in read(sft("unsloth: true")).settings.notes)
+    assert any(
+        note.startswith("unsloth: has no effect") for note in read(sft("unsloth: true")).settings.notes
+    )
 
 
 # ------------------------------------------------------------------------------------ variables, secrets
@@ -413,7 +432,11 @@ def test_a_secret_stays_inside(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv({"variable": "PX_TOKEN", "environment": "HF_TOKEN"}.get(how, "PX_OTHER"), SECRET)
-    hub = {"file": f"hub:\n  token: {SECRET}\n", "variable": "hub:\n  token: ${PX_TOKEN}\n", "environment": ""}[how]
+    hub = {
+        "file": f"hub:\n  token: {SECRET}\n",
+        "variable": "hub:\n  token: ${PX_TOKEN}\n",
+        "environment": "",
+    }[how]
     text = sft("project_name: run", "model: model") + hub
     run = read(text)
     assert run.train.token == SECRET

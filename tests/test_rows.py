@@ -276,3 +276,35 @@ def test_hub_push_leaves_checkpoints_and_logs_out(monkeypatch, tmp_path):
     push(TrainConfig(username="me", token="secret"), tmp_path / "my-run")
     assert calls[0] == ("token", "secret") and calls[1] == ("me/my-run", True)
     assert "checkpoint-*" in calls[2][1] and "launch/*" in calls[2][1]
+
+
+def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):
+    """The hub itself cannot be had in a test: only `load_dataset` is replaced."""
+    import datasets
+
+    from trainers import data
+
+    asked = {}
+
+    def load_dataset(path, name, split, token):
+        asked.update(path=path, name=name, split=split, token=token)
+        return datasets.Dataset.from_list([{"text": "one"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    config = TrainConfig(data_path="org/rows", block_size=64, token="secret")
+    assert len(data.prepare(config, tokenizer, "en:train", "train_split", False).dataset) == 1
+    assert asked == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
+
+
+def test_a_hub_that_does_not_answer_is_a_message(monkeypatch, tokenizer):
+    import datasets
+
+    from trainers import data
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=r"org/rows \(train\) cannot be loaded from the hub: offline"):
+        data.prepare(TrainConfig(data_path="org/rows"), tokenizer, "train", "train_split", False)

@@ -1,4 +1,4 @@
-"""sbatch's argv from the slurm section: a list, quoted only to be shown, and no value that a shell could misread."""
+"""sbatch's argv from the slurm section: a list, quoted only to be shown; nothing that a shell misreads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,26 @@ def test_without_a_file(work: Path) -> None:
 @pytest.mark.parametrize("key", ["time", "partition", "account", "qos", "job_name"])
 @pytest.mark.parametrize(
     "value",
-    ["a b", "a\nb", "a\n", "\na", "a\r", "a'b", 'a"b', "a;b", "a&b", "a|b", "$(id)", "`id`", "a>b", "a\\b", "a*", "a\0b", "", "ä"],
+    [
+        "a b",
+        "a\nb",
+        "a\n",
+        "\na",
+        "a\r",
+        "a'b",
+        'a"b',
+        "a;b",
+        "a&b",
+        "a|b",
+        "$(id)",
+        "`id`",
+        "a>b",
+        "a\\b",
+        "a*",
+        "a\0b",
+        "",
+        "ä",
+    ],
 )
 def test_values_that_are_refused(read: Read, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"c.yaml:\d+: slurm.{key}: ") as refused:
@@ -74,20 +93,26 @@ def test_values_that_are_refused(read: Read, key: str, value: str) -> None:
 
 def test_a_variable_is_checked_after_it_is_read(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_ACCOUNT", "team --wrap=id")
-    with pytest.raises(ConfigError, match="slurm.account"):
+    with pytest.raises(ConfigError, match=r"slurm\.account"):
         read(account="${PX_ACCOUNT}")
     monkeypatch.setenv("PX_ACCOUNT", "team")
     assert "--account=team" in sbatch_argv(read(account="${PX_ACCOUNT}"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("nodes", 0), ("nodes", 1.5), ("gpus_per_node", -1), ("cpus_per_task", "x")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("nodes", 0), ("nodes", 1.5), ("gpus_per_node", -1), ("cpus_per_task", "x")]
+)
 def test_numbers_that_are_refused(read: Read, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"slurm.{key}: "):
         read(**{key: value})
 
 
 def test_show_prints_it_and_submits_nothing(
-    read: Read, work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    read: Read,
+    work: Path,
+    hardware: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     read(nodes=2, job_name="mine")
     before = listing(work.parent)

@@ -115,7 +115,9 @@ def test_the_config_wins_over_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("script", [None, "exit 1", "true"])
-def test_scontrol_that_does_not_answer(script: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scontrol_that_does_not_answer(
+    script: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if script is None:
         monkeypatch.setenv("PATH", "/nowhere")
     else:
@@ -139,7 +141,9 @@ def test_one_machine_takes_a_free_port_or_the_one_given(monkeypatch: pytest.Monk
 
 
 def test_machines_without_slurm_derive_the_same_port() -> None:
-    ports = {layout(num_machines=2, machine_rank=rank, main_process_ip="h").main_process_port for rank in (0, 1)}
+    ports = {
+        layout(num_machines=2, machine_rank=rank, main_process_ip="h").main_process_port for rank in (0, 1)
+    }
     assert ports == {shared_port("run:h")}
 
 

@@ -156,7 +156,8 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: not UTF-8. Save the file as UTF-8.") from None
         except csv.Error as error:
-            raise ConfigError(f"{path}:{reader.line_num}: the row is not valid CSV: {error}. Mend that line.") from None
+            where = f"{path}:{reader.line_num}"
+            raise ConfigError(f"{where}: the row is not valid CSV: {error}. Mend that line.") from None
 
 
 def column_names(split: Split) -> list[str]:
@@ -177,7 +178,7 @@ def _parquet_columns(split: Split) -> list[str]:
         try:
             count += pq.read_metadata(path).num_rows
         except pa.ArrowInvalid:
-            raise ConfigError(f"{path}: not a Parquet file, or not whole. Write or download it anew.") from None
+            raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
     return list(pq.read_schema(split.files[0]).names) if count else []
 
 

@@ -35,17 +35,23 @@ class Report(TrainerCallback):
         self.step_seconds = self.logged_seconds = 0.0
         self.step_began: float | None = None
         self.steps = 0
+        self.latest: list[str] = []  # loss and speed of the last log, for the live line
 
     def _keep_until(self, step: int) -> int:
         """Drops what was logged after the checkpoint that the run goes on from; returns the tokens until there."""
         if not self.path.exists():
             return 0
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break  # the run was killed while it wrote this line
+            entry = json.loads(line)
+            if step and entry["step"] <= step:
+                kept.append(entry)
         part = self.path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(part, self.path)
-        return max((json.loads(line).get("tokens", 0) for line in kept), default=0)
+        return max((entry.get("tokens", 0) for entry in kept), default=0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,6 +66,8 @@ class Report(TrainerCallback):
             self.step_seconds += time.monotonic() - self.step_began
             self.step_began = None
         self.steps += 1
+        if self.live and state.global_step < state.max_steps:
+            self._print(self._line(state), lasting=False)
 
     def on_log(
         self,
@@ -85,20 +93,20 @@ class Report(TrainerCallback):
         self._show(state, record)
 
     def _show(self, state: TrainerState, record: dict[str, Any]) -> None:
-        parts = [f"step {record['step']}/{state.max_steps}"]
-        if "train_runtime" in record:
-            return
         if "eval_loss" in record:
-            self._print(f"{parts[0]}  eval_loss {record['eval_loss']:.4f}", lasting=True)
-            return
-        if "loss" in record:
-            parts.append(f"loss {float(record['loss']):.4f}")
-        if "tokens_per_second" in record:
-            parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
-        if self.steps:
-            left = (state.max_steps - state.global_step) * self.step_seconds / self.steps
-            parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
-        self._print("  ".join(parts), lasting=state.global_step >= state.max_steps)
+            text = f"step {state.global_step}/{state.max_steps}  eval_loss {record['eval_loss']:.4f}"
+            self._print(text, lasting=True)
+        elif "loss" in record:
+            self.latest = [f"loss {float(record['loss']):.4f}"]
+            if "tokens_per_second" in record:
+                self.latest.append(f"{record['tokens_per_second']:.0f} tokens/s")
+            self._print(self._line(state), lasting=state.global_step >= state.max_steps)
+
+    def _line(self, state: TrainerState) -> str:
+        """step, loss, tokens/s and ETA; the time left is steps left times the mean step so far."""
+        left = int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
+        parts = [f"step {state.global_step}/{state.max_steps}", *self.latest, f"ETA {left // 60}:{left % 60:02d}"]
+        return "  ".join(parts)
 
     def _print(self, text: str, lasting: bool) -> None:
         """On a terminal the line is overwritten in place; elsewhere each is a line of its own."""

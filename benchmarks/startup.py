@@ -1,0 +1,98 @@
+"""Time to help, to show, and from the command to the first optimiser step, beside a bare TRL script.
+
+    python benchmarks/startup.py [--model .demo/SmolLM2-135M-Instruct] [--runs 5] [--json out.json]
+
+Both start two ranks (DDP) on the same model and rows, in alternating runs; medians are printed. Each is timed
+with an empty data cache (the first run) and with a full one (every later run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+FLAGS = ["--max-steps", "2", "--batch-size", "1", "--gradient-accumulation", "2", "--block-size", "256",
+         "--save-strategy", "no", "--valid-split", "none", "--logging-steps", "1", "--peft", "false", "--gradient-checkpointing",
+         "--num-processes", "2", "--distributed-backend", "ddp", "--overwrite"]  # fmt: skip
+
+
+def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: str) -> float:
+    """Seconds until a line with `marker` is printed, or until the end; the process always ends first."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        argv, cwd=cwd, env=os.environ | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    seen, output = None, []
+    for line in process.stdout:
+        output.append(line)
+        if marker and marker in line and seen is None:
+            seen = time.perf_counter() - began
+    if process.wait() != 0 or (marker and seen is None):
+        raise SystemExit("".join(output))
+    return seen if seen is not None else time.perf_counter() - began
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Start-up times beside a bare TRL script.")
+    parser.add_argument("--model", type=Path, default=REPO / ".demo" / "SmolLM2-135M-Instruct")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    model, phalanx = options.model.resolve(), [sys.executable, "-m", "launcher"]
+    if not (model / "config.json").is_file():
+        raise SystemExit(f"{model} is no model folder. Make it: python examples/get_model.py {model}")
+    times: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        times.setdefault(name, []).append(value)
+        print(f"{name}: {value:.2f} s", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        shutil.copytree(REPO / "examples" / "data", work / "examples" / "data")
+        shutil.copy(REPO / "examples" / "demo.yaml", work)
+        train = [*phalanx, "train", "demo.yaml", "--project-name", "run", "--model", str(model), *FLAGS]
+        script = str(REPO / "benchmarks" / "bare_sft.py")
+        bare = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                script, str(model), "examples/data/train.jsonl"]  # fmt: skip
+        show = [*phalanx, "show", "demo.yaml", "--model", str(model), "--num-processes", "2"]
+        for run in range(options.runs):
+            add("phalanx --help", seconds_to([*phalanx, "--help"], work, None))
+            add("phalanx train --help", seconds_to([*phalanx, "train", "--help"], work, None))
+            add("phalanx show", seconds_to(show, work, None))
+            cold, datasets = work / f"cold-{run}", work / f"datasets-{run}"
+            first = {"marker": "step 1/2", "PHALANX_CACHE": str(cold)}
+            add("first step, phalanx, empty cache", seconds_to(train, work, **first))
+            environ = {"HF_DATASETS_CACHE": str(datasets)}
+            add("first step, bare TRL, empty cache",
+                seconds_to([*bare, str(work / "bare")], work, "FIRST_STEP", **environ))  # fmt: skip
+            add(
+                "first step, phalanx, full cache",
+                seconds_to(train, work, "step 1/2", PHALANX_CACHE=str(cold)),
+            )
+            add("first step, bare TRL, full cache",
+                seconds_to([*bare, str(work / "bare")], work, "FIRST_STEP", **environ))  # fmt: skip
+    medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"\nmedians of {options.runs} alternating runs; {machine}")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} s |")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "medians": medians, "all": times}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
