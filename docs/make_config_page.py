@@ -17,7 +17,8 @@ PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
 # The config file
 
-This page is made from the schema by `make docs`. `phalanx schema` prints the same as JSON schema, for editors.
+This page is made from the schema by `make docs`. `phalanx schema` prints the same as JSON schema, for
+editors.
 
 ```yaml
 task: llm-sft                  # llm-sft, or llm with params.trainer
@@ -41,8 +42,8 @@ launch: {}                     # machines, ranks and sharding
 slurm: {}                      # what phalanx show turns into sbatch's flags
 ```
 
-A flag overrides the file: `--lr 1e-4`, `--batch-size 8`, `--num-processes 4`. `${VAR}` works in every string. An
-unknown key is an error.
+A flag overrides the file: `--lr 1e-4`, `--batch-size 8`, `--num-processes 4`. `${VAR}` works in every
+string. An unknown key is an error.
 """
 
 

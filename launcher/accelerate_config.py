@@ -18,8 +18,8 @@ def build_accelerate_config(
 ) -> dict[str, Any]:
     """This run's accelerate config: the template with the topology filled in.
 
-    `deepspeed_config` is where the generated deepspeed.json lies; accelerate takes the pointer as written, so it
-    must be absolute.
+    `deepspeed_config` is where the generated deepspeed.json lies; accelerate takes the pointer as written,
+    so it must be absolute.
     """
     config: dict[str, Any] = yaml.safe_load(backend.template.read_text(encoding="utf-8"))
     config.update(

@@ -1,4 +1,7 @@
-"""Resolves distributed_backend, and refuses what does not go together: the table RULES is the one place for both."""
+"""Resolves distributed_backend, and refuses what does not go together.
+
+The table RULES is the one place for both.
+"""
 
 from __future__ import annotations
 
@@ -69,12 +72,16 @@ def _weak_gpu(case: Case) -> bool:
     return any(gpu.capability < (8, 0) for gpu in case.topology.hardware.gpus)
 
 
+def _of_bitsandbytes(optimizer: str) -> bool:
+    return "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged")
+
+
 # fmt: off
 RULES = (
     Rule("distributed_backend", lambda c: c.backend == "none" and c.several,
          "none runs one process, and num_processes asks for more.", "Use ddp, or num_processes: 1."),
     Rule("distributed_backend", lambda c: c.backend == "deepspeed" and not installed("deepspeed"),
-         "deepspeed is not installed.", "pip install 'phalanx[deepspeed]', or use fsdp, which needs nothing more."),
+         "deepspeed is not installed.", "pip install 'phalanx[deepspeed]', or use fsdp."),
     Rule("launch.zero_stage", lambda c: c.zero_stage is not None and c.backend != "deepspeed",
          "ZeRO stages belong to distributed_backend: deepspeed.", "Set that, or remove zero_stage."),
     Rule("launch.sharding", lambda c: c.sharding is not None and c.backend != "fsdp",
@@ -93,6 +100,9 @@ RULES = (
          "int8 weights cannot be sharded.", "Use int4, or distributed_backend: ddp."),
     Rule("quantization", lambda c: c.train.quantization == "int8" and c.several and not c.topology.on_gpu,
          "int8 on CPU runs in one process only.", "Use int4, or num_processes: 1."),
+    Rule("optimizer", lambda c: _of_bitsandbytes(c.train.optimizer) and not installed("bitsandbytes"),
+         "this optimizer is part of bitsandbytes, which is not installed.",
+         "pip install 'phalanx[quantization]', or optimizer: adamw_torch."),
     Rule("mixed_precision", lambda c: c.train.mixed_precision == "fp16" and not c.topology.on_gpu,
          "a CPU has no fp16 training.", "Use mixed_precision: null."),
     Rule("mixed_precision", lambda c: c.train.mixed_precision == "bf16" and not c.topology.on_gpu
@@ -101,13 +111,16 @@ RULES = (
     Rule("mixed_precision", lambda c: c.train.mixed_precision == "bf16" and _weak_gpu(c),
          "bf16 needs GPUs of compute capability 8.0 (Ampere) or above.", "Use mixed_precision: fp16."),
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and not c.topology.on_gpu,
-         "flash-attn runs on CUDA, and there is no GPU; sdpa would be used.", "Use use_flash_attention_2: false."),
+         "flash-attn runs on CUDA, and there is no GPU; sdpa would be used.",
+         "Use use_flash_attention_2: false."),
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and not installed("flash-attn"),
-         "flash-attn is not installed; sdpa would be used.", "pip install flash-attn, or use_flash_attention_2: false."),
+         "flash-attn is not installed; sdpa would be used.",
+         "pip install flash-attn, or use_flash_attention_2: false."),
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and c.train.mixed_precision is None,
          "flash-attn computes in fp16 or bf16 only.", "Set mixed_precision: bf16."),
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and _weak_gpu(c),
-         "flash-attn needs GPUs of compute capability 8.0 (Ampere) or above.", "Use use_flash_attention_2: false."),
+         "flash-attn needs GPUs of compute capability 8.0 (Ampere) or above.",
+         "Use use_flash_attention_2: false."),
     Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.several,
          "it works in one process only.", "Lower batch_size and raise gradient_accumulation instead."),
     Rule("unsloth", lambda c: c.train.unsloth and c.several, "unsloth does not run on several ranks.",

@@ -45,7 +45,9 @@ def check_model(train: TrainConfig) -> None:
 def check_data(train: TrainConfig) -> None:
     """Splits that exist and hold rows with the columns that the config names."""
     if "data_path" not in train.model_fields_set and not Path(train.data_path).exists():
-        raise ConfigError("data.path: it is missing. Give a folder, a file, or a dataset id (flag --data-path).")
+        raise ConfigError(
+            "data.path: it is missing. Give a folder, a file, or a dataset id (flag --data-path)."
+        )
     check_split(find_split(train.data_path, train.train_split), train, "train_split")
     if train.valid_split:
         check_split(find_split(train.data_path, train.valid_split, "valid_split"), train, "valid_split")

@@ -1,4 +1,7 @@
-"""The commands: `phalanx train | show | llm | schema`. Nothing heavy at import; torch is never imported here."""
+"""The commands: `phalanx train | show | llm | schema`. Nothing heavy at import.
+
+Torch is never imported here.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from launcher.backend import Backend
 from launcher.config import Run
 from launcher.topology import Topology
 
+ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
+
 
 def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) -> list[str]:
     """argv of the launch whose files lie in `folder` (accelerate.yaml, config.json)."""
@@ -24,6 +26,7 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
         # In the YAML these two have no effect (accelerate 1.15): the parser's defaults win.
         argv += ["--rdzv_backend", "static", "--same_network"]
     argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
+    argv += ["--log_dir", str(folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
     return [*argv, "-m", f"trainers.{run.train.trainer}", str(folder / "config.json")]
 
 

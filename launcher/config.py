@@ -1,4 +1,7 @@
-"""The whole config of a run: the trainer's part, and the sections `launch` and `slurm` that only the launcher reads."""
+"""The whole config of a run.
+
+The trainer's part, and the sections `launch` and `slurm` that only the launcher reads.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from trainers.config_file import (
     DATA_KEYS,
     HUB_KEYS,
     TASKS,
+    TOP_KEYS,
     Settings,
     Value,
     put,
@@ -54,7 +58,7 @@ class LaunchConfig(BaseModel):
     )
     sharding: Literal["full_shard", "shard_grad_op", "hybrid_shard"] | None = Field(
         None,
-        description="What fsdp shards. Default: full_shard. hybrid_shard: within a machine, replicated across.",
+        description="What fsdp shards. Default: full_shard. hybrid_shard: within each machine.",
     )
     offload: Annotated[Literal["none", "cpu"], BeforeValidator(lambda v: "none" if v is None else v)] = Field(
         "none",
@@ -109,7 +113,10 @@ class Run:
         return Path(self.train.project_name)
 
     def source_of(self, key: str) -> str:
-        """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from; else ""."""
+        """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from.
+
+        Else "".
+        """
         section, _, name = key.rpartition(".")
         if section == "launch":
             return self.launch_sources.get(name, "")
@@ -177,21 +184,18 @@ def json_schema() -> dict[str, Any]:
     mapping = create_model("ColumnMapping", __config__=strict, **pick({name: name for name in COLUMN_KEYS}))
     data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
     hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
-    negated = {
-        key: (bool, Field(False, description=f"The opposite of {name}.")) for key, name in NEGATED.items()
+    params: dict[str, Any] = pick(ALIASES)
+    for key, name in NEGATED.items():
+        params[key] = (bool, Field(False, description=f"The opposite of {name}."))
+    whole: dict[str, Any] = {
+        "task": (Literal[TASKS], ...),
+        "backend": (Word, Field("local", description="AutoTrain's key; only local.")),
+        **pick(TOP_KEYS),
+        "data": (data, ...),
+        "params": (create_model("Params", __base__=TrainConfig, **params), {}),
+        "hub": (hub, {}),
+        "launch": (LaunchConfig, {}),
+        "slurm": (SlurmConfig, {}),
     }
-    params = create_model("Params", __base__=TrainConfig, **negated, **pick(ALIASES))
-    whole = create_model(
-        "PhalanxConfig",
-        __config__=strict,
-        task=(Literal[TASKS], ...),
-        backend=(Word, Field("local", description="AutoTrain's key; only local.")),
-        **{key: (fields[name].annotation, fields[name]) for key, name in
-           {"base_model": "model", "project_name": "project_name", "log": "log"}.items()},
-        data=(data, ...),
-        params=(params, {}),
-        hub=(hub, {}),
-        launch=(LaunchConfig, {}),
-        slurm=(SlurmConfig, {}),
-    )  # fmt: skip
-    return whole.model_json_schema()
+    schema: dict[str, Any] = create_model("PhalanxConfig", __config__=strict, **whole).model_json_schema()
+    return schema

@@ -1,4 +1,7 @@
-"""Predicted memory: parameters from the files' headers, then bytes a parameter. Predictions, not measurements."""
+"""Predicted memory: parameters from the files' headers, then bytes a parameter.
+
+Predictions, not measurements.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ def size_of_model(model: str) -> int | None:
     files = list(folder.glob("*.safetensors"))
     if files:
         return sum(_safetensors_size(file) for file in files)
-    # .bin files have no header that can be read without unpickling; two bytes a parameter errs to the safe side.
-    pickled = [file for file in folder.glob("pytorch_model*.bin")]
+    # .bin files have no header that can be read without unpickling; two bytes a parameter errs to the safe
+    # side.
+    pickled = list(folder.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in pickled) // 2 or None
 
 

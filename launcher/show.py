@@ -28,9 +28,9 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
     preflight(run, topology)
     folder = attempt_folder(run, topology)
     argv = build_command(run, topology, backend, folder)
+    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
     values = run.settings.public()
     launch = run.launch.model_dump()
-    static = [ACCELERATE_CONFIGS / backend.template.name]
     return {
         "config": {k: {"value": v, "source": run.settings.sources[k]} for k, v in values.items()},
         "launch": {k: {"value": v, "source": run.launch_sources[k]} for k, v in launch.items()},
@@ -41,13 +41,14 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
             "num_machines": topology.num_machines,
             "device": "cuda" if topology.on_gpu else "cpu",
         },
-        "accelerate_config": build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json"),
+        "accelerate_config": accelerate,
         "deepspeed_config": build_deepspeed_config(backend),
         "folder": str(folder),
         "command": argv,
         "by_hand": [
-            "accelerate", "launch", "--config_file", str(static[0]), "--num_processes", str(topology.num_processes),
-            "-m", f"trainers.{run.train.trainer}", str(run.config_path or "config.yaml"),
+            "accelerate", "launch", "--config_file", str(backend.template),
+            "--num_processes", str(topology.num_processes), "-m",
+            f"trainers.{run.train.trainer}", str(run.config_path or "config.yaml"),
         ],
         "sbatch": slurm.sbatch_argv(run),
         "static_files": {

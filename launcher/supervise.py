@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import yaml
 
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.backend import Backend
-from launcher.command import build_command, build_environment
+from launcher.command import ELASTIC, build_command, build_environment
 from launcher.config import Run
 from launcher.topology import Topology
 from trainers.config import RUN_FAILED, USAGE_ERROR
@@ -97,6 +98,7 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
         with signals:
             code = _follow(process, folder / f"rank-{first_rank(topology)}.log", signals)
         _kill_leftovers(process, folder)
+    shutil.rmtree(folder / ELASTIC, ignore_errors=True)
     if signals.received is not None:
         print(f"stopped by {signal.Signals(signals.received).name}; logs: {folder}", file=sys.stderr)
         return 128 + signals.received
@@ -116,7 +118,10 @@ def _die_with_parent() -> None:
 
 
 class _Forwarder:
-    """Passes SIGINT and SIGTERM on to the launch; kills it when it does not end in time, or is asked twice."""
+    """Passes SIGINT and SIGTERM on to the launch.
+
+    Kills it when it does not end in time, or is asked twice.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process

@@ -27,7 +27,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """This machine: its visible GPUs, host memory in bytes, usable cores, and whether the CPU computes in bf16."""
+    """This machine.
+
+    Its visible GPUs, host memory in bytes, usable cores, and whether the CPU computes in bf16.
+    """
 
     gpus: tuple[Gpu, ...] = ()
     memory: int = 0
@@ -105,7 +108,8 @@ def resolve_topology(
     """
     in_step = "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NNODES", "1")) > 1
     machines = launch.num_machines or (int(environ["SLURM_NNODES"]) if in_step else 1)
-    # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node (accelerate#2816).
+    # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node
+    # (accelerate#2816).
     rank = (
         launch.machine_rank
         if launch.machine_rank is not None
@@ -115,7 +119,8 @@ def resolve_topology(
     )
     if rank >= machines:
         raise ConfigError(
-            f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to {machines - 1}."
+            f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to "
+            f"{machines - 1}."
         )
     gpus = len(hardware.gpus)
     processes = launch.num_processes or max(gpus, 1) * machines
@@ -126,7 +131,8 @@ def resolve_topology(
         )
     if gpus and processes // machines > gpus:
         raise ConfigError(
-            f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} visible "
+            f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} "
+            f"visible "
             f"GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
         )
     address = launch.main_process_ip or (_first_slurm_host(environ) if in_step else LOOPBACK)
@@ -136,6 +142,10 @@ def resolve_topology(
         )
     job = environ.get("SLURM_JOB_ID") or f"{project_name}:{address}"
     port = launch.main_process_port or (shared_port(job) if machines > 1 else free_port())
+    if machines > 1 and rank == 0 and not launch.main_process_port and not is_free(port):
+        raise ConfigError(
+            f"launch.main_process_port: {port}, derived from the job, is in use. Give another one."
+        )
     return Topology(machines, rank, processes, address, port, hardware)
 
 
@@ -158,6 +168,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    """Whether this machine can listen on a port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def shared_port(job: str) -> int:

@@ -307,7 +307,6 @@ def test_block_size_that_is_no_length(refuse: Refuse, size: int) -> None:
     ("lines", "words"),
     [
         (["quantization: int4"], ["quantization", "int4", "peft: true", "quantization: null"]),
-        (["merge_adapter: true"], ["merge_adapter", "no adapter", "peft: true"]),
         (["resume: true", "overwrite: true"], ["resume", "overwrite", "Choose one"]),
         (["push_to_hub: true"], ["push_to_hub", "username and token", "${HF_USERNAME}"]),
     ],

@@ -12,7 +12,7 @@ from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
 from trainers.config import ALIASES, NEGATED, ConfigError, TrainConfig
-from trainers.config_file import TASKS, load_settings, resolve, write_effective
+from trainers.config_file import TASKS, Value, load_settings, resolve, write_effective
 
 AUTOTRAIN_DEFAULTS = {
     "model": "gpt2",
@@ -521,3 +521,10 @@ def test_every_field_says_what_it_is(model: type[Any]) -> None:
     for name, field in model.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+def test_merge_adapter_without_peft_has_no_effect_and_says_so(work):
+    """AutoTrain ignores it in silence, and one of its own example configs sets it."""
+    settings = resolve({"trainer": Value("sft", "f:1", "task"), "merge_adapter": Value(True, "f:2", "x")})
+    assert settings.train.merge_adapter is False
+    assert any(note.startswith("merge_adapter: has no effect") for note in settings.notes)

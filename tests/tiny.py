@@ -1,11 +1,16 @@
-"""A two-layer Llama with saved random weights and its own small tokenizer: real files, built in a second, offline."""
+"""A two-layer Llama with saved random weights and its own small tokenizer.
+
+Real files, built in a second, offline.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SENTENCES = [

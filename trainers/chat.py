@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ZEPHYR = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
@@ -90,10 +94,11 @@ def parse_messages(value: Any) -> list[dict[str, str]] | None:
 def encode_messages(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], train_all: bool
 ) -> Encoded:
-    """Renders a conversation; the loss sees the assistant's turns with their end-of-turn token, or everything.
+    """Renders a conversation; the loss sees the assistant's turns with their end-of-turn token, or
+    everything.
 
-    The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that the
-    model meets when it answers.
+    The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that
+    the model meets when it answers.
 
     Raises:
         ConfigError: the template rewrites earlier turns, so that the assistant's part cannot be told.

@@ -96,7 +96,9 @@ class TrainConfig(BaseModel):
     log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
     run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
     seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
-    data_seed: Int | None = Field(None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed.")
+    data_seed: Int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
+    )
     resume: Annotated[bool | str, BeforeValidator(_flag_word)] = Field(
         False, description="true: go on from the newest checkpoint of the run. A path: from that checkpoint."
     )
@@ -113,7 +115,7 @@ class TrainConfig(BaseModel):
     chat_template: Annotated[Literal["zephyr", "chatml", "tokenizer"] | None, BeforeValidator(_none_word)] = (
         Field(
             None,
-            description="How turns become text: zephyr, chatml, tokenizer (the model's own), or null for none.",
+            description="How turns become text: zephyr, chatml, tokenizer (its own), or null.",
         )
     )
     text_column: str = Field("text", description="Column with the text, the messages, or the completion.")
@@ -126,15 +128,17 @@ class TrainConfig(BaseModel):
     add_eos_token: bool = Field(True, description="End each document with the EOS token, and train on it.")
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
-        description="Tokens that the loss sees. auto: completions and assistant turns where the rows tell them, else all.",
+        description="What the loss sees. auto: completions and assistant turns, where rows have them.",
     )
     packing: Literal["auto", "bfd", "none"] = Field(
         "auto",
-        description="bfd: several documents fill one block and do not see each other. none: one a row. auto: bfd.",
+        description="bfd: documents share a block and do not see each other. none: one a row. auto: bfd.",
     )
-    block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = Field(
-        -1,
-        description="Longest sequence in tokens. -1: model_max_length, at most 1024. A list serves dpo and orpo.",
+    block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = (
+        Field(
+            -1,
+            description="Longest sequence in tokens. -1: model_max_length, at most 1024. A list: dpo, orpo.",
+        )
     )
     model_max_length: Int = Field(
         2048, gt=0, description="Longest sequence, in tokens, that the model may see."
@@ -202,7 +206,7 @@ class TrainConfig(BaseModel):
     save_total_limit: Int = Field(1, gt=0, description="Checkpoints kept.")
     load_best_model_at_end: bool | None = Field(
         None,
-        description="End with the weights of the lowest eval_loss. Default: true where every save has its loss.",
+        description="End with the lowest eval_loss. Default: true where every save has its loss.",
     )
 
     # --- peft and quantisation
@@ -256,10 +260,6 @@ class TrainConfig(BaseModel):
             found.append(
                 ("quantization", f"{self.quantization} weights cannot be trained themselves. "
                                  "Set peft: true, or quantization: null."))  # fmt: skip
-        if self.merge_adapter and not self.peft:
-            found.append(
-                ("merge_adapter", "there is no adapter to merge. Set peft: true, or merge_adapter: false.")
-            )
         if self.save_strategy == "steps" and self.save_steps is None:
             found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
         if self.eval_strategy == "steps" and self.eval_steps is None and self.valid_split:

@@ -1,4 +1,5 @@
-"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, and where each value came from.
+"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, and where each value came
+from.
 
 Both packages read the same file: the launcher for `phalanx train`, a rank for
 `accelerate launch ... -m trainers.sft config.yaml`. Light on purpose: yaml and pydantic, nothing else.
@@ -97,7 +98,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"Did you mean '{close[0]}'?"
-    return f"Valid: {', '.join(valid)}." if len(valid) <= MANY else "phalanx train --help lists the valid ones."
+    return (
+        f"Valid: {', '.join(valid)}." if len(valid) <= MANY else "phalanx train --help lists the valid ones."
+    )
 
 
 # ---------------------------------------------------------------------------------------------- YAML
@@ -134,9 +137,8 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
                 f"{path}: the file is empty. It needs at least task, base_model, project_name and data."
             )
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                f"{path}:{node.start_mark.line + 1}: a mapping of keys is needed, not a {node.id}."
-            )
+            kind, line = type(node).__name__.removesuffix("Node").lower(), node.start_mark.line + 1
+            raise ConfigError(f"{path}:{line}: a mapping of keys is needed, not a {kind}.")
         lines: dict[tuple[str, ...], int] = {}
         tree = _build(loader, node, (), lines, path)
     except yaml.YAMLError as error:
@@ -176,7 +178,7 @@ def _build(
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, keys, lines, path, depth + 1) for item in node.value]
     try:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     except ValueError as error:  # a date or a number that is none, such as 2024-13-45
         raise ConfigError(f"{path}:{line}: {node.value} is not a value: {error}. Put it in quotes.") from None
 
@@ -262,7 +264,8 @@ class _Reader:
         backend = tree.get("backend", "local")
         if not str(backend).startswith("local"):
             raise ConfigError(
-                f"{self.where('backend')}: backend: {backend} is a service of AutoTrain's that this project does not "
+                f"{self.where('backend')}: backend: {backend} is a service of AutoTrain's that this project "
+                f"does not "
                 "offer. Allowed: local. Clusters: sbatch slurm/train.sh config.yaml."
             )
         for key, name in TOP_KEYS.items():
@@ -293,7 +296,8 @@ class _Reader:
         task = str(tree["task"]).replace("llm:", "llm-")
         if task not in TASKS:
             raise ConfigError(
-                f"{self.where('task')}: task '{tree['task']}' does not exist here. Allowed: {', '.join(TASKS)}."
+                f"{self.where('task')}: task '{tree['task']}' does not exist here. Allowed: "
+                f"{', '.join(TASKS)}."
             )
         if "-" in task:
             trainer = task.split("-", 1)[1].replace("generic", "default")
@@ -354,17 +358,20 @@ def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
     if kind == "extra_forbidden":
         return f"unknown key. {nearest(name, schema.model_fields)}"
     default = schema.model_fields[name].default
+    sample = 1 if default is None else default
     if kind in ("float_parsing", "float_type"):
-        return f"{given} is not a number. Write for example {name}: {default if default is not None else 1}."
+        return f"{given} is not a number. Write for example {name}: {sample}."
     if kind in ("int_parsing", "int_type", "int_from_float"):
-        return f"{given} is not a whole number. Write for example {name}: {default if default is not None else 1}."
+        return f"{given} is not a whole number. Write for example {name}: {sample}."
     if kind in ("bool_parsing", "bool_type"):
         return f"{given} is not true or false."
     if kind == "string_type":
         return f"{given} is not text. Put it in quotes."
     if kind == "string_pattern_mismatch":
         signs = item["ctx"]["pattern"].removeprefix("^[A-Za-z0-9").removesuffix("]+$").replace("\\", "")
-        return f"{given} holds a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
+        return (
+            f"{given} holds a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
+        )
     if kind == "literal_error":
         return f"{given} does not exist. Allowed: {item['ctx']['expected']}."
     if item["msg"].startswith("Input should be "):
@@ -394,8 +401,12 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if config.quantization and not config.peft and "quantization" not in values:
         derive("quantization", None, "AutoTrain's default int4 cannot train without peft")
         notes.append(
-            "quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are trained."
+            "quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are "
+            "trained."
         )
+    if config.merge_adapter and not config.peft:
+        derive("merge_adapter", False, "peft is off")
+        notes.append("merge_adapter: has no effect, since peft is off and there is no adapter.")
     if config.block_size == -1:
         length = min(config.model_max_length, BLOCK_SIZE_LIMIT)
         derive("block_size", length, f"block_size -1 is model_max_length, at most {BLOCK_SIZE_LIMIT}")

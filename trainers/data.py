@@ -1,7 +1,7 @@
 """Loading and tokenizing: once per node, before the process group exists, into a cache keyed by content.
 
-The first rank to take the lock builds the cache; the others wait for it and map the same files. No collective is
-open meanwhile, so a long preparation cannot time out.
+The first rank to take the lock builds the cache; the others wait for it and map the same files. No
+collective is open meanwhile, so a long preparation cannot time out.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def prepare(
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.blocks == 0:
         raise ConfigError(
-            f"data.{key}: no row of '{split_name}' has a token to train on within block_size {config.sequence_length}. "
+            f"data.{key}: no row of '{split_name}' has a token to train on within block_size "
+            f"{config.sequence_length}. "
             "Raise block_size, or shorten the prompts."
         )
     return Prepared(load_from_disk(folder / "data"), summary)
@@ -223,12 +224,14 @@ class _Encoder:
                 )
             if turns is None:
                 raise ConfigError(
-                    f"chat_template: {config.chat_template} needs messages, and row {index + 1} has plain text in "
+                    f"chat_template: {config.chat_template} needs messages, and row {index + 1} has plain "
+                    f"text in "
                     f"column '{self.text}'. Set chat_template: null."
                 )
             if config.chat_template is None:
                 raise ConfigError(
-                    f"chat_template: column '{self.text}' holds messages (row {index + 1}), which need a template. "
+                    f"chat_template: column '{self.text}' holds messages (row {index + 1}), which need a "
+                    f"template. "
                     "Set chat_template: tokenizer, chatml or zephyr."
                 )
             return chat.encode_messages(self.tokenizer, turns, train_all)
@@ -246,7 +249,10 @@ class _Encoder:
         return chat.encode_completion(self.tokenizer, prompt, completion, train_all, config.add_eos_token)
 
     def instruction(self, row: dict[str, Any], index: int) -> str:
-        """instruction and input as one prompt: a chat turn, or Alpaca's headings where there is no template."""
+        """instruction and input as one prompt.
+
+        A chat turn, or Alpaca's headings where there is no template.
+        """
         asked, given = self.string(row, "instruction", index), row.get("input") or ""
         if self.config.chat_template is not None:
             return f"{asked}\n\n{given}" if given else asked

@@ -1,7 +1,7 @@
 """Where the rows of a split lie on disk, and what can be known about them without reading them all.
 
-Light on purpose (standard library; pyarrow only for Parquet): the launcher uses it to refuse bad data before a
-rank starts, the ranks to load the same files.
+Light on purpose (standard library; pyarrow only for Parquet): the launcher uses it to refuse bad data before
+a rank starts, the ranks to load the same files.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Split:
 
 
 def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
-    """Finds the files of a split: `<path>/<name>.<ext>`, `<path>/<name>-*.<ext>`, `<path>/<name>/*.<ext>`, or the
-    file `<path>` itself. A path that does not exist and could be a hub id is taken as one.
+    """Finds the files of a split: `<path>/<name>.<ext>`, `<path>/<name>-*.<ext>`, `<path>/<name>/*.<ext>`,
+    or the file `<path>` itself. A path that does not exist and could be a hub id is taken as one.
 
     Raises:
         ConfigError: nothing there; the message lists what is.
@@ -51,7 +51,8 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
             )
         if key == "valid_split":
             raise ConfigError(
-                f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder that holds "
+                f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder "
+                f"that holds "
                 f"both files as data.path, or valid_split: null."
             )
         return Split(data_path, name, (root,))
@@ -146,7 +147,8 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
             for row in reader:
                 if None in row:
                     raise ConfigError(
-                        f"{path}:{reader.line_num}: the row has more fields than the header ({len(reader.fieldnames or [])}). "
+                        f"{path}:{reader.line_num}: the row has more fields than the header "
+                        f"({len(reader.fieldnames or [])}). "
                         "Quote fields that hold a comma."
                     )
                 read += sum(len(value or "") for value in row.values())
@@ -214,7 +216,8 @@ def row_kind(columns: list[str], config: TrainConfig) -> str:
     def need(name: str, field: str) -> None:
         if name not in columns:
             raise ConfigError(
-                f"data.column_mapping.{field}: there is no column '{name}'. The columns are: {', '.join(columns)}."
+                f"data.column_mapping.{field}: there is no column '{name}'. The columns are: "
+                f"{', '.join(columns)}."
             )
 
     chosen = config.model_fields_set

@@ -39,14 +39,16 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     if config.padding is not None:
         tokenizer.padding_side = config.padding
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.model_max_length)
-    return tokenizer, tokenizer.convert_tokens_to_ids(gained)
+    known = tokenizer.get_vocab()
+    return tokenizer, [known[token] for token in gained]
 
 
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model on its way to training: dtype, attention, quantisation, and a vocabulary that fits the tokenizer.
+    """The model on its way to training: dtype, attention, quantisation, and a vocabulary that fits the
+    tokenizer.
 
-    Weights that are trained are float32 (autocast computes in mixed_precision); frozen ones have the compute type.
-    Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
+    Weights that are trained are float32 (autocast computes in mixed_precision); frozen ones have the compute
+    type. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,10 +67,14 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, **kwargs)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base_model: {config.model} cannot be loaded: {_first_line(error)}") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # Before the model is wrapped: a vocabulary resized after sharding loses its new rows.
-        model.resize_token_embeddings(len(tokenizer))
+    _fit_vocabulary(model, tokenizer)
     return model
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds rows for tokens that the model does not know; before wrapping, since sharding would lose them."""
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -82,16 +88,16 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
     """nf4 or int8, as AutoTrain quantises; nf4 is stored in the compute type, so that FSDP can shard it."""
     from transformers import BitsAndBytesConfig
 
-    if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
     dtype = compute_dtype(config)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
-        bnb_4bit_use_double_quant=False,
-    )
+    nf4 = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": dtype,
+        "bnb_4bit_use_double_quant": False,
+    }
+    settings: dict[str, Any] = {"load_in_8bit": True} if config.quantization == "int8" else nf4
+    return BitsAndBytesConfig(**settings)
 
 
 def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None:
@@ -100,9 +106,8 @@ def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None
         return None
     from peft import LoraConfig
 
-    modules: str | list[str] | None = config.target_modules
-    if modules is not None and modules != "all-linear":
-        modules = [name.strip() for name in modules.split(",")]
+    asked = config.target_modules
+    modules = asked if asked in (None, "all-linear") else [name.strip() for name in asked.split(",")]
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -115,14 +120,16 @@ def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None
 
 
 def merge_adapter(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replaces the adapter in `folder` by the whole model, as AutoTrain does. In one process, from the saved files."""
+    """Replaces the adapter in `folder` by the whole model, as AutoTrain does.
+
+    In one process, from the saved files.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=compute_dtype(config), token=config.token)
-    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(tokenizer))
+    _fit_vocabulary(base, tokenizer)
     with torch.no_grad():
         merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
     merged.save_pretrained(folder)

@@ -3,8 +3,8 @@
     input_ids      [ a a a | b b | c c c c ]
     position_ids     0 1 2   0 1   0 1 2 3     they restart, so attention stays inside each document
 
-The collator of TRL flattens a batch and derives position_ids from seq_lengths, without an attention mask; that is
-what isolates the documents in transformers' attention functions.
+The collator of TRL flattens a batch and derives position_ids from seq_lengths, without an attention mask;
+that is what isolates the documents in transformers' attention functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def pack(rows: Dataset, block_size: int) -> Dataset:
-    """Best-fit-decreasing: rows of `input_ids` and `labels` -> blocks of up to `block_size` tokens + `seq_lengths`."""
+    """Best-fit-decreasing.
+
+    Rows of `input_ids` and `labels` -> blocks of up to `block_size` tokens + `seq_lengths`.
+    """
     from trl.data_utils import pack_dataset
 
     return pack_dataset(rows, block_size, "bfd", {"batch_size": len(rows)})

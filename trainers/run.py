@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainers.config import ConfigError, TrainConfig
 from trainers.config_file import Settings, load_settings
@@ -40,6 +40,7 @@ class Context:
 
 
 Build = Callable[[Context], "Trainer"]
+Arguments = TypeVar("Arguments")
 
 
 def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> int:
@@ -129,11 +130,22 @@ def _prepare(settings: Settings, folder: Path) -> Context:
 
 
 def logging_steps(config: TrainConfig, train: Prepared, valid: Prepared | None) -> int:
-    """AutoTrain's rule for logging_steps -1: a fifth of the evaluated (else trained) batches, from 1 to 25."""
+    """AutoTrain's rule for logging_steps -1.
+
+    A fifth of the evaluated (else trained) batches, from 1 to 25.
+    """
     if config.logging_steps > 0:
         return config.logging_steps
     rows = len((valid or train).dataset)
     return min(max(int(0.2 * rows / config.batch_size), 1), 25)
+
+
+def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments:
+    """Builds TrainingArguments; what they refuse (an optimiser that does not exist) is the user's to mend."""
+    try:
+        return schema(**values)
+    except ValueError as error:
+        raise ConfigError(f"params: {str(error).strip().splitlines()[0]}") from error
 
 
 def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def check_free(folder: Path, config: TrainConfig) -> None:
             raise ConfigError(f"project_name: {part} is a file. Give another name.")
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise ConfigError(
-            f"project_name: {folder} holds another run. Go on with it: --resume. Start anew: --overwrite (deletes it). "
+            f"project_name: {folder} holds another run. Go on with it: --resume. Start anew: --overwrite "
+            f"(deletes it). "
             "Or give another project_name."
         )
     if config.resume:
@@ -61,7 +62,10 @@ def check_free(folder: Path, config: TrainConfig) -> None:
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder this run's own; with overwrite, deletes what the earlier run left, and nothing else."""
+    """Makes the folder this run's own.
+
+    With overwrite, deletes what the earlier run left, and nothing else.
+    """
     check_free(folder, config)
     if config.overwrite and holds_run(folder):
         for mark in LAUNCHED:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, run
+from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -22,7 +22,8 @@ def build(context: Context) -> SFTTrainer:
     from trainers.model import load_model, lora_config
 
     config = context.config
-    arguments = SFTConfig(
+    arguments = make_arguments(
+        SFTConfig,
         **context.arguments,
         max_length=config.sequence_length,
         packing=config.packed,  # the collator then keeps documents apart; the packing itself is done

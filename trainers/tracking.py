@@ -24,8 +24,8 @@ def configure_tracker(config: TrainConfig, folder: Path) -> None:
 class Report(TrainerCallback):
     """Rank 0 writes each logged value to metrics.jsonl and keeps the live line fresh.
 
-    tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the time that
-    optimiser steps took since the last log (evaluation and saving are not counted).
+    tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the
+    time that optimiser steps took since the last log (evaluation and saving are not counted).
     """
 
     def __init__(self, folder: Path, live: bool, resumed_step: int) -> None:
@@ -38,7 +38,10 @@ class Report(TrainerCallback):
         self.latest: list[str] = []  # loss and speed of the last log, for the live line
 
     def _keep_until(self, step: int) -> int:
-        """Drops what was logged after the checkpoint that the run goes on from; returns the tokens until there."""
+        """Drops what was logged after the checkpoint that the run goes on from.
+
+        Returns the tokens until there.
+        """
         if not self.path.exists():
             return 0
         kept = []
@@ -105,7 +108,11 @@ class Report(TrainerCallback):
     def _line(self, state: TrainerState) -> str:
         """step, loss, tokens/s and ETA; the time left is steps left times the mean step so far."""
         left = int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
-        parts = [f"step {state.global_step}/{state.max_steps}", *self.latest, f"ETA {left // 60}:{left % 60:02d}"]
+        parts = [
+            f"step {state.global_step}/{state.max_steps}",
+            *self.latest,
+            f"ETA {left // 60}:{left % 60:02d}",
+        ]
         return "  ".join(parts)
 
     def _print(self, text: str, lasting: bool) -> None:

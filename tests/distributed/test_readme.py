@@ -1,6 +1,8 @@
-"""Every command of the README does what it says, in a folder that looks like a checkout; every shipped config loads.
+"""Every command of the README does what it says, in a folder that looks like a checkout; every shipped
+config loads.
 
-The model of the demo is replaced by the tiny one, under the demo's path: the commands run as they are written.
+The model of the demo is replaced by the tiny one, under the demo's path: the commands run as they are
+written.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import yaml
 from ranks import REPO
 
 README = (REPO / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,11 @@ def test_the_wheel_ships_the_static_files(tmp_path):
     done = subprocess.run(argv, cwd=REPO, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for folder, pattern in (("accelerate_configs", "*.yaml"), ("deepspeed_configs", "*.json"), ("slurm", "*.sh")):
+    for folder, pattern in (
+        ("accelerate_configs", "*.yaml"),
+        ("deepspeed_configs", "*.json"),
+        ("slurm", "*.sh"),
+    ):
         for path in (REPO / folder).glob(pattern):
             assert f"{folder}/{path.name}" in names
     assert "launcher/cli.py" in names and not any(name.startswith("tests/") for name in names)

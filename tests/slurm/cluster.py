@@ -1,0 +1,197 @@
+"""A real two-node SLURM on this machine: slurmctld, munged, and a slurmd in a network namespace a node.
+
+    host  10.S.T.1 -- bridge --+-- 10.S.T.11  phx<id>n1  (own network, host name, /etc/hosts)
+                               +-- 10.S.T.12  phx<id>n2
+
+S, T, the names and the port are random, so that several clusters can stand side by side. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "nsenter", "unshare")
+PATIENCE = 60.0
+
+
+def missing() -> str | None:
+    """Why no cluster can be had here, or None."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2 util-linux)"
+    if os.geteuid() != 0:
+        return "a SLURM of one's own needs root"
+    probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True)
+    return "network namespaces are not allowed here" if probe.returncode else None
+
+
+class Cluster:
+    """Two nodes of `cpus` cores; `up` starts them, `down` leaves no process, namespace or link behind."""
+
+    def __init__(self, cpus: int = 4) -> None:
+        # Not below pytest's own folder: munge wants a path that everybody may pass.
+        self.root, self.cpus = Path(tempfile.mkdtemp(prefix="phalanx-slurm-")), cpus
+        draw = random.SystemRandom()
+        self.id = f"{draw.randrange(16**4):04x}"
+        self.net = f"10.{draw.randrange(64, 250)}.{draw.randrange(1, 250)}"
+        self.port = draw.randrange(30000, 32000)
+        self.bridge = f"phx{self.id}"
+        self.nodes = {f"phx{self.id}n{number}": f"{self.net}.{10 + number}" for number in (1, 2)}
+        self.conf = self.root / "etc" / "slurm.conf"
+        self.environ = dict(os.environ) | {"SLURM_CONF": str(self.conf)}
+
+    def up(self) -> None:
+        for name in ("etc", "run", "log", "state", "munge"):
+            (self.root / name).mkdir(parents=True)
+        self.root.chmod(0o755)
+        self._write_files()
+        self._network()
+        key = self.root / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        key.parent.chmod(0o700)
+        run, log = self.root / "run", self.root / "log"
+        _call("munged", f"--key-file={key}", f"--socket={run}/munge", f"--pid-file={run}/munged.pid",
+              f"--log-file={log}/munged.log", f"--seed-file={self.root}/munge/seed")  # fmt: skip
+        _call("slurmctld", "-f", str(self.conf))
+        for node in self.nodes:
+            self._start_node(node)
+        self.wait(
+            lambda: self.ask("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", "the nodes are not idle"
+        )
+
+    def _write_files(self) -> None:
+        host, root = socket.gethostname().split(".")[0], self.root
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={self.port + 1} CPUs={self.cpus} "
+            "RealMemory=4000 State=UNKNOWN"
+            for name, address in self.nodes.items()
+        )
+        self.conf.write_text(
+            f"""\
+ClusterName=phx{self.id}
+SlurmctldHost={host}({self.net}.1)
+SlurmctldPort={self.port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/run/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool.%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+SlurmdParameters=config_overrides
+ReturnToService=2
+MinJobAge=3600
+KillWait=5
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+"""
+        )
+        (root / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainDevices=no\n")
+        hosts = [
+            f"127.0.0.1 localhost {host}",
+            *(f"{address} {name}" for name, address in self.nodes.items()),
+        ]
+        (root / "etc" / "hosts").write_text("\n".join(hosts) + "\n")
+
+    def _network(self) -> None:
+        _call("ip", "link", "add", self.bridge, "type", "bridge")
+        _call("ip", "addr", "add", f"{self.net}.1/24", "dev", self.bridge)
+        _call("ip", "link", "set", self.bridge, "up")
+        for number, (name, address) in enumerate(self.nodes.items()):
+            link = f"{self.bridge}v{number}"
+            _call("ip", "netns", "add", name)
+            _call("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _call("ip", "link", "set", link, "master", self.bridge, "up")
+            _call("ip", "-n", name, "link", "set", "lo", "up")
+            _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            _call("ip", "-n", name, "link", "set", "eth0", "up")
+
+    def _start_node(self, name: str) -> None:
+        (self.root / f"spool.{name}").mkdir()
+        # slurmd 22.05 asks for cgroups though no plugin uses them: an empty hierarchy, in this namespace.
+        inside = (
+            'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && '
+            "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/systemd && "
+            'exec slurmd -N "$1" -f "$2/etc/slurm.conf"'
+        )
+        _call("nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "bash", "-c", inside, "_",
+              name, str(self.root))  # fmt: skip
+
+    def ask(self, *argv: str) -> str:
+        """The output of a SLURM command."""
+        done = subprocess.run(argv, env=self.environ, text=True, capture_output=True, timeout=30)
+        return done.stdout if done.returncode == 0 else ""
+
+    def wait(self, condition, message: str, patience: float = PATIENCE) -> None:
+        end = time.monotonic() + patience
+        while not condition():
+            assert time.monotonic() < end, f"{message}\n{self.ask('sinfo', '-N', '-l')}{self.logs()}"
+            time.sleep(0.2)
+
+    def run(self, folder: Path, *argv: str, **environ: str) -> tuple[str, int, str]:
+        """Submits a job and waits for its end: its state, its exit code and its output."""
+        job = subprocess.run(
+            ["sbatch", "--parsable", *argv], cwd=folder, env=self.environ | environ, text=True,
+            capture_output=True, timeout=30,
+        )  # fmt: skip
+        assert job.returncode == 0, job.stderr
+        number = job.stdout.strip()
+
+        def facts() -> dict[str, str]:
+            words = self.ask("scontrol", "show", "job", "-o", number).split()
+            return dict(word.split("=", 1) for word in words if "=" in word)
+
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: facts().get("JobState") in ended, f"job {number} does not end", 240)
+        output = folder / f"phalanx-{number}.out"
+        text = output.read_text(errors="replace") if output.exists() else ""
+        return facts()["JobState"], int(facts()["ExitCode"].split(":")[0]), text
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}"
+            for path in (self.root / "log").glob("*.log")
+        )
+
+    def down(self) -> None:
+        pids = []
+        for path in (self.root / "run").glob("*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                pids.append(int(path.read_text()))
+        for name in self.nodes:
+            pids += [int(pid) for pid in self.ask("ip", "netns", "pids", name).split()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for name in self.nodes:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _call(*argv: str) -> None:
+    done = subprocess.run(argv, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
