@@ -69,6 +69,7 @@ def test_the_config_of_the_readme_is_accepted(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     block = re.search(r"```yaml\n(task:.*?)```", README, re.S)
     assert block
+    shutil.rmtree(checkout / "my-run", ignore_errors=True)
     (checkout / "readme.yaml").write_text(block[1])
     assert main(["show", "readme.yaml", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
