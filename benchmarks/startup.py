@@ -23,9 +23,9 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 FLAGS = ["--max-steps", "2", "--batch-size", "1", "--gradient-accumulation", "2", "--block-size", "256",
-         "--save-strategy", "no", "--valid-split", "none",
-         "--logging-steps", "1", "--peft", "false", "--gradient-checkpointing",
-         "--num-processes", "2", "--distributed-backend", "ddp", "--overwrite"]  # fmt: skip
+         "--model-max-length", "256", "--packing", "bfd", "--save-strategy", "no", "--valid-split", "none",
+         "--logging-steps", "1", "--peft", "false", "--gradient-checkpointing", "--num-processes", "2",
+         "--distributed-backend", "ddp", "--overwrite"]  # fmt: skip
 
 
 def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: str) -> float:

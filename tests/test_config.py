@@ -180,7 +180,9 @@ def test_the_whole_form(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
         "push_to_hub": True,
     }
     assert {name: getattr(run.train, name) for name in expected} == expected
-    assert run.settings.notes == []
+    # What has no effect here is said, not dropped in silence.
+    idle = ["rejected_text_column", "max_prompt_length", "max_completion_length"]
+    assert sorted(note.split(":")[0] for note in run.settings.notes) == sorted(idle)
 
 
 # The shapes of the configs in AutoTrain's configs/llm_finetuning.
@@ -528,3 +530,21 @@ def test_merge_adapter_without_peft_has_no_effect_and_says_so(work):
     settings = resolve({"trainer": Value("sft", "f:1", "task"), "merge_adapter": Value(True, "f:2", "x")})
     assert settings.train.merge_adapter is False
     assert any(note.startswith("merge_adapter: has no effect") for note in settings.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("dpo_beta", 0.2, "preference trainers"),
+        ("lora_r", 8, "peft is off"),
+        ("eval_steps", 5, "no valid_split"),
+        ("save_steps", 5, "save_strategy is not steps"),
+        ("epochs", 2, "max_steps is set"),
+        ("warmup_ratio", 0.2, "warmup_steps is set"),
+    ],
+)
+def test_a_parameter_without_effect_is_said(name, value, why):
+    others = {"trainer": "sft", "save_strategy": "epoch", "max_steps": 4, "warmup_steps": 1, name: value}
+    settings = resolve({key: Value(entry, "f:1", key) for key, entry in others.items()})
+    assert f"{name}: has no effect" in "\n".join(settings.notes)
+    assert why in next(note for note in settings.notes if note.startswith(name))

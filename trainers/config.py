@@ -38,6 +38,10 @@ NEGATED = {"gradient_checkpointing": "disable_gradient_checkpointing"}
 # Exit codes (docs/exit-codes.md). A run stopped by a signal ends with 128 + its number.
 RUN_FAILED = 1
 USAGE_ERROR = 2
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+PREFERENCE_FIELDS = (
+    "model_ref", "dpo_beta", "max_prompt_length", "max_completion_length", "rejected_text_column",
+)  # fmt: skip
 SECRET_FIELDS = frozenset({"token"})
 
 
@@ -248,6 +252,23 @@ class TrainConfig(BaseModel):
     def packed(self) -> bool:
         """Whether documents share a block."""
         return self.packing in ("auto", "bfd")
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that the user set and that do nothing in this run, with the reason."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.trainer == "sft":
+            idle["it belongs to preference trainers"] = PREFERENCE_FIELDS
+        if not self.peft:
+            idle["peft is off"] = LORA_FIELDS
+        if self.valid_split is None:
+            idle["there is no valid_split"] = ("eval_steps", "per_device_eval_batch_size")
+        if self.save_strategy not in (None, "steps"):
+            idle["save_strategy is not steps"] = ("save_steps",)
+        if self.max_steps > 0:
+            idle["max_steps is set"] = ("epochs",)
+        if self.warmup_steps is not None:
+            idle["warmup_steps is set"] = ("warmup_ratio",)
+        return {name: why for why, names in idle.items() for name in names if name in self.model_fields_set}
 
     def problems(self) -> list[tuple[str, str]]:
         """Rules across fields that fail: (field, message) each."""

@@ -432,6 +432,10 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if config.unsloth:
         notes.append("unsloth: has no effect here; packing and activation checkpointing are built in.")
 
+    for name, why in config.without_effect().items():
+        if not sources[name].startswith("derived"):
+            notes.append(f"{name}: has no effect, since {why}.")
+
     # model_copy keeps model_fields_set, which tells what the user chose.
     effective = config.model_copy(update=changes)
     save, evaluate = effective.save_strategy, effective.eval_strategy

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from trainers.data import Prepared
 
-TRACKERS = {"none": "none", "tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 @dataclass
 class Context:
@@ -65,7 +63,6 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     from trainers.tracking import configure_tracker
 
     set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
-
     configure_tracker(config, folder)
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
@@ -190,7 +187,7 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
         "greater_is_better": False if config.load_best_model_at_end else None,
-        "report_to": TRACKERS[config.log],
+        "report_to": config.log,
         "dataloader_num_workers": config.dataloader_num_workers,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
