@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.config import Run
-from launcher.memory import model_folder, size_of_model
+from launcher.memory import size_of_model
 from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import check_split, find_split
@@ -26,8 +26,8 @@ def preflight(run: Run, topology: Topology) -> None:
 
 def check_model(train: TrainConfig) -> None:
     """A local model folder must hold a config and weights; a path must not be mistaken for a hub id."""
-    folder = model_folder(train.model)
-    if folder is None:
+    folder = Path(train.model)
+    if not folder.is_dir():
         if train.model.startswith((".", "/", "~")) or train.model.count("/") > 1:
             raise ConfigError(
                 f"base_model: the folder {train.model} does not exist. Give a model folder, or a hub id."

@@ -115,7 +115,7 @@ class Run:
     def source_of(self, key: str) -> str:
         """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from.
 
-        Else "".
+        An empty string where it is no key of a config.
         """
         section, _, name = key.rpartition(".")
         if section == "launch":

@@ -132,8 +132,7 @@ def resolve_topology(
     if gpus and processes // machines > gpus:
         raise ConfigError(
             f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} "
-            f"visible "
-            f"GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
+            f"visible GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
         )
     address = launch.main_process_ip or (_first_slurm_host(environ) if in_step else LOOPBACK)
     if machines > 1 and address == LOOPBACK and not launch.main_process_ip:

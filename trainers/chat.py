@@ -94,8 +94,7 @@ def parse_messages(value: Any) -> list[dict[str, str]] | None:
 def encode_messages(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], train_all: bool
 ) -> Encoded:
-    """Renders a conversation; the loss sees the assistant's turns with their end-of-turn token, or
-    everything.
+    """Renders a conversation; the loss sees the assistant's turns and their ends, or everything.
 
     The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that
     the model meets when it answers.

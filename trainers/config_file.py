@@ -265,8 +265,7 @@ class _Reader:
         if not str(backend).startswith("local"):
             raise ConfigError(
                 f"{self.where('backend')}: backend: {backend} is a service of AutoTrain's that this project "
-                f"does not "
-                "offer. Allowed: local. Clusters: sbatch slurm/train.sh config.yaml."
+                "does not offer. Allowed: local. Clusters: sbatch slurm/train.sh config.yaml."
             )
         for key, name in TOP_KEYS.items():
             if key in tree:

@@ -225,14 +225,12 @@ class _Encoder:
             if turns is None:
                 raise ConfigError(
                     f"chat_template: {config.chat_template} needs messages, and row {index + 1} has plain "
-                    f"text in "
-                    f"column '{self.text}'. Set chat_template: null."
+                    f"text in column '{self.text}'. Set chat_template: null."
                 )
             if config.chat_template is None:
                 raise ConfigError(
                     f"chat_template: column '{self.text}' holds messages (row {index + 1}), which need a "
-                    f"template. "
-                    "Set chat_template: tokenizer, chatml or zephyr."
+                    "template. Set chat_template: tokenizer, chatml or zephyr."
                 )
             return chat.encode_messages(self.tokenizer, turns, train_all)
         if self.kind == "instruction":

@@ -52,8 +52,7 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
         if key == "valid_split":
             raise ConfigError(
                 f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder "
-                f"that holds "
-                f"both files as data.path, or valid_split: null."
+                "that holds both files as data.path, or valid_split: null."
             )
         return Split(data_path, name, (root,))
     if not root.exists():
@@ -202,12 +201,10 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
         pass
 
 
-# What a row can be, and the columns that say so.
-KINDS = ("completion", "instruction", "text")
-
-
 def row_kind(columns: list[str], config: TrainConfig) -> str:
-    """Which kind of row the columns and the config describe: one of KINDS (`text` covers messages too).
+    """Which kind of row the columns and the config describe: completion, instruction or text.
+
+    `text` covers messages too: the rows themselves tell them apart.
 
     Raises:
         ConfigError: a column that is named in the config, or needed, is not there.

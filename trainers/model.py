@@ -44,8 +44,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
 
 
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model on its way to training: dtype, attention, quantisation, and a vocabulary that fits the
-    tokenizer.
+    """The model on its way to training: dtype, attention, quantisation, and room for every token.
 
     Weights that are trained are float32 (autocast computes in mixed_precision); frozen ones have the compute
     type. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.

@@ -106,6 +106,7 @@ def _resolve_deepspeed_pointer() -> None:
 
 
 def _prepare(settings: Settings, folder: Path) -> Context:
+    from trainers.attention import choose_attention
     from trainers.data import prepare
     from trainers.model import load_tokenizer
 
@@ -119,6 +120,7 @@ def _prepare(settings: Settings, folder: Path) -> Context:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:
                 print(f"note: {note}")
+        print("attention: {} ({})".format(*choose_attention(config)))
         print(train.summary.line("train"))
         if valid is not None:
             print(valid.summary.line("valid"), flush=True)

@@ -53,9 +53,8 @@ def check_free(folder: Path, config: TrainConfig) -> None:
             raise ConfigError(f"project_name: {part} is a file. Give another name.")
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise ConfigError(
-            f"project_name: {folder} holds another run. Go on with it: --resume. Start anew: --overwrite "
-            f"(deletes it). "
-            "Or give another project_name."
+            f"project_name: {folder} holds another run. Go on with it: --resume. "
+            "Start anew: --overwrite (deletes it). Or give another project_name."
         )
     if config.resume:
         resume_checkpoint(folder, config)

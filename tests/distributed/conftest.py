@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import BACKENDS, HERE, MODES, Bench, Finished
+from ranks import BACKENDS, HERE, MODES, Bench, Finished, environment
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +30,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Bench:
             for i in range(count)
         ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environ = dict(os.environ) | {"PHALANX_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+    environ = environment(root / "cache")
     return Bench(root, tiny_model, environ)
 
 

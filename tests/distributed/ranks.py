@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ MODES = {
     "full": [],
     "lora": ["--peft", "--lora-r", "4", "--lora-dropout", "0", "--quantization", "none"],
 }
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """As in a shell with this Python's folder on the PATH; offline, and with a cache of its own."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return dict(os.environ) | {"PATH": path, "PHALANX_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass

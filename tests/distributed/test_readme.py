@@ -8,7 +8,6 @@ written.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import REPO
+from ranks import REPO, environment
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [
@@ -54,8 +53,7 @@ def test_command_works(checkout, command):
         assert subprocess.run(["bash", "-n", checkout / script]).returncode == 0
         return
     shutil.rmtree(checkout / ".demo" / "run", ignore_errors=True)
-    environ = dict(os.environ) | {"PHALANX_CACHE": str(checkout / "cache"), "HF_HUB_OFFLINE": "1"}
-    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    environ = environment(checkout / "cache")
     done = subprocess.run(argv, cwd=checkout, env=environ, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     if "--project-name" in argv:
