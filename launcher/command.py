@@ -37,9 +37,14 @@ def cpu_threads(topology: Topology) -> int:
     return max(1, topology.hardware.cores // topology.local_processes)
 
 
-def build_environment(run: Run, base: Mapping[str, str], logs: Path, live_terminal: bool) -> dict[str, str]:
+def build_environment(
+    run: Run, topology: Topology, base: Mapping[str, str], logs: Path, live_terminal: bool
+) -> dict[str, str]:
     """The environment of the launch: the caller's, plus where ranks write their logs, and the hub token."""
     environment = dict(base)
+    if topology.on_gpu and topology.num_processes == 1:
+        # A single process that sees several GPUs would be wrapped in nn.DataParallel, which TRL refuses.
+        environment["CUDA_VISIBLE_DEVICES"] = base.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["PHALANX_LOG_DIR"] = str(logs)
     environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
     if run.train.token:

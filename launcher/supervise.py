@@ -83,7 +83,7 @@ def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[
 def train(run: Run, topology: Topology, backend: Backend) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
     folder, argv = prepare(run, topology, backend)
-    environment = build_environment(run, os.environ, folder, sys.stdout.isatty())
+    environment = build_environment(run, topology, os.environ, folder, sys.stdout.isatty())
     with (folder / "launcher.log").open("wb") as log:
         process = subprocess.Popen(
             argv,

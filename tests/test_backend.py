@@ -284,10 +284,24 @@ def test_more_ranks_than_cores_get_a_thread_each(resolve: Resolve) -> None:
 
 
 def test_environment(resolve: Resolve) -> None:
-    run, _, _ = resolve(token="hf_secret")
+    run, topology, _ = resolve(token="hf_secret")
     base = {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
-    made = build_environment(run, base, HERE, live_terminal=False)
+    made = build_environment(run, topology, base, HERE, live_terminal=False)
     assert made == {**base, "PHALANX_LOG_DIR": str(HERE), "PHALANX_LIVE": "0", "HF_TOKEN": "hf_secret"}
-    assert build_environment(run, base, HERE, live_terminal=True)["PHALANX_LIVE"] == "1"
+    assert build_environment(run, topology, base, HERE, live_terminal=True)["PHALANX_LIVE"] == "1"
     assert base == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
-    assert "HF_TOKEN" not in build_environment(resolve()[0], base, HERE, live_terminal=False)
+    assert "HF_TOKEN" not in build_environment(resolve()[0], topology, base, HERE, live_terminal=False)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "0"), ("2,3", "2")])
+def test_one_process_sees_one_gpu(resolve: Resolve, visible: str | None, expected: str) -> None:
+    run, topology, _ = resolve(machine(gpus=2), num_processes=1)
+    base = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert (
+        build_environment(run, topology, base, HERE, live_terminal=False)["CUDA_VISIBLE_DEVICES"] == expected
+    )
+    run, topology, _ = resolve(machine(gpus=2), num_processes=2)
+    assert (
+        build_environment(run, topology, base, HERE, live_terminal=False).get("CUDA_VISIBLE_DEVICES")
+        == visible
+    )

@@ -60,7 +60,8 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     }
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
-        if torch.cuda.is_available() and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+        sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)
+        if torch.cuda.is_available() and not sharded:  # the sharded backends place the weights themselves
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, **kwargs)
