@@ -5,7 +5,6 @@ The table RULES is the one place for both.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from launcher.config import Run
 from launcher.memory import predict_bytes_per_rank, size_of_model
 from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
+from trainers.run_folder import version_of
 
 STATIC = Path(__file__).resolve().parent.parent
 ACCELERATE_CONFIGS = STATIC / "accelerate_configs"
@@ -61,11 +61,7 @@ class Rule:
 
 def installed(distribution: str) -> bool:
     """Whether a distribution is installed, without importing it."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return version_of(distribution) is not None
 
 
 def _weak_gpu(case: Case) -> bool:

@@ -17,6 +17,7 @@ from trainers.config import ALIASES, NEGATED, USAGE_ERROR, ConfigError, TrainCon
 
 if TYPE_CHECKING:
     from launcher.config import Run
+    from launcher.topology import Topology
 
 COMMANDS = {
     "train": "run a config: check it, start the ranks, watch them",
@@ -137,9 +138,12 @@ def _run(command: str, options: dict[str, Any]) -> int:
             raise ConfigError(
                 "--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml."
             )
+    from launcher import topology
+
     run = load_run(options.pop("config", None), options)
     try:
-        return _show(run, as_json) if command == "show" else _train(run)
+        layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
+        return _show(run, layout, as_json) if command == "show" else _train(run, layout)
     except ConfigError as error:
         raise ConfigError(_located(run, str(error))) from None
 
@@ -151,10 +155,9 @@ def _located(run: Run, message: str) -> str:
     return f"{source}: {message}" if chosen else message
 
 
-def _train(run: Run) -> int:
-    from launcher import backend, check, supervise, topology
+def _train(run: Run, layout: Topology) -> int:
+    from launcher import backend, check, supervise
 
-    layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
     chosen = backend.resolve_backend(run, layout)
     check.preflight(run, layout)
     for note in run.settings.notes:
@@ -167,10 +170,9 @@ def _train(run: Run) -> int:
     return code
 
 
-def _show(run: Run, as_json: bool) -> int:
-    from launcher import show, topology
+def _show(run: Run, layout: Topology, as_json: bool) -> int:
+    from launcher import show
 
-    layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
     plan = show.plan(run, layout)
     print(json.dumps(plan, indent=2) if as_json else show.render(plan))
     return 0

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -31,12 +30,12 @@ from launcher.config import Run
 from launcher.topology import Topology
 from trainers.config import RUN_FAILED, USAGE_ERROR
 from trainers.config_file import write_effective
+from trainers.rank import die_with_parent
 from trainers.run_folder import LAUNCH, claim
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # between a forwarded signal and SIGKILL
 LOG_LINES = 25  # of a failed rank's log that are shown
-_PR_SET_PDEATHSIG = 1
 # What the other ranks report when one dies: the consequence, not the cause.
 _PEER_LOST = re.compile(
     r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed", re.I
@@ -92,7 +91,7 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
         )
         signals = _Forwarder(process)
         with signals:
@@ -110,11 +109,6 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
 def first_rank(topology: Topology) -> int:
     """The lowest rank of this machine: the one whose output the terminal shows."""
     return topology.machine_rank * topology.local_processes
-
-
-def _die_with_parent() -> None:
-    """Linux: if the launcher is killed outright, accelerate goes too, and the ranks with it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Forwarder:

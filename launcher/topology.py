@@ -110,13 +110,8 @@ def resolve_topology(
     machines = launch.num_machines or (int(environ["SLURM_NNODES"]) if in_step else 1)
     # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node
     # (accelerate#2816).
-    rank = (
-        launch.machine_rank
-        if launch.machine_rank is not None
-        else int(environ["SLURM_NODEID"])
-        if in_step
-        else 0
-    )
+    number = int(environ["SLURM_NODEID"]) if in_step else 0
+    rank = number if launch.machine_rank is None else launch.machine_rank
     if rank >= machines:
         raise ConfigError(
             f"launch.machine_rank: {rank} does not exist with num_machines: {machines}. Allowed: 0 to "

@@ -264,7 +264,7 @@ def test_autotrains_flags_are_the_file(
     from launcher import cli
 
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda run: seen.append(run) or 0)
+    monkeypatch.setattr(cli, "_train", lambda run, layout: seen.append(run) or 0)
     file = ["train", "c.yaml"]
     flags = [
         "llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run",

@@ -272,7 +272,7 @@ class TrainConfig(BaseModel):
 
     def problems(self) -> list[tuple[str, str]]:
         """Rules across fields that fail: (field, message) each."""
-        found = [(key, text) for key, text in _length_problems(self)]
+        found = _length_problems(self)
         if self.trainer not in AVAILABLE_TRAINERS:
             found.append(
                 ("trainer", f"'{self.trainer}' is not available in this version. Available: "

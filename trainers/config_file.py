@@ -1,5 +1,4 @@
-"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, and where each value came
-from.
+"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, the source of each value.
 
 Both packages read the same file: the launcher for `phalanx train`, a rank for
 `accelerate launch ... -m trainers.sft config.yaml`. Light on purpose: yaml and pydantic, nothing else.

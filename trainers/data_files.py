@@ -7,6 +7,7 @@ a rank starts, the ranks to load the same files.
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
         )
     for suffix in SUFFIXES:
         found = [root / f"{name}{suffix}"] if (root / f"{name}{suffix}").is_file() else []
-        found = found or sorted(root.glob(f"{glob_escape(name)}-*{suffix}"))
+        found = found or sorted(root.glob(f"{glob.escape(name)}-*{suffix}"))
         found = found or sorted((root / name).glob(f"*{suffix}"))
         if found:
             return Split(data_path, name, tuple(found))
@@ -72,11 +73,6 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
         f"data.{key}: there is no split '{name}' in {data_path}. There: {', '.join(present[:8])}. "
         f"Expected for example {data_path}/{name}.jsonl."
     )
-
-
-def glob_escape(text: str) -> str:
-    """A split's name is a name, not a pattern."""
-    return re.sub(r"([*?[])", r"[\1]", text)
 
 
 def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any]]:
@@ -163,11 +159,7 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
 
 def column_names(split: Split) -> list[str]:
     """The columns of a local split, from its first row, header or schema. Empty: the split has no row."""
-    path = split.files[0]
-    if path.suffix == ".parquet":
-        return _parquet_columns(split)
-    first = next(rows(split), None)
-    return list(first) if first is not None else []
+    return _parquet_columns(split) if split.format == "parquet" else list(next(rows(split), {}))
 
 
 def _parquet_columns(split: Split) -> list[str]:
@@ -191,13 +183,14 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
     """
     if not split.files:
         return
-    columns = column_names(split)
+    remaining = rows(split, CHECK_BYTES)
+    columns = _parquet_columns(split) if split.format == "parquet" else list(next(remaining, {}))
     if not columns:
         raise ConfigError(
             f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
         )
     row_kind(columns, config)
-    for _ in rows(split, CHECK_BYTES):
+    for _ in remaining:
         pass
 
 

@@ -44,7 +44,7 @@ def run_rank(main: Callable[[], int]) -> int:
     if folder is not None:
         _redirect(folder / f"rank-{rank()}.log")
         (folder / f"rank-{rank()}.pid").write_text(str(os.getpid()), encoding="utf-8")
-        _die_with_parent()
+        die_with_parent()
     try:
         return main()
     except ConfigError as error:
@@ -70,8 +70,8 @@ def _redirect(path: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _die_with_parent() -> None:
-    """A rank whose parent was killed outright does not stay behind (Linux)."""
+def die_with_parent() -> None:
+    """A process whose parent was killed outright does not stay behind (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

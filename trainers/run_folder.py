@@ -122,10 +122,12 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> Non
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a run's numbers; those that are installed."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in VERSIONS if (version := version_of(name)) is not None}
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
