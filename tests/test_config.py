@@ -538,6 +538,7 @@ def test_merge_adapter_without_peft_has_no_effect_and_says_so(work):
         ("dpo_beta", 0.2, "preference trainers"),
         ("lora_r", 8, "peft is off"),
         ("eval_steps", 5, "no valid_split"),
+        ("block_size", [64, 32], "preference trainers"),
         ("save_steps", 5, "save_strategy is not steps"),
         ("epochs", 2, "max_steps is set"),
         ("warmup_ratio", 0.2, "warmup_steps is set"),

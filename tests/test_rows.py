@@ -134,6 +134,8 @@ def test_a_split_without_any_trained_token_is_an_error(prepare):
 def test_mistakes_in_rows_name_the_row(prepare):
     with pytest.raises(ConfigError, match=r"row 1\).*Set chat_template: tokenizer"):
         prepare([{"messages": TURNS}])
+    with pytest.raises(ConfigError, match=r"train_on: completion needs rows .*row 1 has plain text"):
+        prepare([{"text": "plain"}], train_on="completion")
     with pytest.raises(ConfigError, match="row 1 has plain text"):
         prepare([{"text": "plain"}], chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: the row is not valid JSON"):

@@ -260,6 +260,8 @@ class TrainConfig(BaseModel):
             idle["it belongs to preference trainers"] = PREFERENCE_FIELDS
         if not self.peft:
             idle["peft is off"] = LORA_FIELDS
+        if self.eval_strategy != "steps":
+            idle["eval_strategy is not steps"] = ("eval_steps",)
         if self.valid_split is None:
             idle["there is no valid_split"] = ("eval_steps", "per_device_eval_batch_size")
         if self.save_strategy not in (None, "steps"):

@@ -430,6 +430,10 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if config.unsloth:
         notes.append("unsloth: has no effect here; packing and activation checkpointing are built in.")
 
+    if isinstance(config.block_size, list) and len(config.block_size) > 1 and config.trainer == "sft":
+        notes.append(
+            "block_size: has no effect beyond its first entry, since it belongs to preference trainers."
+        )
     for name, why in config.without_effect().items():
         if not sources[name].startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")

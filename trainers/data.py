@@ -218,14 +218,19 @@ class _Encoder:
         config, train_all = self.config, self.config.train_on == "all"
         if self.kind == "text":
             turns = chat.parse_messages(row[self.text])
+            if turns is None and config.train_on == "completion":
+                raise ConfigError(
+                    f"train_on: completion needs rows that tell the completion, and row {index + 1} has "
+                    f"plain text in column '{self.text}'. Set train_on: auto, or name a prompt_text_column."
+                )
             if turns is None and config.chat_template is None:
                 return chat.encode_text(
                     self.tokenizer, self.string(row, self.text, index), config.add_eos_token
                 )
             if turns is None:
                 raise ConfigError(
-                    f"chat_template: {config.chat_template} needs messages, and row {index + 1} has plain "
-                    f"text in column '{self.text}'. Set chat_template: null."
+                    f"chat_template: {config.chat_template} needs messages, and row {index + 1} has "
+                    f"plain text in column '{self.text}'. Set chat_template: null."
                 )
             if config.chat_template is None:
                 raise ConfigError(
