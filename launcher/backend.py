@@ -88,6 +88,8 @@ RULES = (
          "accelerate's device mesh needs GPUs, and there is none.", "Use full_shard."),
     Rule("launch.offload", lambda c: c.offload == "cpu" and c.backend not in ("fsdp", "deepspeed"),
          "only fsdp and deepspeed can offload.", "Use distributed_backend: fsdp, or offload: none."),
+    Rule("launch.offload", lambda c: c.offload == "cpu" and c.backend == "fsdp" and not c.topology.on_gpu,
+         "there is no GPU, so the parameters are in host memory already.", "Use offload: none."),
     Rule("launch.offload", lambda c: c.offload == "cpu" and c.zero_stage == 1,
          "ZeRO-1 is not shipped with offload.", "Use zero_stage: 2."),
     Rule("quantization", lambda c: c.train.quantization is not None and not installed("bitsandbytes"),

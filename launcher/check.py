@@ -48,6 +48,10 @@ def check_data(train: TrainConfig) -> None:
         raise ConfigError(
             "data.path: it is missing. Give a folder, a file, or a dataset id (flag --data-path)."
         )
-    check_split(find_split(train.data_path, train.train_split), train, "train_split")
-    if train.valid_split:
-        check_split(find_split(train.data_path, train.valid_split, "valid_split"), train, "valid_split")
+    for key, name in (
+        ("train_split", train.train_split),
+        ("valid_split", train.valid_split),
+        ("test_split", train.test_split),
+    ):
+        if name is not None:
+            check_split(find_split(train.data_path, name, key), train, key)

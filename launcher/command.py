@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.backend import Backend
 from launcher.config import Run
 from launcher.topology import Topology
+from trainers.config import MODULES
 
 ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
 
@@ -27,7 +28,7 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
         argv += ["--rdzv_backend", "static", "--same_network"]
     argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
     argv += ["--log_dir", str(folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
-    return [*argv, "-m", f"trainers.{run.train.trainer}", str(folder / "config.json")]
+    return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(folder / "config.json")]
 
 
 def cpu_threads(topology: Topology) -> int:

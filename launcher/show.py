@@ -16,6 +16,7 @@ from launcher.command import build_command
 from launcher.config import Run
 from launcher.supervise import attempt_folder
 from launcher.topology import Topology
+from trainers.config import MODULES
 
 
 def plan(run: Run, topology: Topology) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
         "by_hand": [
             "accelerate", "launch", "--config_file", str(backend.template),
             "--num_processes", str(topology.num_processes), "-m",
-            f"trainers.{run.train.trainer}", str(run.config_path or "config.yaml"),
+            f"trainers.{MODULES[run.train.trainer]}", str(run.config_path or "config.yaml"),
         ],
         "sbatch": slurm.sbatch_argv(run),
         "static_files": {

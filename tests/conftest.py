@@ -25,6 +25,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="session")
+def tiny_masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real two-layer masked LM with its tokenizer."""
+    from tiny import build_tiny_masked_model
+
+    return build_tiny_masked_model(tmp_path_factory.mktemp("tiny") / "masked")
+
+
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with `model/` and `data/train.jsonl`; no hub cache, no SLURM, no token."""

@@ -207,7 +207,7 @@ def test_unknown_key(refuse: Refuse, text: str, words: list[str]) -> None:
         ("warmup_ratio: 2", ["params.warmup_ratio", "less than or equal to 1"]),
         ("peft: maybe", ["params.peft", "'maybe' is not true or false"]),
         ("gradient_checkpointing: maybe", ["params.gradient_checkpointing", "true or false", "'maybe'"]),
-        ("packing: yes please", ["params.packing", "Allowed: 'auto', 'bfd' or 'none'"]),
+        ("packing: yes please", ["params.packing", "Allowed: 'auto', 'bfd', 'wrapped' or 'none'"]),
         ("mixed_precision: fp8", ["params.mixed_precision", "'fp8' does not exist", "'fp16' or 'bf16'"]),
         ("run_name: 5", ["params.run_name", "5 is not text", "quotes"]),
         ("distributed_backend: foo", ["params.distributed_backend", "'foo' does not exist", "'deepspeed'"]),
@@ -251,13 +251,6 @@ def test_task_that_does_not_exist(refuse: Refuse, task: str) -> None:
     refuse(spoil("llm-sft", task), "c.yaml:1", "does not exist here", "Allowed: llm,", "llm-sft")
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
-def test_trainer_that_is_not_available_yet(refuse: Refuse, name: str) -> None:
-    refuse(
-        spoil("llm-sft", f"llm-{name}"), "c.yaml:1", f"'{name}' is not available", "Available: sft", "llm-sft"
-    )
-
-
 def test_backend_of_autotrains_cloud(refuse: Refuse) -> None:
     refuse(
         spoil("local", "spaces-a10g"), "c.yaml:5", "backend: spaces-a10g", "Allowed: local", "slurm/train.sh"
@@ -266,7 +259,7 @@ def test_backend_of_autotrains_cloud(refuse: Refuse) -> None:
 
 def test_trainer_that_does_not_exist(refuse: Refuse) -> None:
     text = spoil("llm-sft", "llm") + "  trainer: ppo\n"
-    refuse(text, "c.yaml:14", "params.trainer: 'ppo' does not exist", "'reward', 'dpo' or 'orpo'")
+    refuse(text, "c.yaml:14", "params.trainer: 'ppo' does not exist", "'orpo', 'kto' or 'mlm'")
 
 
 def test_tracker_that_does_not_exist(refuse: Refuse) -> None:
@@ -522,7 +515,14 @@ def test_valid_split_of_a_single_file(refuse: Refuse) -> None:
     text = spoil("path: data", "path: data/train.jsonl").replace(
         "train_split: train", "train_split: train\n  valid_split: valid"
     )
-    refuse(text, "data.path", "one file", "valid_split: null")
+    refuse(text, "data.path", "one file", "no split 'valid'", "valid_fraction: 0.1")
+
+
+def test_test_split_of_a_single_file(refuse: Refuse) -> None:
+    text = spoil("path: data", "path: data/train.jsonl").replace(
+        "train_split: train", "train_split: train\n  test_split: test"
+    )
+    refuse(text, "data.path", "one file", "no split 'test'", "test_fraction: 0.1")
 
 
 @pytest.mark.parametrize("mapping", ["text_column: body", "prompt_text_column: ask"])
@@ -720,8 +720,8 @@ def test_a_rule_that_a_default_broke(refuse: Refuse, packages: Callable[..., Non
         (["train", "c.yaml", "--gradient-checkpointing", "perhaps"],
          ["gradient-checkpointing", "true or false"]),
         (["train", "c.yaml", "--project-name", "../x"], ["flag --project-name", "'../x'", "my-run"]),
-        (["train", "c.yaml", "--trainer", "dpo"],
-         ["flag --trainer", "'dpo' is not available", "Available: sft"]),
+        (["train", "c.yaml", "--trainer", "ppo"],
+         ["flag --trainer", "'ppo' does not exist", "'orpo', 'kto' or 'mlm'"]),
         (["train", "c.yaml", "--num-processes", "x"], ["flag --num-processes", "not a whole number"]),
         (["llm", "--model", "model"], ["--train"]),
         (["llm"], ["--train"]),

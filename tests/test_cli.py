@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from fakes import listing, run_command
+from fakes import listing, run_command, write_rows
 
 from launcher.cli import COMMANDS
 from launcher.config import LaunchConfig
@@ -177,7 +177,6 @@ def test_spellings_of_a_flag(
         (["--load-best-model-at-end", "false"], "load_best_model_at_end", False),
         (["--logging-steps", "-1"], "logging_steps", -1),
         (["--lr", "3e-5"], "lr", 3e-5),
-        (["--block-size", "512,256"], "block_size", [512, 256]),
         (["--valid-split", "none"], "valid_split", None),
         (["--mixed-precision", "none"], "mixed_precision", None),
     ],
@@ -187,6 +186,15 @@ def test_values_of_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert values(show(["c.yaml", *flags], monkeypatch, capsys))[name] == value
+
+
+def test_block_size_as_a_list(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(config.parent / "data" / "train.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"})
+    config.write_text(CONFIG.replace("llm-sft", "llm-dpo"))
+    found = values(show(["c.yaml", "--block-size", "512,256"], monkeypatch, capsys))
+    assert (found["block_size"], found["max_prompt_length"]) == ([512, 256], 256)
 
 
 def test_a_switch_before_the_config_is_not_taken_for_its_value(

@@ -32,8 +32,9 @@ def prepare(tokenizer, tmp_path, monkeypatch):
     def run(rows, packed=False, suffix="jsonl", **config):
         path = folder / f"train.{suffix}"
         path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
-        values = {"data_path": str(folder), "block_size": 128, **config}
-        return data.prepare(TrainConfig(**values), tokenizer, "train", "train_split", packed)
+        packing = "bfd" if packed else "none"
+        values = {"data_path": str(folder), "trainer": "sft", "block_size": 128, "packing": packing}
+        return data.prepare(TrainConfig(**(values | config)), tokenizer)
 
     return run
 
@@ -120,23 +121,24 @@ def test_instruction_without_a_template_gets_headings(prepare, tokenizer):
 def test_long_rows_are_cut_and_rows_without_a_trained_token_dropped(prepare):
     rows = [{"prompt": "x" * 500, "completion": "y"}, {"prompt": "x ", "completion": "y" * 500}]
     prepared = prepare(rows, block_size=64)
-    assert (prepared.summary.rows, prepared.summary.truncated, prepared.summary.dropped) == (2, 2, 1)
+    assert (prepared.summary.rows, prepared.summary.truncated) == (2, 2)
+    assert prepared.summary.dropped == {"no trained token": 1}
     (row,) = prepared.dataset
     assert len(row["input_ids"]) == 64
     assert prepared.summary.tokens == 64
 
 
 def test_a_split_without_any_trained_token_is_an_error(prepare):
-    with pytest.raises(ConfigError, match=r"no row .* has a token to train on .* Raise block_size"):
+    with pytest.raises(ConfigError, match=r"no row .* has a token to train on \(1: no trained .* Raise block_size"):
         prepare([{"prompt": "x" * 500, "completion": "y"}], block_size=64)
 
 
 def test_mistakes_in_rows_name_the_row(prepare):
-    with pytest.raises(ConfigError, match=r"row 1\).*Set chat_template: tokenizer"):
+    with pytest.raises(ConfigError, match=r"train\.jsonl: row 1: .*Set chat_template: tokenizer"):
         prepare([{"messages": TURNS}])
-    with pytest.raises(ConfigError, match=r"train_on: completion needs rows .*row 1 has plain text"):
+    with pytest.raises(ConfigError, match=r"row 1: train_on: completion needs rows .* has plain text"):
         prepare([{"text": "plain"}], train_on="completion")
-    with pytest.raises(ConfigError, match="row 1 has plain text"):
+    with pytest.raises(ConfigError, match=r"row 1: .* has plain text"):
         prepare([{"text": "plain"}], chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"train\.jsonl:2: the row is not valid JSON"):
         prepare('{"text": "one"}\n{"text": \n')
@@ -157,8 +159,8 @@ def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
     else:
         content = {"csv": "text\none\ntwo\n", "json": '[{"text": "one"}, {"text": "two"}]'}
         (folder / f"train.{suffix}").write_text(content[suffix])
-    config = TrainConfig(data_path=str(folder), block_size=128)
-    assert list(data.prepare(config, tokenizer, "train", "train_split", False).dataset) == expected
+    config = TrainConfig(data_path=str(folder), trainer="sft", block_size=128, packing="none")
+    assert list(data.prepare(config, tokenizer).dataset) == expected
 
 
 def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
@@ -220,7 +222,15 @@ def test_packed_documents_do_not_see_each_other(prepare, tiny_model, tokenizer):
     assert seen == alone
 
 
-@pytest.mark.parametrize("template", ["chatml", "zephyr"])
+GAINED = {
+    "chatml": [],
+    "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "alpaca": [],
+}
+
+
+@pytest.mark.parametrize("template", GAINED)
 def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, template):
     from copy import deepcopy
 
@@ -228,7 +238,7 @@ def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, te
 
     own = deepcopy(tokenizer)
     gained = set_template(own, template)
-    assert gained == ([] if template == "chatml" else ["<|system|>", "<|user|>", "<|assistant|>"])
+    assert gained == GAINED[template]
     assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in gained)
     encoded = encode_messages(own, TURNS, train_all=False)
     supervised = own.decode([label for label in encoded.labels if label != -100])
@@ -256,30 +266,6 @@ def test_logging_steps_follow_autotrain(prepare):
     assert logging_steps(TrainConfig(logging_steps=7), prepared, None) == 7
 
 
-def test_hub_push_leaves_checkpoints_and_logs_out(monkeypatch, tmp_path):
-    """The hub itself cannot be had in a test: only its client is replaced."""
-    import huggingface_hub
-
-    from trainers.run import push
-
-    calls = []
-
-    class Client:
-        def __init__(self, token):
-            calls.append(("token", token))
-
-        def create_repo(self, repo, private, exist_ok):
-            calls.append((repo, private))
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            calls.append((repo_id, ignore_patterns))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Client)
-    push(TrainConfig(username="me", token="secret"), tmp_path / "my-run")
-    assert calls[0] == ("token", "secret") and calls[1] == ("me/my-run", True)
-    assert "checkpoint-*" in calls[2][1] and "launch/*" in calls[2][1]
-
-
 def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):
     """The hub itself cannot be had in a test: only `load_dataset` is replaced."""
     import datasets
@@ -294,8 +280,10 @@ def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
-    config = TrainConfig(data_path="org/rows", block_size=64, token="secret")
-    assert len(data.prepare(config, tokenizer, "en:train", "train_split", False).dataset) == 1
+    config = TrainConfig(
+        data_path="org/rows", trainer="sft", block_size=64, token="secret", train_split="en:train"
+    )
+    assert len(data.prepare(config, tokenizer).dataset) == 1
     assert asked == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
 
 
@@ -309,4 +297,4 @@ def test_a_hub_that_does_not_answer_is_a_message(monkeypatch, tokenizer):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ConfigError, match=r"org/rows \(train\) cannot be loaded from the hub: offline"):
-        data.prepare(TrainConfig(data_path="org/rows"), tokenizer, "train", "train_split", False)
+        data.prepare(TrainConfig(data_path="org/rows", trainer="sft"), tokenizer)

@@ -22,7 +22,7 @@ SENTENCES = [
 ]
 
 
-def build_tiny_model(folder: Path, chat_template: bool = True) -> Path:
+def build_tiny_model(folder: Path, chat_template: bool = True, seed: int = 0) -> Path:
     """Writes config, weights and tokenizer to `folder`; the same bytes at each call."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,7 +45,7 @@ def build_tiny_model(folder: Path, chat_template: bool = True) -> Path:
     fast.chat_template = TEMPLATE if chat_template else None
     fast.save_pretrained(folder)
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=64,
@@ -60,4 +60,50 @@ def build_tiny_model(folder: Path, chat_template: bool = True) -> Path:
         eos_token_id=fast.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def build_tiny_masked_model(folder: Path) -> Path:
+    """A two-layer BERT with saved random weights and a tokenizer that has a mask token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        SENTENCES * 4,
+        trainers.BpeTrainer(
+            vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+    )
+    fast.save_pretrained(folder)
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=fast.pad_token_id,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
     return folder

@@ -30,6 +30,38 @@ ZEPHYR = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+PHI3 = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Stanford Alpaca's prompt; a system turn takes the place of its preamble.
+ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n"
+    "{% else %}Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+# Template, tokens that must be one id each, and the token that ends a turn where it is not the model's EOS.
+TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "zephyr": (ZEPHYR, ("<|system|>", "<|user|>", "<|assistant|>"), None),
+    "phi3": (PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
+    "alpaca": (ALPACA, (), None),
+}
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool"}
+
+Turns = list[dict[str, str]]
+
+
+class RowError(ConfigError):
+    """A row that cannot be used, and that the user should look at; the caller adds where it lies."""
 
 
 @dataclass
@@ -48,14 +80,12 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
     """
     if name == "tokenizer" and not tokenizer.chat_template:
         raise ConfigError("chat_template: this model's tokenizer has none. Use chatml or zephyr.")
-    if name == "chatml":
-        tokenizer.chat_template = CHATML
-        gained = _add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
-        tokenizer.eos_token = "<|im_end|>"
+    if name in TEMPLATES:
+        tokenizer.chat_template, tokens, end = TEMPLATES[name]
+        gained = _add_tokens(tokenizer, list(tokens))
+        if end is not None:
+            tokenizer.eos_token = end
         return gained
-    if name == "zephyr":
-        tokenizer.chat_template = ZEPHYR
-        return _add_tokens(tokenizer, ["<|system|>", "<|user|>", "<|assistant|>"])
     return []
 
 
@@ -67,47 +97,79 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[s
     return new
 
 
-def parse_messages(value: Any) -> list[dict[str, str]] | None:
-    """Messages from a list, a JSON string or a Python literal (CSV files hold both); None for plain text."""
+def parse_messages(value: Any) -> Turns | None:
+    """Messages from a list, a JSON string or a Python literal (CSV files hold both); None for plain text.
+
+    Raises:
+        RowError: a list that is no conversation.
+    """
     if isinstance(value, str):
-        text = value.strip()
-        if not text.startswith("["):
+        value = _parse_list(value.strip())
+        # Text that only begins like a list, such as "[1] A footnote", is text.
+        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
             return None
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(text)
-                break
-            except (ValueError, SyntaxError):
-                continue
-    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+    if not isinstance(value, list):
         return None
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = []
+    turns: Turns = []
     for turn in value:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role is None or content is None:
-            return None
-        turns.append({"role": roles.get(role, role), "content": content})
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise RowError(
+                f'a message must be {{"role": "...", "content": "..."}}, text in both, not {_short(turn)}.'
+            )
+        role = _ROLE_NAMES.get(role, role)
+        if role not in ROLES:
+            raise RowError(f"there is no role '{role}'. Allowed: {', '.join(ROLES)}.")
+        if role == "system" and turns:
+            raise RowError("a system turn must be the first of its conversation.")
+        turns.append({"role": role, "content": content})
+    if not turns:
+        raise RowError("a conversation needs at least one message.")
     return turns
 
 
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], train_all: bool
-) -> Encoded:
+def _parse_list(text: str) -> Any:
+    if not text.startswith("["):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: bool = False) -> str:
+    """The text of a conversation; with `prompt` up to where the assistant is to answer.
+
+    Raises:
+        RowError: the template refuses these turns.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise RowError(f"chat_template: it refuses the turns ({roles}): {error}") from error
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, turns: Turns, train_all: bool) -> Encoded:
     """Renders a conversation; the loss sees the assistant's turns and their ends, or everything.
 
     The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that
     the model meets when it answers.
 
     Raises:
-        ConfigError: the template rewrites earlier turns, so that the assistant's part cannot be told.
+        RowError: the template rewrites earlier turns, so that the assistant's part cannot be told.
     """
-
-    def render(upto: int, prompt: bool = False) -> str:
-        text = tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=prompt)
-        return str(text)
-
-    whole = render(len(turns))
+    whole = render(tokenizer, turns)
     out = Encoded([], [])
     if train_all:
         _append(out, tokenizer, whole, True)
@@ -116,9 +178,9 @@ def encode_messages(
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before, after = render(index, prompt=True), render(index + 1)
+        before, after = render(tokenizer, turns[:index], prompt=True), render(tokenizer, turns[: index + 1])
         if not (whole.startswith(before) and whole.startswith(after)):
-            raise ConfigError(
+            raise RowError(
                 "chat_template: this template changes earlier turns, so the assistant's part cannot be told. "
                 "Set train_on: all."
             )
@@ -127,6 +189,25 @@ def encode_messages(
         position = len(after)
     _append(out, tokenizer, whole[position:], False)
     return out
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, answer: str
+) -> tuple[list[int], list[int]]:
+    """Ids of a conversation up to the answer, and of the answer with the end of its turn.
+
+    Raises:
+        RowError: the template writes the prompt in another way once there is an answer.
+    """
+    before = render(tokenizer, turns, prompt=True)
+    whole = render(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+    if not whole.startswith(before):
+        raise RowError("chat_template: this template changes the prompt when an answer follows it.")
+    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end in ids:  # what a template writes after the end of a turn is never generated
+        ids = ids[: len(ids) - ids[::-1].index(end)]
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]), ids
 
 
 def encode_completion(

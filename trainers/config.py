@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-TRAINERS = ("default", "sft", "reward", "dpo", "orpo")  # what the schema knows, AutoTrain's five
-AVAILABLE_TRAINERS = ("sft",)  # what this version can run
+TRAINERS = ("default", "sft", "reward", "dpo", "orpo", "kto", "mlm")  # AutoTrain's five, kto and mlm
+# Trainers of one kind: what a row is to them.
+PREFERENCE_TRAINERS = ("reward", "dpo", "orpo", "kto")  # a chosen and a rejected answer
+PROMPT_TRAINERS = ("dpo", "orpo", "kto")  # a prompt apart from its answers
+REFERENCE_TRAINERS = ("dpo", "kto")  # a frozen reference model
 BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
 
 # Names that mean the same thing elsewhere (Hugging Face's TrainingArguments, TRL) -> our field.
@@ -32,17 +35,20 @@ ALIASES = {
     "max_length": "block_size",
     "resume_from_checkpoint": "resume",
     "dataset_text_field": "text_column",
+    "bnb_4bit_use_double_quant": "double_quantization",
+    "model_revision": "revision",
+    "ref_model": "model_ref",
 }
 # Names that say the opposite of our field: their value is negated.
 NEGATED = {"gradient_checkpointing": "disable_gradient_checkpointing"}
 # Exit codes (docs/exit-codes.md). A run stopped by a signal ends with 128 + its number.
 RUN_FAILED = 1
 USAGE_ERROR = 2
-LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
-PREFERENCE_FIELDS = (
-    "model_ref", "dpo_beta", "max_prompt_length", "max_completion_length", "rejected_text_column",
-)  # fmt: skip
 SECRET_FIELDS = frozenset({"token"})
+
+
+# The modules that run them: `-m trainers.clm`.
+MODULES = {name: name for name in TRAINERS} | {"default": "clm"}
 
 
 class ConfigError(ValueError):
@@ -69,9 +75,21 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _names(value: Any) -> Any:
+    """`sigmoid,sft` from a flag as a list; one name alone stays a word."""
+    if isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",")]
+    return _none_word(value)
+
+
 def _flag_word(value: Any) -> Any:
     """`true` and `false` from a flag, where the field may be a path as well."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _only(*trainers: str) -> dict[str, Any]:
+    """Marks a field that acts for these trainers alone; acts_for() reads it."""
+    return {"trainers": list(trainers)}
 
 
 Word = Annotated[str | None, BeforeValidator(_none_word)]
@@ -94,11 +112,19 @@ class TrainConfig(BaseModel):
     project_name: str = Field(
         "project-name", min_length=1, description="Folder of the run, inside the working folder."
     )
-    trainer: Literal["default", "sft", "reward", "dpo", "orpo"] = Field(
-        "default", description="What is trained. `task: llm-sft` sets it too. This version runs: sft."
+    revision: str | None = Field(None, description="Commit, tag or branch of the model on the hub.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that lies beside the model; needs revision, so that it is pinned."
+    )
+    trainer: Literal["default", "sft", "reward", "dpo", "orpo", "kto", "mlm"] = Field(
+        "default", description="What is trained (docs/trainers.md). `task: llm-sft` sets it too."
     )
     log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
     run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
+    wandb_project: str | None = Field(
+        None, description="Project in wandb. Default: WANDB_PROJECT, else project_name."
+    )
+    wandb_entity: str | None = Field(None, description="Team or account in wandb. Default: WANDB_ENTITY.")
     seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
     data_seed: Int | None = Field(
         None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
@@ -116,40 +142,78 @@ class TrainConfig(BaseModel):
         "train", min_length=1, description="Split to train on; `config:split` on the hub."
     )
     valid_split: Word = Field(None, description="Split to evaluate on. null: no evaluation.")
-    chat_template: Annotated[Literal["zephyr", "chatml", "tokenizer"] | None, BeforeValidator(_none_word)] = (
-        Field(
-            None,
-            description="How turns become text: zephyr, chatml, tokenizer (its own), or null.",
-        )
+    test_split: Word = Field(None, description="Split to evaluate on once, at the end of the run.")
+    valid_fraction: Float = Field(
+        0.0, ge=0, lt=1, description="Part of the training rows held out to evaluate on; no valid_split then."
+    )
+    test_fraction: Float = Field(
+        0.0, ge=0, lt=1, description="Part of the training rows held out for the end of the run."
+    )
+    split_seed: Int = Field(
+        42, ge=0, lt=2**32, description="Seed of what is held out; apart from seed, so that runs compare."
+    )
+    chat_template: Annotated[
+        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(_none_word)
+    ] = Field(
+        None,
+        description="How turns become text: tokenizer (its own), chatml, zephyr, phi3, alpaca, or null.",
+    )
+    prompt_format: str | None = Field(
+        None,
+        description="Prompt made of several columns, such as 'Q: {question} {context}'. Default: one column.",
     )
     text_column: str = Field("text", description="Column with the text, the messages, or the completion.")
     prompt_text_column: str | None = Field(
         None, description="Column with the prompt; text_column is its completion."
     )
     rejected_text_column: str | None = Field(
-        None, description="Column with the rejected answer (preference data)."
+        None,
+        description="Column with the rejected answer.",
+        json_schema_extra=_only(*PREFERENCE_TRAINERS),
     )
-    add_eos_token: bool = Field(True, description="End each document with the EOS token, and train on it.")
+    label_column: str = Field(
+        "label",
+        description="Column that says whether a completion is wanted (true, 1) or not (false, 0).",
+        json_schema_extra=_only("kto"),
+    )
+    add_eos_token: bool = Field(
+        True,
+        description="End each document with the EOS token, and train on it.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
+    )
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
-        description="What the loss sees. auto: completions and assistant turns, where rows have them.",
+        description="What the loss sees. auto: completions and assistant turns, where rows have them; all "
+        "with the default trainer.",
+        json_schema_extra=_only("default", "sft", "orpo"),
     )
-    packing: Literal["auto", "bfd", "none"] = Field(
+    packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
         "auto",
-        description="bfd: documents share a block and do not see each other. none: one a row. auto: bfd.",
+        description="bfd: documents share a block. wrapped: they are joined and cut into full blocks. none: "
+        "one a row. They never see each other. auto: wrapped with the default trainer, else bfd.",
+        json_schema_extra=_only("default", "sft"),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = (
         Field(
             -1,
-            description="Longest sequence in tokens. -1: model_max_length, at most 1024. A list: dpo, orpo.",
+            description="Longest sequence in tokens. -1: model_max_length, at most 1024. With dpo, orpo and "
+            "kto a list sets max_prompt_length and max_completion_length too.",
         )
     )
     model_max_length: Int = Field(
         2048, gt=0, description="Longest sequence, in tokens, that the model may see."
     )
-    max_prompt_length: Int = Field(128, gt=0, description="Longest prompt in tokens (dpo, orpo).")
+    max_prompt_length: Int = Field(
+        128,
+        gt=0,
+        description="Longest prompt in tokens; its end is kept.",
+        json_schema_extra=_only(*PROMPT_TRAINERS),
+    )
     max_completion_length: Int | None = Field(
-        None, gt=0, description="Longest completion in tokens (dpo, orpo)."
+        None,
+        gt=0,
+        description="Longest completion in tokens; its start is kept.",
+        json_schema_extra=_only(*PROMPT_TRAINERS),
     )
     padding: Annotated[Literal["left", "right"] | None, BeforeValidator(_none_word)] = Field(
         "right", description="Padding side of the saved tokenizer; batches in training are padded right."
@@ -201,6 +265,7 @@ class TrainConfig(BaseModel):
     eval_steps: Int | None = Field(
         None, gt=0, description="Steps between evaluations (eval_strategy: steps)."
     )
+    eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
     save_strategy: Annotated[Strategy | None, BeforeValidator(_strategy_word)] = Field(
         None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
     )
@@ -218,22 +283,81 @@ class TrainConfig(BaseModel):
     lora_r: Int = Field(16, gt=0, description="Rank of the LoRA matrices.")
     lora_alpha: Int = Field(32, gt=0, description="LoRA's alpha; the update is scaled by alpha / r.")
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout inside the adapters.")
-    target_modules: Word = Field("all-linear", description="Comma-separated module names, or all-linear.")
+    use_dora: bool = Field(False, description="DoRA: a magnitude beside LoRA's direction (arXiv 2402.09353).")
+    use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    target_modules: Word | list[str] = Field(
+        "all-linear",
+        description="all-linear; names (a list, or comma-separated); or a regular expression of whole names.",
+    )
     quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(_none_word)] = Field(
         "int4",
         description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised.",
     )
-    merge_adapter: bool = Field(False, description="Merge the adapter into the base model at the end.")
+    double_quantization: bool = Field(
+        False, description="int4: quantise the quantisation constants too (0.4 bits a weight less)."
+    )
+    merge_adapter: bool = Field(
+        False, description="Merge the adapter into the base model at the end, if the logits stay the same."
+    )
 
-    # --- preference trainers
-    model_ref: str | None = Field(None, description="Reference model (dpo).")
-    dpo_beta: Float = Field(0.1, gt=0, description="Beta (dpo).")
+    # --- one trainer's own
+    model_ref: str | None = Field(
+        None,
+        description="Reference model. Default: the base model as it was.",
+        json_schema_extra=_only(*REFERENCE_TRAINERS),
+    )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="Ask the reference model once, before training, and free its memory.",
+        json_schema_extra=_only(*REFERENCE_TRAINERS),
+    )
+    loss_type: Annotated[str | list[str] | None, BeforeValidator(_names)] = Field(
+        None,
+        description="Loss of dpo (sigmoid, or several added up) and kto (kto).",
+        json_schema_extra=_only(*REFERENCE_TRAINERS),
+    )
+    label_smoothing: Float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Part of the pairs that is taken to be labelled the wrong way round.",
+        json_schema_extra=_only("dpo"),
+    )
+    dpo_beta: Float = Field(
+        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_only("dpo")
+    )
+    orpo_beta: Float = Field(
+        0.1,
+        gt=0,
+        description="Weight of the odds ratio (the paper's lambda).",
+        json_schema_extra=_only("orpo"),
+    )
+    kto_beta: Float = Field(
+        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_only("kto")
+    )
+    desirable_weight: Float = Field(
+        1.0, gt=0, description="Weight of the wanted completions.", json_schema_extra=_only("kto")
+    )
+    undesirable_weight: Float = Field(
+        1.0, gt=0, description="Weight of the unwanted completions.", json_schema_extra=_only("kto")
+    )
+    center_rewards_coefficient: Float | None = Field(
+        None,
+        gt=0,
+        description="Pulls the sum of each pair's rewards to zero, with this weight (arXiv 2312.09244).",
+        json_schema_extra=_only("reward"),
+    )
+    mlm_probability: Float = Field(
+        0.15, gt=0, lt=1, description="Part of the tokens that is masked.", json_schema_extra=_only("mlm")
+    )
 
     # --- hub
     push_to_hub: bool = Field(False, description="Upload the final model to username/project_name, private.")
     username: str | None = Field(None, description="Account on the hub.")
     token: str | None = Field(
-        None, repr=False, description="Hub token; ${HF_TOKEN} keeps it out of the file."
+        None,
+        repr=False,
+        description="Hub token. Default: HF_TOKEN, else the file that the hub's own login wrote.",
     )
 
     # --- how it is spread
@@ -249,70 +373,48 @@ class TrainConfig(BaseModel):
         return self.block_size[0] if isinstance(self.block_size, list) else self.block_size
 
     @property
-    def packed(self) -> bool:
-        """Whether documents share a block."""
-        return self.packing in ("auto", "bfd")
+    def packed(self) -> Literal["bfd", "wrapped", "none"]:
+        """How documents share a block in this run."""
+        if self.trainer not in acts_for("packing"):
+            return "none"
+        if self.packing == "auto":
+            return "wrapped" if self.trainer == "default" else "bfd"
+        return self.packing
 
-    def without_effect(self) -> dict[str, str]:
-        """Fields that the user set and that do nothing in this run, with the reason."""
-        idle: dict[str, tuple[str, ...]] = {}
-        if self.trainer == "sft":
-            idle["it belongs to preference trainers"] = PREFERENCE_FIELDS
-        if not self.peft:
-            idle["peft is off"] = LORA_FIELDS
-        if self.eval_strategy != "steps":
-            idle["eval_strategy is not steps"] = ("eval_steps",)
-        if self.valid_split is None:
-            idle["there is no valid_split"] = ("eval_steps", "per_device_eval_batch_size")
-        if self.save_strategy not in (None, "steps"):
-            idle["save_strategy is not steps"] = ("save_steps",)
-        if self.max_steps > 0:
-            idle["max_steps is set"] = ("epochs",)
-        if self.warmup_steps is not None:
-            idle["warmup_steps is set"] = ("warmup_ratio",)
-        return {name: why for why, names in idle.items() for name in names if name in self.model_fields_set}
+    @property
+    def validates(self) -> bool:
+        """Whether there are rows to evaluate on during the run."""
+        return self.valid_split is not None or self.valid_fraction > 0
 
-    def problems(self) -> list[tuple[str, str]]:
-        """Rules across fields that fail: (field, message) each."""
-        found = _length_problems(self)
-        if self.trainer not in AVAILABLE_TRAINERS:
-            found.append(
-                ("trainer", f"'{self.trainer}' is not available in this version. Available: "
-                            f"{', '.join(AVAILABLE_TRAINERS)} (task: llm-sft)."))  # fmt: skip
-        if self.quantization and not self.peft:
-            found.append(
-                ("quantization", f"{self.quantization} weights cannot be trained themselves. "
-                                 "Set peft: true, or quantization: null."))  # fmt: skip
-        if self.save_strategy == "steps" and self.save_steps is None:
-            found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
-        if self.eval_strategy == "steps" and self.eval_steps is None and self.valid_split:
-            found.append(("eval_strategy", "steps needs eval_steps, for example eval_steps: 100."))
-        if self.push_to_hub and not (self.username and self.token):
-            found.append(
-                ("push_to_hub", "username and token are needed, for example username: ${HF_USERNAME}.")
-            )
-        if self.resume and self.overwrite:
-            found.append(("resume", "resume and overwrite contradict each other. Choose one."))
-        return found
+    @property
+    def tests(self) -> bool:
+        """Whether there are rows to evaluate on at its end."""
+        return self.test_split is not None or self.test_fraction > 0
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The losses that are added up (dpo, kto)."""
+        if self.loss_type is None:
+            return ["kto" if self.trainer == "kto" else "sigmoid"]
+        return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether the loss sees every token, though rows may tell prompt and completion."""
+        return self.train_on == "all" or (self.train_on == "auto" and self.trainer == "default")
+
+    @property
+    def lora_targets(self) -> str | list[str] | None:
+        """What peft calls target_modules: a list matches ends of names, a string is a regular expression."""
+        asked = self.target_modules
+        if asked is None or isinstance(asked, list) or asked == "all-linear":
+            return asked
+        if any(sign in asked for sign in "*+?()[]{}|^$\\"):
+            return asked
+        return [name.strip() for name in asked.split(",")]
 
 
-def _length_problems(config: TrainConfig) -> list[tuple[str, str]]:
-    """AutoTrain's five length rules (its documentation, "Task specific parameters")."""
-    block, limit = config.sequence_length, config.model_max_length
-    found = []
-    if block != -1 and block < 1:
-        found.append(("block_size", f"{block} is not a length. Allowed: -1 or a number of tokens above 0."))
-    rules = (
-        ("block_size", block, "model_max_length", limit),
-        ("max_prompt_length", config.max_prompt_length, "model_max_length", limit),
-        ("max_prompt_length", config.max_prompt_length, "block_size", block),
-        ("max_completion_length", config.max_completion_length, "model_max_length", limit),
-        ("max_completion_length", config.max_completion_length, "block_size", block),
-    )
-    for name, value, other, bound in rules:
-        # A prompt length that nobody set does not forbid a short block_size.
-        if name != "block_size" and name not in config.model_fields_set:
-            continue
-        if value is not None and bound > 0 and value > bound:
-            found.append((name, f"{value} is above {other} ({bound}). Lower {name} or raise {other}."))
-    return found
+def acts_for(field: str) -> tuple[str, ...]:
+    """The trainers for which a field does something."""
+    extra = TrainConfig.model_fields[field].json_schema_extra
+    return tuple(extra["trainers"]) if isinstance(extra, dict) else TRAINERS  # type: ignore[arg-type]

@@ -31,21 +31,31 @@ from trainers.config import (
     ConfigError,
     TrainConfig,
 )
+from trainers.rules import problems, without_effect
 
-TASKS = ("llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo")
+TASKS = (
+    "llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo",
+    "llm-kto", "llm-mlm",
+)  # fmt: skip
 TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
 DATA_KEYS = {
     "path": "data_path",
     "train_split": "train_split",
     "valid_split": "valid_split",
+    "test_split": "test_split",
+    "valid_fraction": "valid_fraction",
+    "test_fraction": "test_fraction",
+    "split_seed": "split_seed",
     "chat_template": "chat_template",
+    "prompt_format": "prompt_format",
 }
-COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column")
+COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column", "label_column")
 # AutoTrain's own documentation also writes these three without the suffix.
 COLUMN_ALIASES = {
     "text": "text_column",
     "prompt": "prompt_text_column",
     "rejected_text": "rejected_text_column",
+    "label": "label_column",
 }
 HUB_KEYS = ("username", "token", "push_to_hub")
 LAUNCHER_SECTIONS = ("launch", "slurm")
@@ -383,8 +393,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     Raises:
         ConfigError: with one line for each mistake.
     """
-    if "token" not in values and os.environ.get("HF_TOKEN"):
-        values = {**values, "token": Value(os.environ["HF_TOKEN"], "environment HF_TOKEN", "token")}
+    if "token" not in values or values["token"].value is None:
+        values = {**values, **_token_of_the_site()}
     config = validate(TrainConfig, values)
     sources = {
         name: values[name].source if name in values else "default" for name in TrainConfig.model_fields
@@ -419,7 +429,12 @@ def resolve(values: Mapping[str, Value]) -> Settings:
             "steps" if config.save_steps else "epoch",
             "steps where save_steps is given, else epoch",
         )
-    if config.valid_split is None and config.eval_strategy != "no":
+    if isinstance(config.block_size, list):
+        parts = zip(("max_prompt_length", "max_completion_length"), config.block_size[1:], strict=False)
+        for name, length in parts:
+            if name not in values:
+                derive(name, length, "block_size is a list")
+    if not config.validates and config.eval_strategy != "no":
         derive("eval_strategy", "no", "there is no valid_split")
     if config.per_device_eval_batch_size is None:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
@@ -428,13 +443,11 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if config.run_name is None:
         derive("run_name", Path(config.project_name).name, "project_name")
     if config.unsloth:
-        notes.append("unsloth: has no effect here; packing and activation checkpointing are built in.")
-
-    if isinstance(config.block_size, list) and len(config.block_size) > 1 and config.trainer == "sft":
         notes.append(
-            "block_size: has no effect beyond its first entry, since it belongs to preference trainers."
+            "unsloth: its kernels and its loader are not used here; packing, activation checkpointing and "
+            "quantised LoRA are built in."
         )
-    for name, why in config.without_effect().items():
+    for name, why in without_effect(config).items():
         if not sources[name].startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")
 
@@ -446,10 +459,22 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         why = "every save has an eval_loss" if aligned else "not every save has an eval_loss"
         sources["load_best_model_at_end"] = f"derived: {why}"
         effective = effective.model_copy(update={"load_best_model_at_end": aligned})
-    problems = effective.problems()
-    if problems:
-        raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in problems))
+    if found := problems(effective):
+        raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in found))
     return Settings(effective, sources, notes)
+
+
+def _token_of_the_site() -> dict[str, Value]:
+    """The hub's token as its own library looks for it: HF_TOKEN, else the file that a login wrote."""
+    if token := os.environ.get("HF_TOKEN"):
+        return {"token": Value(token, "environment HF_TOKEN", "token")}
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return {}
+    return {"token": Value(token, f"token file {file}", "token")} if token else {}
 
 
 def _at(values: Mapping[str, Value], name: str) -> str:

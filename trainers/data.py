@@ -10,29 +10,26 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainers import chat
+from trainers.chat import RowError
 from trainers.config import ConfigError, TrainConfig
-from trainers.data_files import (
-    Split,
-    column_names,
-    completion_column,
-    find_split,
-    row_kind,
-    rows,
-    text_column,
-)
+from trainers.data_files import Columns, Split, column_names, find_columns, find_split, place_of, rows
 from trainers.packing import pack
+from trainers.rows import COUNTS, Encoder, check_label_balance
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 1  # raise it when the same input would give other tokens
+CACHE_VERSION = 2  # raise it when the same input would give other tokens
 MANY_ROWS = 10_000  # from here on, tokenizing in several processes pays for starting them
+ROW = "_row"  # the number of a row in its split, carried along so that a message can name it
+
+Part = Literal["train", "valid", "test"]
 
 
 @dataclass
@@ -40,24 +37,26 @@ class Summary:
     """What became of a split: counts of rows and tokens."""
 
     rows: int = 0
+    kept: int = 0  # samples: a row of kto may hold two, one of mlm several
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
-    dropped: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     blocks: int = 0
 
     def line(self, name: str) -> str:
-        packed = f" in {self.blocks} blocks" if self.blocks != self.rows - self.dropped else ""
+        packed = f" in {self.blocks} blocks" if self.blocks != self.kept else ""
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
             f"{name}: {self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
-            f"longest {self.longest}, truncated {self.truncated}, without a trained token {self.dropped}"
+            f"longest {self.longest}, truncated {self.truncated}, dropped {reasons or 0}"
         )
 
 
 @dataclass
 class Prepared:
-    """A split ready to train on: columns input_ids, labels and, when packed, seq_lengths."""
+    """A split ready to train on: the columns of trainers/rows.py and, when packed, seq_lengths."""
 
     dataset: Dataset
     summary: Summary
@@ -68,10 +67,15 @@ def cache_root() -> Path:
     return Path(os.environ.get("PHALANX_CACHE") or Path.home() / ".cache" / "phalanx") / "data"
 
 
-def prepare(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, split_name: str, key: str, packed: bool
-) -> Prepared:
-    """Loads, tokenizes and packs a split, or maps the cache of an earlier run.
+def parts(config: TrainConfig) -> list[Part]:
+    """What a run has rows for."""
+    found: list[Part] = ["train"]
+    found += ["valid"] if config.validates else []
+    return found + (["test"] if config.tests else [])
+
+
+def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> Prepared:
+    """Loads, tokenizes and packs a part of the data, or maps the cache of an earlier run.
 
     Raises:
         ConfigError: the split, a column or a row is not as the config says.
@@ -79,33 +83,68 @@ def prepare(
     from datasets import load_from_disk
     from filelock import FileLock
 
-    split = find_split(config.data_path, split_name, key)
+    key, name = _split_of(config, part)
+    split = find_split(config.data_path, name, key)
     source = None if split.files else _from_hub(split, config)
-    columns = column_names(split) if source is None else source.column_names
-    if not columns or (source is not None and len(source) == 0):
-        raise ConfigError(f"data.{key}: the split '{split_name}' is empty. It needs at least one row.")
-    kind = row_kind(columns, config)
+    names = column_names(split) if source is None else source.column_names
+    if not names or (source is not None and len(source) == 0):
+        raise ConfigError(f"data.{key}: the split '{name}' is empty. It needs at least one row.")
+    columns = find_columns(names, config)
     fingerprint = _files_digest(split) if source is None else source._fingerprint
-    folder = cache_root() / _key(config, tokenizer, fingerprint, columns, packed)
+    folder = cache_root() / _cache_key(config, tokenizer, fingerprint, columns, part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
-            raw = source if source is not None else _load_files(split, part / "raw")
-            data, summary = _tokenize(raw, kind, config, tokenizer, packed)
-            data.save_to_disk(part / "data")
-            (part / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
-            shutil.rmtree(part / "raw", ignore_errors=True)
-            part.rename(folder)
+            unfinished = folder.with_suffix(".part")
+            shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted run left
+            raw = source if source is not None else _load_files(split, unfinished / "raw")
+            data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
+            data.save_to_disk(unfinished / "data")
+            (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
+            shutil.rmtree(unfinished / "raw", ignore_errors=True)
+            unfinished.rename(folder)
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.blocks == 0:
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
         raise ConfigError(
-            f"data.{key}: no row of '{split_name}' has a token to train on within block_size "
-            f"{config.sequence_length}. "
-            "Raise block_size, or shorten the prompts."
+            f"data.{key}: no row of '{name}' has a token to train on ({reasons}; block_size "
+            f"{config.sequence_length}). Raise block_size, shorten the prompts, or look at the rows."
         )
     return Prepared(load_from_disk(folder / "data"), summary)
+
+
+def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
+    """The key of the config that a part comes from, and the split it names."""
+    named = {"valid": config.valid_split, "test": config.test_split}.get(part)
+    return (f"{part}_split", named) if named is not None else ("train_split", config.train_split)
+
+
+def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
+    """The rows of a part, in their order: a seeded draw holds out valid_fraction and test_fraction.
+
+    Raises:
+        ConfigError: a part would be empty.
+    """
+    import numpy as np
+
+    raw = raw.add_column(ROW, np.arange(len(raw)))
+    if _split_of(config, part)[0] != "train_split":
+        return raw
+    sizes = {"valid": config.valid_fraction, "test": config.test_fraction}
+    counts = {name: round(share * len(raw)) for name, share in sizes.items()}
+    counts["train"] = len(raw) - sum(counts.values())
+    for name, share in (*sizes.items(), ("train", 1.0)):
+        if share and counts[name] < 1:
+            raise ConfigError(
+                f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: of {len(raw)} rows it "
+                f"leaves none for {name}. Give more rows, or another fraction."
+            )
+    if counts["train"] == len(raw):
+        return raw
+    order = np.random.default_rng(config.split_seed).permutation(len(raw))
+    ends = np.cumsum([counts["test"], counts["valid"]])
+    chosen = dict(zip(("test", "valid", "train"), np.split(order, ends), strict=True))[part]
+    return raw.select(np.sort(chosen))
 
 
 def _from_hub(split: Split, config: TrainConfig) -> Dataset:
@@ -125,16 +164,25 @@ def _from_hub(split: Split, config: TrainConfig) -> Dataset:
 
 
 def _load_files(split: Split, cache: Path) -> Dataset:
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     files = [str(file) for file in split.files]
+    options: dict[str, Any] = {}
+    if split.format == "csv":
+        # Everything is text: a column of numbers must not become numbers, nor "NA" nothing.
+        text = Features({name: Value("string") for name in column_names(split)})
+        options = {"features": text, "keep_default_na": False}
     try:
-        data = load_dataset(split.format, data_files=files, split="train", cache_dir=str(cache))
-    except DatasetGenerationError:
+        data = load_dataset(split.format, data_files=files, split="train", cache_dir=str(cache), **options)
+    except DatasetGenerationError as error:
         for _ in rows(split):  # names the file and line, where a row is at fault
             pass
-        raise
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"data.path: the rows of {', '.join(files)} do not fit together: {reason}. Each column must hold "
+            "one kind of value."
+        ) from error
     assert isinstance(data, Dataset)
     return data
 
@@ -149,123 +197,104 @@ def _files_digest(split: Split) -> str:
     return digest.hexdigest()
 
 
-def _key(
+def _cache_key(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     fingerprint: str,
-    columns: list[str],
-    packed: bool,
+    columns: Columns,
+    part: Part,
 ) -> str:
     """Content + tokenizer + template + what the config says of rows."""
+    held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
-        CACHE_VERSION, fingerprint, columns, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-        tokenizer.eos_token, tokenizer.bos_token, config.chat_template, text_column(columns, config),
-        completion_column(columns, config), config.prompt_text_column, config.train_on, config.add_eos_token,
-        config.sequence_length, packed,
+        CACHE_VERSION, fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
+        config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
+        config.add_eos_token, config.sequence_length, config.max_prompt_length,
+        config.max_completion_length, config.packed, part,
+        held_out if _split_of(config, part)[0] == "train_split" else None,
+        config.data_seed if config.trainer == "kto" else None,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _tokenize(
-    raw: Dataset, kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, packed: bool
+    raw: Dataset,
+    split: Split,
+    columns: Columns,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
 ) -> tuple[Dataset, Summary]:
-    columns = raw.column_names
-    encoder = _Encoder(kind, config, tokenizer, columns)
+    encoder = Encoder(columns, config, tokenizer)
     processes = os.cpu_count() if len(raw) >= MANY_ROWS else None
-    data = raw.map(encoder, with_indices=True, remove_columns=columns, num_proc=processes, desc="tokenizing")
-    counts = data.with_format("numpy")
-    summary = Summary(
-        rows=len(data),
-        longest=int(counts["length"][:].max()),
-        truncated=int((counts["length"][:] > config.sequence_length).sum()),
-        dropped=int((counts["supervised"][:] == 0).sum()),
-    )
-    data = data.filter(lambda count: count > 0, input_columns="supervised")
-    if len(data):
-        summary.tokens = int(data.with_format("numpy")["length"][:].clip(max=config.sequence_length).sum())
-        summary.supervised_tokens = int(data.with_format("numpy")["supervised"][:].sum())
-    data = data.remove_columns(["length", "supervised"])
-    if packed and len(data):
-        data = pack(data, config.sequence_length)
+    try:
+        data = raw.map(
+            _Numbered(encoder),
+            batched=True,
+            remove_columns=raw.column_names,
+            num_proc=processes,
+            desc="tokenizing",
+        )
+    except RowError as error:
+        text, number = error.args
+        raise ConfigError(f"{place_of(split, number)}: {text}") from error
+    summary = _count(data, len(raw))
+    data = data.filter(lambda reason: not reason, input_columns="dropped").remove_columns(list(COUNTS))
+    summary.kept = summary.blocks = len(data)
+    if not len(data):
+        return data, summary
+    if config.trainer == "kto":
+        data = _mismatched(data, config, part)
+    if config.trainer == "mlm":
+        data = data.add_column("row", list(range(len(data))))  # what is masked depends on it, not on the rank
+    # Evaluation keeps documents apart, one a row, where packing would cut none.
+    how = config.packed if part == "train" or config.packed == "wrapped" else "none"
+    data = pack(data, config.sequence_length, how)
     summary.blocks = len(data)
     return data, summary
 
 
-class _Encoder:
-    """Row -> input_ids, labels, its full length in tokens, and how many are trained on."""
+class _Numbered:
+    """Hands the encoder the numbers that the rows have in their file."""
 
-    def __init__(
-        self, kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, columns: list[str]
-    ) -> None:
-        self.kind, self.config, self.tokenizer = kind, config, tokenizer
-        self.text, self.completion = text_column(columns, config), completion_column(columns, config)
-        self.prompt = config.prompt_text_column or "prompt"
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        encoded = self.encode(row, index)
-        limit = self.config.sequence_length
-        labels = encoded.labels[:limit]
-        # The first token of a sequence is predicted from nothing, so it is never trained on.
-        supervised = sum(label != chat.IGNORED for label in labels[1:])
-        return {
-            "input_ids": encoded.input_ids[:limit],
-            "labels": labels,
-            "length": len(encoded.input_ids),
-            "supervised": supervised,
-        }
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        numbers = batch[ROW]
+        return self.encoder({name: values for name, values in batch.items() if name != ROW}, numbers)
 
-    def encode(self, row: dict[str, Any], index: int) -> chat.Encoded:
-        config, train_all = self.config, self.config.train_on == "all"
-        if self.kind == "text":
-            turns = chat.parse_messages(row[self.text])
-            if turns is None and config.train_on == "completion":
-                raise ConfigError(
-                    f"train_on: completion needs rows that tell the completion, and row {index + 1} has "
-                    f"plain text in column '{self.text}'. Set train_on: auto, or name a prompt_text_column."
-                )
-            if turns is None and config.chat_template is None:
-                return chat.encode_text(
-                    self.tokenizer, self.string(row, self.text, index), config.add_eos_token
-                )
-            if turns is None:
-                raise ConfigError(
-                    f"chat_template: {config.chat_template} needs messages, and row {index + 1} has "
-                    f"plain text in column '{self.text}'. Set chat_template: null."
-                )
-            if config.chat_template is None:
-                raise ConfigError(
-                    f"chat_template: column '{self.text}' holds messages (row {index + 1}), which need a "
-                    "template. Set chat_template: tokenizer, chatml or zephyr."
-                )
-            return chat.encode_messages(self.tokenizer, turns, train_all)
-        if self.kind == "instruction":
-            prompt, completion = self.instruction(row, index), self.string(row, "output", index)
-        else:
-            prompt, completion = row[self.prompt], row[self.completion]
-        before, after = chat.parse_messages(prompt), chat.parse_messages(completion)
-        if config.chat_template is not None:
-            turns = before or [{"role": "user", "content": str(prompt)}]
-            turns = turns + (after or [{"role": "assistant", "content": str(completion)}])
-            return chat.encode_messages(self.tokenizer, turns, train_all)
-        prompt = self.string(row, self.prompt, index) if self.kind == "completion" else prompt
-        completion = self.string(row, self.completion, index) if self.kind == "completion" else completion
-        return chat.encode_completion(self.tokenizer, prompt, completion, train_all, config.add_eos_token)
 
-    def instruction(self, row: dict[str, Any], index: int) -> str:
-        """instruction and input as one prompt.
+def _count(data: Dataset, given: int) -> Summary:
+    import numpy as np
 
-        A chat turn, or Alpaca's headings where there is no template.
-        """
-        asked, given = self.string(row, "instruction", index), row.get("input") or ""
-        if self.config.chat_template is not None:
-            return f"{asked}\n\n{given}" if given else asked
-        part = f"### Input:\n{given}\n\n" if given else ""
-        return f"### Instruction:\n{asked}\n\n{part}### Response:\n"
+    counts = data.select_columns(list(COUNTS)).with_format("numpy")[:]
+    reasons = Counter(str(reason) for reason in counts["dropped"] if reason)
+    kept = np.asarray([not reason for reason in counts["dropped"]], dtype=bool)
+    lists = [name for name in data.column_names if name.endswith("ids")]
+    tokens = 0
+    for name in lists:
+        column = data.with_format("arrow").data.column(name).combine_chunks()
+        tokens += len(column.flatten()) if len(column) else 0
+    return Summary(
+        rows=given,
+        tokens=tokens,
+        supervised_tokens=int(counts["supervised"][kept].sum()),
+        longest=int(counts["length"].max()),
+        truncated=int(counts["truncated"].sum()),
+        dropped=dict(reasons),
+    )
 
-    def string(self, row: dict[str, Any], column: str, index: int) -> str:
-        value = row[column]
-        if not isinstance(value, str):
-            raise ConfigError(
-                f"data: row {index + 1}: column '{column}' must hold text, not {type(value).__name__}."
-            )
-        return value
+
+def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
+    """Gives each row of kto the completion of the row before it, for the paper's estimate of the divergence.
+
+    TRL pairs within a micro-batch, so the loss would depend on batch size and number of ranks; over the
+    whole split it does not. TRL takes the rows in this order at each epoch: they are shuffled here, once.
+    """
+    if part == "train":
+        check_label_balance(data["label"][:])
+        data = data.shuffle(seed=config.data_seed).flatten_indices()
+    before = data.select([len(data) - 1, *range(len(data) - 1)])
+    return data.add_column("KL_completion_ids", before["completion_ids"][:])

@@ -14,13 +14,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-from trainers.config import ConfigError, TrainConfig
+from trainers.config import PREFERENCE_TRAINERS, ConfigError, TrainConfig
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or a dataset lies on the hub: no such local path, and a name that the hub allows."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,15 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
             raise ConfigError(
                 f"data.path: {root} is not a file this project reads. Allowed: {', '.join(SUFFIXES)}."
             )
-        if key == "valid_split":
+        if key != "train_split":
             raise ConfigError(
                 f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder "
-                "that holds both files as data.path, or valid_split: null."
+                "that holds both files as data.path, or hold rows out: "
+                f"{key.replace('split', 'fraction')}: 0.1."
             )
         return Split(data_path, name, (root,))
     if not root.exists():
-        if _HUB_ID.fullmatch(data_path) and not data_path.endswith(SUFFIXES):
+        if is_hub_id(data_path) and not data_path.endswith(SUFFIXES):
             return Split(data_path, name)
         raise ConfigError(
             f"data.path: {data_path} does not exist. Give a folder, a file, or a dataset id on the hub."
@@ -163,16 +170,20 @@ def column_names(split: Split) -> list[str]:
 
 
 def _parquet_columns(split: Split) -> list[str]:
+    import pyarrow.parquet as pq
+
+    count = sum(_parquet_rows(path) for path in split.files)
+    return list(pq.read_schema(split.files[0]).names) if count else []
+
+
+def _parquet_rows(path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count = 0
-    for path in split.files:
-        try:
-            count += pq.read_metadata(path).num_rows
-        except pa.ArrowInvalid:
-            raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
-    return list(pq.read_schema(split.files[0]).names) if count else []
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowInvalid:
+        raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
 
 
 def check_split(split: Split, config: TrainConfig, key: str) -> None:
@@ -189,55 +200,106 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
         raise ConfigError(
             f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
         )
-    row_kind(columns, config)
+    find_columns(columns, config)
     for _ in remaining:
         pass
 
 
-def row_kind(columns: list[str], config: TrainConfig) -> str:
-    """Which kind of row the columns and the config describe: completion, instruction or text.
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what, and so which kind of row it is.
 
-    `text` covers messages too: the rows themselves tell them apart.
+    kind is tokens (ids already), text (plain, or messages), completion (of a prompt), pair (chosen and
+    rejected), or labelled (a completion that is wanted or not).
+    """
+
+    kind: str
+    text: str  # the text, the messages, the completion, or the chosen answer
+    prompt: str | None = None
+    instruction: bool = False  # the prompt is made of the columns instruction and input
+    rejected: str | None = None
+    label: str | None = None
+
+
+def find_columns(columns: list[str], config: TrainConfig) -> Columns:
+    """Tells the rows of a split by the names of its columns and by what the config says of them.
 
     Raises:
         ConfigError: a column that is named in the config, or needed, is not there.
     """
-
-    def need(name: str, field: str) -> None:
-        if name not in columns:
-            raise ConfigError(
-                f"data.column_mapping.{field}: there is no column '{name}'. The columns are: "
-                f"{', '.join(columns)}."
-            )
-
-    chosen = config.model_fields_set
+    for name in prompt_fields(config):
+        _need(columns, name, "data.prompt_format")
     if config.prompt_text_column:
-        need(config.prompt_text_column, "prompt_text_column")
-        # text_column may be left out where the completion has its usual name.
-        need(completion_column(columns, config), "text_column")
-        return "completion"
-    if "text_column" in chosen or config.text_column in columns:
-        need(config.text_column, "text_column")
-        return "text"
+        _need(columns, config.prompt_text_column, _key("prompt_text_column"))
+    prompt = config.prompt_text_column or ("prompt" if "prompt" in columns else None)
+    instruction = prompt is None and config.prompt_format is None and "instruction" in columns
+    if config.trainer in PREFERENCE_TRAINERS:
+        return _preference_columns(columns, config, prompt, instruction)
+    text = completion_name(columns, config)
+    asked = config.prompt_text_column is not None or config.prompt_format is not None
+    if asked:
+        _need(columns, text, _key("text_column"))
+        return Columns("completion", text, prompt)
+    if "text_column" in config.model_fields_set or config.text_column in columns:
+        _need(columns, config.text_column, _key("text_column"))
+        return Columns("text", config.text_column)
     if {"prompt", "completion"} <= set(columns):
-        return "completion"
+        return Columns("completion", "completion", "prompt")
     if {"instruction", "output"} <= set(columns):
-        return "instruction"
+        return Columns("completion", "output", None, instruction=True)
     if "messages" in columns:
-        return "text"
-    need(config.text_column, "text_column")
+        return Columns("text", "messages")
+    if "input_ids" in columns:
+        return Columns("tokens", "input_ids")
+    _need(columns, config.text_column, _key("text_column"))
     raise AssertionError("unreachable")
 
 
-def completion_column(columns: list[str], config: TrainConfig) -> str:
-    """The column with the completion of a prompt."""
-    if "text_column" not in config.model_fields_set and "completion" in columns:
-        return "completion"
-    return config.text_column
+def _preference_columns(
+    columns: list[str], config: TrainConfig, prompt: str | None, instruction: bool
+) -> Columns:
+    label = config.label_column
+    labelled = label in columns or ("label_column" in config.model_fields_set)
+    if config.trainer == "kto" and (labelled or not ({"chosen", "rejected"} & set(columns))):
+        text = completion_name(columns, config)
+        _need(columns, text, _key("text_column"))
+        _need(columns, label, _key("label_column"))
+        return Columns("labelled", text, prompt, instruction, label=label)
+    chosen = config.text_column if "text_column" in config.model_fields_set else "chosen"
+    rejected = config.rejected_text_column or "rejected"
+    _need(columns, chosen, _key("text_column"))
+    _need(columns, rejected, _key("rejected_text_column"))
+    return Columns("pair", chosen, prompt, instruction, rejected)
 
 
-def text_column(columns: list[str], config: TrainConfig) -> str:
-    """The column with the text or the messages."""
-    if config.text_column not in columns and "messages" in columns:
-        return "messages"
-    return config.text_column
+def completion_name(columns: list[str], config: TrainConfig) -> str:
+    """The column with the completion of a prompt; it may be left out where it has a usual name."""
+    if "text_column" in config.model_fields_set:
+        return config.text_column
+    return next((name for name in ("completion", "output") if name in columns), config.text_column)
+
+
+def prompt_fields(config: TrainConfig) -> list[str]:
+    """The columns that prompt_format names."""
+    parsed = Formatter().parse(config.prompt_format or "")
+    return [name for _, name, _, _ in parsed if name]
+
+
+def _key(field: str) -> str:
+    return f"data.column_mapping.{field}"
+
+
+def _need(columns: list[str], name: str, key: str) -> None:
+    if name not in columns:
+        raise ConfigError(f"{key}: there is no column '{name}'. The columns are: {', '.join(columns)}.")
+
+
+def place_of(split: Split, number: int) -> str:
+    """`file: row N` of a row of the split, counted from 0 over all its files."""
+    for path in split.files:
+        one = Split(split.path, split.name, (path,))
+        count = _parquet_rows(path) if path.suffix == ".parquet" else sum(1 for _ in rows(one))
+        if number < count:
+            return f"{path}: row {number + 1}"
+        number -= count
+    return f"{split.path} ({split.name}): row {number + 1}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from trainers import fsdp
 from trainers.attention import choose_attention
+from trainers.chat import set_template
 from trainers.config import ConfigError, TrainConfig
+from trainers.rank import rank
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens that vocabularies hold for padding, best first.
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+TASK_TYPES = {"reward": "SEQ_CLS", "mlm": None}  # peft's word for a trainer; CAUSAL_LM for the rest
 
 
 def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
@@ -21,21 +28,16 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     Returns it, and the ids of the tokens that its vocabulary gained.
 
     Raises:
-        ConfigError: there is no tokenizer, or no template where one is asked for.
+        ConfigError: there is no tokenizer, or no template or mask token where one is needed.
     """
-    from transformers import AutoTokenizer
-
-    from trainers.chat import set_template
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, token=config.token)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"base_model: no tokenizer can be loaded from {config.model}: {_first_line(error)}"
-        ) from error
+    tokenizer = _tokenizer_of(config.model, config)
     gained = set_template(tokenizer, config.chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if config.trainer == "mlm" and tokenizer.mask_token is None:
+        raise ConfigError(
+            f"base_model: {config.model} has no mask token, so it is no masked LM. Use another model, or "
+            "trainer: default."
+        )
+    _choose_pad(tokenizer)
     if config.padding is not None:
         tokenizer.padding_side = config.padding
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.model_max_length)
@@ -43,37 +45,152 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     return tokenizer, [known[token] for token in gained]
 
 
+def _tokenizer_of(model: str, config: TrainConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **_source(model, config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"base_model: no tokenizer can be loaded from {model}: {_first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def _source(model: str, config: TrainConfig) -> dict[str, Any]:
+    """How a model is asked for: revision and remote code are said of base_model alone."""
+    own = model == config.model
+    return {
+        "token": config.token,
+        "revision": config.revision if own and config.revision else "main",
+        "trust_remote_code": config.trust_remote_code and own,
+    }
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not EOS: whoever masks by padding would never learn to stop.
+
+    A reward model reads the last token that is no padding, which would be the one before EOS.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    known = tokenizer.get_vocab()
+    spare = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
+    if tokenizer.unk_token and tokenizer.unk_token != tokenizer.eos_token:
+        spare.append(tokenizer.unk_token)
+    tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+
+
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model on its way to training: dtype, attention, quantisation, and room for every token.
 
     Weights that are trained are float32 (autocast computes in mixed_precision); frozen ones have the compute
     type. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    dtype = compute_dtype(config) if config.peft else torch.float32
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    return _load(config.model, config, tokenizer)
+
+
+def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The frozen reference of dpo and kto, or None where the model with its adapter off is the reference.
+
+    TRL would load it by name, without the tokens that the vocabulary gained.
+
+    Raises:
+        ConfigError: it cannot be loaded, or it has another tokenizer.
+    """
+    if config.model_ref is None:
+        return None if config.peft else _load(config.model, config, tokenizer)
+    other = _tokenizer_of(config.model_ref, config).get_vocab()
+    own = _tokenizer_of(config.model, config).get_vocab()
+    if other != own:
+        differing = sorted(set(own.items()) ^ set(other.items()))[:3]
+        raise ConfigError(
+            f"model_ref: the tokenizer of {config.model_ref} is not that of {config.model} ({len(other)} and "
+            f"{len(own)} tokens; different: {', '.join(repr(token) for token, _ in differing)}), so its "
+            "log-probabilities would be of other tokens. Use a reference of the same family."
+        )
+    return _load(config.model_ref, config, tokenizer)
+
+
+def model_class(config: TrainConfig) -> Any:
+    """The auto class of transformers that a trainer's model is loaded with."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    classes = {"reward": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}
+    return classes.get(config.trainer, AutoModelForCausalLM)
+
+
+def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    import torch
+    import transformers
+
     kwargs: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": compute_dtype(config) if config.peft else torch.float32,
         "attn_implementation": choose_attention(config)[0],
-        "token": config.token,
+        **_source(name, config),
     }
+    if config.trainer == "reward":
+        kwargs["num_labels"] = 1
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
-        sharded = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"} & set(os.environ)
+        sharded = fsdp.asked_for() or "ACCELERATE_USE_DEEPSPEED" in os.environ
         if torch.cuda.is_available() and not sharded:  # the sharded backends place the weights themselves
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    verbosity = transformers.logging.get_verbosity()
+    if config.trainer == "reward":  # that a causal LM has no score is expected, and said by _draw_head
+        transformers.logging.set_verbosity_error()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, **kwargs)
+        model, info = model_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model: {config.model} cannot be loaded: {_first_line(error)}") from error
-    _fit_vocabulary(model, tokenizer)
-    return model
+        raise ConfigError(f"base_model: {name} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if config.trainer == "reward":
+        _draw_head(model, info["missing_keys"], config.seed)
+    fit_vocabulary(model, tokenizer, config.seed)
+    return model  # type: ignore[no-any-return]
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds rows for tokens that the model does not know; before wrapping, since sharding would lose them."""
+def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:
+    """A reward head that the checkpoint lacks, drawn from the seed alone: alike on every backend and rank."""
+    import torch
+
+    if missing and rank() == 0:
+        print(f"reward: {', '.join(sorted(missing))} is not in the checkpoint; drawn from seed {seed}")
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(missing):
+        parameter = model.get_parameter(name)
+        with _whole(parameter):
+            if parameter.is_meta or not parameter.numel():  # FSDP sends it from rank 0
+                continue
+            value = torch.empty(parameter.shape)
+            value = value.normal_(0, std, generator=generator) if parameter.dim() > 1 else value.zero_()
+            parameter.data.copy_(value)
+
+
+def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """A parameter that ZeRO-3 has split, put together to be written."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return context
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Adds rows for tokens that the model does not know; before wrapping, since sharding would lose them.
+
+    The seed makes them the same in the policy, the reference and a later merge.
+    """
+    import torch
+
     if len(tokenizer) > model.config.get_text_config().vocab_size:
+        torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer))
 
 
@@ -94,9 +211,11 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": dtype,
-        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_use_double_quant": config.double_quantization,
     }
     settings: dict[str, Any] = {"load_in_8bit": True} if config.quantization == "int8" else nf4
+    if config.trainer == "reward":  # the new head is trained, so it stays whole
+        settings["llm_int8_skip_modules"] = ["score", "classifier", "lm_head"]
     return BitsAndBytesConfig(**settings)
 
 
@@ -106,35 +225,18 @@ def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None
         return None
     from peft import LoraConfig
 
-    asked = config.target_modules
-    modules = asked if asked in (None, "all-linear") else [name.strip() for name in asked.split(",")]
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=modules,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules=config.lora_targets,
         trainable_token_indices=new_tokens or None,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=TASK_TYPES.get(config.trainer, "CAUSAL_LM"),
+        revision=config.revision,
     )
-
-
-def merge_adapter(config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replaces the adapter in `folder` by the whole model, as AutoTrain does.
-
-    In one process, from the saved files.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(config.model, dtype=compute_dtype(config), token=config.token)
-    _fit_vocabulary(base, tokenizer)
-    with torch.no_grad():
-        merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
-    merged.save_pretrained(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

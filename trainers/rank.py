@@ -35,6 +35,11 @@ def log_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
+def live_terminal() -> bool:
+    """Whether a person watches: the launcher says it, else the terminal itself."""
+    return os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
+
+
 def run_rank(main: Callable[[], int]) -> int:
     """Runs a rank's main function with its output in its own file, and returns its exit code.
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainers.config import ConfigError, TrainConfig
+from trainers import fsdp
+from trainers.config import RUN_FAILED, ConfigError, TrainConfig
 from trainers.config_file import Settings, load_settings
-from trainers.rank import log_folder, rank, run_rank, world_size
-from trainers.run_folder import claim, resume_checkpoint, write_record
+from trainers.rank import live_terminal, log_folder, rank, run_rank, world_size
+from trainers.run_folder import claim, resume_checkpoint, step_of, write_record
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer
 
     from trainers.data import Prepared
+    from trainers.trackers import Tracker
 
 
 @dataclass
@@ -34,7 +38,12 @@ class Context:
     new_tokens: list[int]
     train: Prepared
     valid: Prepared | None
+    test: Prepared | None
     arguments: dict[str, Any]  # for TrainingArguments and its subclasses
+
+    @property
+    def eval_dataset(self) -> Dataset | None:
+        return self.valid.dataset if self.valid else None
 
 
 Build = Callable[[Context], "Trainer"]
@@ -60,23 +69,44 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     _quiet()
     from transformers import set_seed
 
-    from trainers.tracking import configure_tracker
+    from trainers.trackers import open_tracker
 
     set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
-    configure_tracker(config, folder)
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
     checkpoint = resume_checkpoint(folder, config)
     trainer = build(context)
+    assert trainer.is_fsdp_enabled == fsdp.asked_for(), "FSDP was asked for, and the ranks run DDP"
+    _master_weights(trainer)
+    facts = _facts(trainer, context)
+    tracker = None
     if trainer.is_world_process_zero():
-        write_record(folder, settings, _facts(trainer))
-    _report(trainer, folder, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(trainer, context)
-    _leave()
-    if trainer.is_world_process_zero():
-        _finish(context)
+        write_record(folder, settings, facts)
+        tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
+    with _finished(tracker):
+        _report(trainer, folder, checkpoint, tracker)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if context.test is not None:
+            trainer.eval_dataset = {"test": context.test.dataset}
+            trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
+        _save(trainer, context)
+        _leave()
+        if trainer.is_world_process_zero():
+            _finish(context, facts)
     return 0
+
+
+@contextmanager
+def _finished(tracker: Tracker | None) -> Iterator[None]:
+    """The tracker learns how the run ended."""
+    try:
+        yield
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(RUN_FAILED)
+        raise
+    if tracker is not None:
+        tracker.finish()
 
 
 def _quiet() -> None:
@@ -90,6 +120,7 @@ def _quiet() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate)\b"
     )
+    os.environ |= {"TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     if rank() != 0:
@@ -107,25 +138,24 @@ def _resolve_deepspeed_pointer() -> None:
 
 def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.attention import choose_attention
-    from trainers.data import prepare
+    from trainers.data import parts, prepare
+    from trainers.example import show_example
     from trainers.model import load_tokenizer
 
     config = settings.train
     tokenizer, new_tokens = load_tokenizer(config)
-    train = prepare(config, tokenizer, config.train_split, "train_split", packed=config.packed)
-    valid = None
-    if config.valid_split:
-        valid = prepare(config, tokenizer, config.valid_split, "valid_split", packed=False)
+    prepared = {part: prepare(config, tokenizer, part) for part in parts(config)}
+    train, valid, test = prepared["train"], prepared.get("valid"), prepared.get("test")
     if rank() == 0:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:
                 print(f"note: {note}")
         print("attention: {} ({})".format(*choose_attention(config)))
-        print(train.summary.line("train"))
-        if valid is not None:
-            print(valid.summary.line("valid"), flush=True)
+        for name, part in prepared.items():
+            print(part.summary.line(name))
+        print(show_example(train.dataset[0], tokenizer, live_terminal()), flush=True)
     arguments = training_arguments(config, folder, logging_steps(config, train, valid))
-    return Context(config, folder, tokenizer, new_tokens, train, valid, arguments)
+    return Context(config, folder, tokenizer, new_tokens, train, valid, test, arguments)
 
 
 def logging_steps(config: TrainConfig, train: Prepared, valid: Prepared | None) -> int:
@@ -142,9 +172,11 @@ def logging_steps(config: TrainConfig, train: Prepared, valid: Prepared | None) 
 def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments:
     """Builds TrainingArguments; what they refuse (an optimiser that does not exist) is the user's to mend."""
     try:
-        return schema(**values)
+        arguments = schema(**values)
     except ValueError as error:
         raise ConfigError(f"params: {str(error).strip().splitlines()[0]}") from error
+    fsdp.enable_on_cpu()
+    return arguments
 
 
 def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:
@@ -181,15 +213,16 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "logging_steps": logging,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "eval_strategy": config.eval_strategy if config.valid_split else "no",
+        "eval_strategy": config.eval_strategy if config.validates else "no",
         "eval_steps": config.eval_steps,
+        "eval_on_start": config.eval_on_start and config.validates,
         "save_strategy": config.save_strategy,
         "save_steps": config.save_steps or 500,  # read only with save_strategy: steps, which needs save_steps
         "save_total_limit": config.save_total_limit,
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
         "greater_is_better": False if config.load_best_model_at_end else None,
-        "report_to": config.log,
+        "report_to": "none",  # trainers/trackers.py has them
         "dataloader_num_workers": config.dataloader_num_workers,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
@@ -197,7 +230,22 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     }
 
 
-def _facts(trainer: Trainer) -> dict[str, Any]:
+def _master_weights(trainer: Trainer) -> None:
+    """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16.
+
+    Sharded backends keep their own float32 copy, or need one type in a group.
+    """
+    import torch
+
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    assert trainer.model is not None
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
     """What run.json says of this start beyond the config."""
     accelerator = trainer.accelerator
     return {
@@ -210,21 +258,26 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         * trainer.args.gradient_accumulation_steps
         * world_size(),
         "command": sys.argv,
+        "data": {
+            name: asdict(part.summary)
+            for name, part in (("train", context.train), ("valid", context.valid), ("test", context.test))
+            if part is not None
+        },
     }
 
 
-def _report(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
+def _report(trainer: Trainer, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:
     from transformers.trainer_callback import PrinterCallback
 
+    from trainers.checkpoints import AgreeOnBest
     from trainers.tracking import Report
 
+    trainer.add_callback(AgreeOnBest())
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if checkpoint:
             print(f"resume: {checkpoint}", flush=True)
-        live = os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
-        trainer.add_callback(Report(folder, live, step))
+        trainer.add_callback(Report(folder, live_terminal(), step_of(checkpoint), tracker))
 
 
 def _save(trainer: Trainer, context: Context) -> None:
@@ -246,25 +299,19 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _finish(context: Context) -> None:
-    from trainers.model import merge_adapter
+def _finish(context: Context, facts: dict[str, Any]) -> None:
+    """What rank 0 does with the saved files, alone."""
+    from trainers.card import write_card
+    from trainers.example import first_tokens
+    from trainers.hub import push
+    from trainers.merge import merge_adapter
+    from trainers.saved import check_saved
 
-    if context.config.merge_adapter:
-        merge_adapter(context.config, context.folder, context.tokenizer)
-    if context.config.push_to_hub:
-        push(context.config, context.folder)
-
-
-def push(config: TrainConfig, folder: Path) -> None:
-    """Uploads the final model, without checkpoints and logs, to a private repository."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=config.token)
-    repo = f"{config.username}/{folder.name}"
-    api.create_repo(repo, private=True, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=str(folder),
-        ignore_patterns=["checkpoint-*", "launch/*", "wandb/*", "runs/*"],
-    )
-    print(f"pushed: {repo}", flush=True)
+    config, folder = context.config, context.folder
+    check_saved(folder)
+    if config.merge_adapter:
+        merge_adapter(config, folder, context.tokenizer, first_tokens(context.train.dataset[0]))
+        check_saved(folder)
+    write_card(folder, config, facts)
+    if config.push_to_hub:
+        push(config, folder)

@@ -21,6 +21,7 @@ RECORD = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT_PREFIX = "checkpoint-"
 LAUNCH = "launch"
+TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run
 # Machine 0 marks an attempt; another machine of the same start may have made its own files already.
 LAUNCHED = (f"{LAUNCH}/attempt-*/command.txt", f"{LAUNCH}/attempt-*/machine-0/command.txt")
 VERSIONS = (
@@ -73,7 +74,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
         for path in folder.iterdir():
             if path.name.startswith(CHECKPOINT_PREFIX) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name in (RECORD, METRICS) or path.name.endswith(
+            elif path.name in (RECORD, METRICS, TRACKER) or path.name.endswith(
                 (".safetensors", ".safetensors.index.json", "adapter_config.json")
             ):
                 path.unlink()
@@ -107,6 +108,11 @@ def resume_checkpoint(folder: Path, config: TrainConfig) -> Path | None:
     if not found:
         raise ConfigError(f"resume: there is no finished checkpoint in {folder}. Start without --resume.")
     return found[-1]
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimiser step that a checkpoint was written at; 0 for a fresh start."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ def build(context: Context) -> SFTTrainer:
         SFTConfig,
         **context.arguments,
         max_length=config.sequence_length,
-        packing=config.packed,  # the collator then keeps documents apart; the packing itself is done
+        packing=config.packed
+        != "none",  # the collator then keeps documents apart; the packing itself is done
         packing_strategy="bfd",
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -35,7 +36,7 @@ def build(context: Context) -> SFTTrainer:
         model=load_model(config, context.tokenizer),
         args=arguments,
         train_dataset=context.train.dataset,
-        eval_dataset=context.valid.dataset if context.valid else None,
+        eval_dataset=context.eval_dataset,
         processing_class=context.tokenizer,
         peft_config=lora_config(config, context.new_tokens),
     )

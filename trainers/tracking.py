@@ -1,8 +1,9 @@
-"""What a run reports: metrics.jsonl, the live line on the terminal, and the tracker's settings."""
+"""What a run reports: metrics.jsonl, the live line on the terminal, and what the tracker gets."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -10,26 +11,19 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainers.config import TrainConfig
 from trainers.run_folder import METRICS
-
-
-def configure_tracker(config: TrainConfig, folder: Path) -> None:
-    """Where the tracker puts its files; the user's own environment wins."""
-    os.environ.setdefault("WANDB_PROJECT", folder.name)
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+from trainers.trackers import Tracker
 
 
 class Report(TrainerCallback):
-    """Rank 0 writes each logged value to metrics.jsonl and keeps the live line fresh.
+    """Rank 0 writes each logged value to metrics.jsonl and the tracker, and keeps the live line fresh.
 
     tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the
     time that optimiser steps took since the last log (evaluation and saving are not counted).
     """
 
-    def __init__(self, folder: Path, live: bool, resumed_step: int) -> None:
-        self.path, self.live = folder / METRICS, live
+    def __init__(self, folder: Path, live: bool, resumed_step: int, tracker: Tracker | None = None) -> None:
+        self.path, self.live, self.tracker = folder / METRICS, live, tracker
         self.base_tokens = self._keep_until(resumed_step)
         self.tokens = self.base_tokens
         self.step_seconds = self.logged_seconds = 0.0
@@ -52,7 +46,7 @@ class Report(TrainerCallback):
             if step and entry["step"] <= step:
                 kept.append(entry)
         part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        part.write_text("".join(_json_line(entry) for entry in kept), encoding="utf-8")
         os.replace(part, self.path)
         return max((entry.get("tokens", 0) for entry in kept), default=0)
 
@@ -82,18 +76,29 @@ class Report(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        values = dict(logs)
-        if "num_tokens" in values:
-            total = self.base_tokens + int(values.pop("num_tokens"))
+        values = _named(logs)
+        total = self._total_tokens(values)
+        if total is not None:
             values["tokens"] = total
             seconds = self.step_seconds - self.logged_seconds
             if seconds > 0 and total > self.tokens:
                 values["tokens_per_second"] = round((total - self.tokens) / seconds, 1)
             self.tokens, self.logged_seconds = total, self.step_seconds
-        record = {"step": state.global_step, "epoch": values.pop("epoch", state.epoch), **values}
+        values = {"epoch": values.pop("epoch", state.epoch), **values}
+        record = {"step": state.global_step, **values}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_json_line(record))
+        if self.tracker is not None:
+            self.tracker.log(state.global_step, values)
         self._show(state, record)
+
+    def _total_tokens(self, values: dict[str, Any]) -> int | None:
+        """Takes the count of tokens out of the values, and makes it one over resumes."""
+        whole_run = values.pop("num_input_tokens_seen", None)  # transformers: kept in the checkpoint
+        this_start = values.pop("num_tokens", None)  # TRL: from 0 at each start
+        if this_start is not None:
+            return self.base_tokens + int(this_start)
+        return None if whole_run is None else int(whole_run)
 
     def _show(self, state: TrainerState, record: dict[str, Any]) -> None:
         if "eval_loss" in record:
@@ -121,3 +126,22 @@ class Report(TrainerCallback):
             print(f"\r\033[K{text}", end="\n" if lasting else "", flush=True)
         else:
             print(text, flush=True)
+
+
+def _named(logs: dict[str, Any]) -> dict[str, Any]:
+    """The values under their names; TRL calls its own of any evaluation eval_, of the test split too."""
+    if "test_loss" not in logs:
+        return dict(logs)
+    return {
+        f"test_{name.removeprefix('eval_')}" if name.startswith("eval_") else name: value
+        for name, value in logs.items()
+    }
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """One line of metrics.jsonl; JSON has no NaN and no infinity, so they are words there."""
+    plain = {
+        name: json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"

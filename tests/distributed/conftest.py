@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import BACKENDS, HERE, MODES, Bench, Finished, environment
+from ranks import HERE, Bench, Finished, environment
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path) -> Bench:
     root = tmp_path_factory.mktemp("bench")
     data = root / "data"
     data.mkdir()
@@ -26,24 +26,28 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Bench:
             {
                 "prompt": f"What is {i} plus {i}?",
                 "completion": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+                "label": i % 3 != 0,
+                "chosen": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+                "rejected": f"Ranks are {i}. " * (1 + i % 4),
             }
             for i in range(count)
         ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environ = environment(root / "cache")
-    return Bench(root, tiny_model, environ)
+    return Bench(root, tiny_model, tiny_masked_model, environ)
 
 
 @pytest.fixture(scope="session")
-def trained(bench: Bench) -> Callable[[str, str], Finished]:
-    """trained(backend, mode): that run, made at the first call."""
-    made: dict[tuple[str, str], Finished] = {}
+def trained(bench: Bench) -> Callable[..., Finished]:
+    """trained(backend, mode, trainer): that run, made at the first call."""
+    made: dict[tuple[str, str, str], Finished] = {}
 
-    def run(backend: str, mode: str) -> Finished:
-        if (backend, mode) not in made:
-            done = bench.train(f"{backend}-{mode}", *BACKENDS[backend], *MODES[mode])
+    def run(backend: str, mode: str, trainer: str = "sft") -> Finished:
+        key = (backend, mode, trainer)
+        if key not in made:
+            done = bench.train("-".join((trainer, backend, mode)), *bench.flags(*key))
             assert done.code == 0, done.out + done.err
-            made[backend, mode] = done
-        return made[backend, mode]
+            made[key] = done
+        return made[key]
 
     return run

@@ -46,6 +46,19 @@ BACKENDS = {
     "zero2": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "2"],
     "zero3": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "3"],
 }
+# trainer -> flags that make it of the config above; the rows have every column that one of them reads.
+PAIRS = ["--text-column", "chosen", "--rejected-text-column", "rejected"]
+TRAINERS = {
+    "default": ["--trainer", "default", "--packing", "wrapped", "--block-size", "64"],
+    "sft": [],
+    "reward": ["--trainer", "reward", *PAIRS],
+    "dpo": ["--trainer", "dpo", *PAIRS],
+    "orpo": ["--trainer", "orpo", *PAIRS],
+    "kto": ["--trainer", "kto"],
+    "mlm": ["--trainer", "mlm", "--model", "{masked}", "--chat-template", "none"],
+}
+# kto needs two rows of a micro-batch on each rank.
+KTO_BATCH = {True: ["--batch-size", "4"], False: ["--batch-size", "2"]}
 MODES = {
     "full": [],
     "lora": ["--peft", "--lora-r", "4", "--lora-dropout", "0", "--quantization", "none"],
@@ -86,6 +99,7 @@ class Bench:
 
     root: Path
     model: Path
+    masked: Path
     environ: dict[str, str]
 
     def config(self, name: str) -> Path:
@@ -109,9 +123,15 @@ class Bench:
 
     def finish(self, name: str, argv: list[str], **environ: str) -> Finished:
         done = subprocess.run(
-            argv, cwd=self.root, env=self.environ | environ, text=True, capture_output=True, timeout=300
+            argv, cwd=self.root, env=self.environ | environ, text=True, capture_output=True, timeout=180
         )
         return Finished(self.root / name, done.returncode, done.stdout, done.stderr)
+
+    def flags(self, backend: str, mode: str, trainer: str) -> list[str]:
+        """The flags of one cell of the matrix."""
+        flags = [*BACKENDS[backend], *MODES[mode], *TRAINERS[trainer]]
+        flags += KTO_BATCH[backend == "one"] if trainer == "kto" else []
+        return [flag.format(masked=self.masked) for flag in flags]
 
     def train(self, name: str, *flags: str, **environ: str) -> Finished:
         return self.finish(name, self.command(name, *flags), **environ)

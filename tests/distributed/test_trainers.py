@@ -1,0 +1,87 @@
+"""Every trainer, on every backend: the losses of one process, and a model that opens as what it is."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import BACKENDS, TRAINERS
+
+SEVERAL = ["ddp", "fsdp", "zero2", "zero3"]
+OTHERS = [name for name in TRAINERS if name != "sft"]  # test_matrix has sft
+
+
+def loaded(folder, trainer: str, adapter: bool):
+    """The saved model, opened with the class that a user would take."""
+    import peft
+    import torch
+    import transformers
+
+    kind = {"reward": "SequenceClassification", "mlm": "MaskedLM"}.get(trainer, "CausalLM")
+    if adapter and trainer == "mlm":  # peft has no auto class for it
+        import json
+
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        model = transformers.AutoModelForMaskedLM.from_pretrained(base, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+    prefix, library = ("AutoPeft", peft) if adapter else ("Auto", transformers)
+    more = {"num_labels": 1} if adapter and trainer == "reward" else {}
+    return (
+        getattr(library, f"{prefix}ModelFor{kind}")
+        .from_pretrained(folder, dtype=torch.float32, **more)
+        .eval()
+    )
+
+
+def outputs(folder, trainer: str, adapter: bool):
+    import torch
+
+    with torch.no_grad():
+        return loaded(folder, trainer, adapter)(input_ids=torch.arange(5, 37)[None]).logits
+
+
+def check_alike(one, many, trainer, adapter):
+    import torch
+
+    assert len(one.losses) == 6
+    assert many.losses == pytest.approx(one.losses, abs=1e-4)
+    norms = [[entry["grad_norm"] for entry in run.metrics if "loss" in entry] for run in (one, many)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2, abs=1e-3)
+    assert abs(one.losses[0] - one.losses[-1]) > 1e-3, "nothing changed, so equal losses would prove nothing"
+    evaluated = [[entry["eval_loss"] for entry in run.metrics if "eval_loss" in entry] for run in (one, many)]
+    assert len(evaluated[0]) == len(evaluated[1]) == 2
+    expected, found = (outputs(run.folder, trainer, adapter) for run in (one, many))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("backend", SEVERAL)
+@pytest.mark.parametrize("trainer", OTHERS)
+def test_losses_and_model_equal_those_of_one_process(trained, trainer, backend):
+    check_alike(trained("one", "full", trainer), trained(backend, "full", trainer), trainer, adapter=False)
+
+
+@pytest.mark.parametrize("backend", SEVERAL)
+@pytest.mark.parametrize("trainer", ["reward", "dpo", pytest.param("kto", marks=pytest.mark.slow),
+                                     pytest.param("orpo", marks=pytest.mark.slow),
+                                     pytest.param("mlm", marks=pytest.mark.slow),
+                                     pytest.param("default", marks=pytest.mark.slow)])  # fmt: skip
+def test_lora_losses_and_adapter_equal_those_of_one_process(trained, trainer, backend):
+    check_alike(trained("one", "lora", trainer), trained(backend, "lora", trainer), trainer, adapter=True)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_metrics_of_a_trainer_are_logged(trained, trainer):
+    own = {
+        "reward": ("accuracy", "margin", "mean_reward"),
+        "dpo": ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen"),
+        "orpo": ("rewards/accuracies", "nll_loss", "log_odds_ratio"),
+        "kto": ("rewards/margins", "kl"),
+    }.get(trainer, ())
+    run = trained("one", "full", trainer)
+    steps = [entry for entry in run.metrics if "loss" in entry]
+    for key in ("grad_norm", "learning_rate", "tokens", "tokens_per_second", *own):
+        assert all(key in entry for entry in steps), key
+    evaluations = [entry for entry in run.metrics if "eval_loss" in entry]
+    for key in own:
+        assert all(f"eval_{key}" in entry for entry in evaluations), key
+    assert run.record["trainer"] and run.record["config"]["trainer"]["value"] == trainer
+    assert "example" in run.out and f"done: {run.folder.name}" in run.out
+    assert set(BACKENDS) >= {"one", *SEVERAL}

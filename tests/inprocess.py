@@ -1,0 +1,73 @@
+"""A trainer of ours in this process: built from a config as a rank builds it, without launcher or group."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers.config import MODULES
+from trainers.config_file import Settings, Value, resolve
+
+ROWS = [
+    {
+        "prompt": f"What is {i} plus {i}?",
+        "completion": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+        "label": i % 3 != 0,
+        "chosen": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+        "rejected": f"Ranks are {i}. " * (1 + i % 4),
+        "text": f"The sum of {i} and {i} is {2 * i}. " * (1 + i % 4),
+    }
+    for i in range(6)
+]
+
+
+@dataclass
+class Built:
+    """A trainer that has not taken a step, and what it was built from."""
+
+    trainer: Any
+    context: Any
+    settings: Settings
+
+
+def settings_of(**values: Any) -> Settings:
+    return resolve({name: Value(value, f"test {name}", name) for name, value in values.items()})
+
+
+def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **values: Any) -> Built:
+    """Builds `values["trainer"]` on rows (ROWS) that it writes to `work`."""
+    from trainers import run
+
+    os.environ["PHALANX_CACHE"] = str(work / "cache")
+    data = work / "data"
+    data.mkdir(exist_ok=True)
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
+    defaults = {
+        "model": str(model),
+        "project_name": str(work / "run"),
+        "data_path": str(data),
+        "block_size": 96,
+        "batch_size": 6,
+        "gradient_accumulation": 1,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "warmup_ratio": 0.0,
+    }
+    settings = settings_of(**{**defaults, **values})
+    run._quiet()
+    context = run._prepare(settings, Path(settings.train.project_name))
+    module = importlib.import_module(f"trainers.{MODULES[settings.train.trainer]}")
+    trainer = module.build(context)
+    run._master_weights(trainer)
+    return Built(trainer, context, settings)
+
+
+def logged(built: Built) -> list[dict[str, Any]]:
+    """Trains, and returns what was logged at each step."""
+    built.trainer.train()
+    return [entry for entry in built.trainer.state.log_history if "loss" in entry]

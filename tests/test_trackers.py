@@ -1,0 +1,396 @@
+"""Trackers: real offline files of wandb and TensorBoard, read back; what fails in them stays in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainers.config import TrainConfig
+from trainers.config_file import Settings
+from trainers.trackers import open_tracker
+
+CANARY = "c4na3y0123456789"
+KEY = (CANARY * 3)[:40]  # as long as a key of wandb
+LOGS = [
+    (1, {"epoch": 0.1, "loss": 2.5, "grad_norm": 1.25, "learning_rate": 1e-4, "tokens": 512}),
+    (2, {"epoch": 0.2, "loss": 2.25, "rewards/margins": -0.5, "tokens": 1024}),
+    (2, {"epoch": 0.2, "eval_loss": 2.0, "eval_runtime": 3.5}),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run's folder, on a machine where nobody has set up a tracker; and a fresh wandb."""
+    for name in list(os.environ):
+        if name.startswith("WANDB") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name in ("NETRC", "TENSORBOARD_LOGGING_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    forget_wandb()
+    (tmp_path / "my-run").mkdir()
+    yield Path("my-run")
+    forget_wandb()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]  # wandb leaves word of its service
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Nobody listens on it, and nobody else gets it."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def forget_wandb() -> None:
+    """Ends its service, which writes the last of its files then; the next start reads the settings anew."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+def start(folder: Path, resumed_step: int = 0, **values: Any) -> Any:
+    if values["log"] != "none":
+        pytest.importorskip(values["log"])
+    config = TrainConfig(project_name=str(folder), **values)
+    return open_tracker(config, folder, Settings(config, {}).public(), resumed_step)
+
+
+def track(folder: Path, logs: Any = LOGS, resumed_step: int = 0, **values: Any) -> None:
+    tracker = start(folder, resumed_step, **values)
+    for step, record in logs:
+        tracker.log(step, record)
+    tracker.finish()
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """wandb's file: 7 bytes of its own, then LevelDB's log format, blocks of 32 KiB with parts of records.
+
+    Each part: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last), data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    forget_wandb()
+    block, head = 32768, 7
+    data, position = path.read_bytes(), head
+    records, parts = [], b""
+    while position + head <= len(data):
+        left = block - position % block
+        if left < head:
+            position += left  # too short for another head: zeros
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + head : position + head + length]
+        position += head + length
+        if kind in (1, 4):
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def items(entries: Any) -> dict[str, Any]:
+    return {"/".join(entry.nested_key) or entry.key: json.loads(entry.value_json) for entry in entries}
+
+
+def wandb_run(path: Path) -> Any:
+    [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
+    return run
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The rows, without what wandb counts for itself."""
+    rows = [items(record.history.item) for record in wandb_records(path) if record.HasField("history")]
+    return [{name: value for name, value in row.items() if name[0] != "_"} for row in rows]
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = events(folder)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_none_is_no_tracker(folder: Path) -> None:
+    assert start(folder, log="none") is None
+    assert list(folder.iterdir()) == []
+
+
+def test_wandb_gets_every_metric_under_its_own_name(folder: Path) -> None:
+    track(folder, log="wandb")
+    [path] = wandb_files(folder)
+    assert wandb_history(path) == [{"step": step, **values} for step, values in LOGS]
+    metrics = [record.metric for record in wandb_records(path) if record.HasField("metric")]
+    assert [(m.glob_name, m.step_metric) for m in metrics if m.glob_name] == [("*", "step")]
+
+
+def test_wandb_gets_the_effective_config(folder: Path) -> None:
+    track(folder, log="wandb", lr=0.5, block_size=[512, 128])
+    config = items(wandb_run(wandb_files(folder)[0]).config.update)
+    config.pop("_wandb")
+    expected = TrainConfig(project_name=str(folder), log="wandb", lr=0.5, block_size=[512, 128])
+    assert config == expected.model_dump(mode="json", exclude={"token"})
+
+
+def test_wandb_is_named_by_the_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_NAME", "WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.setenv(name, "environment")
+    track(folder, log="wandb", run_name="name", wandb_project="project", wandb_entity="entity")
+    run = wandb_run(wandb_files(folder)[0])
+    assert (run.display_name, run.project, run.entity) == ("name", "project", "entity")
+
+
+def test_wandb_is_named_by_the_environment_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NAME", "PROJECT", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", name.lower())
+    track(folder, log="wandb")
+    run = wandb_run(wandb_files(folder)[0])
+    assert (run.display_name, run.project, run.entity) == ("name", "project", "entity")
+
+
+def test_wandb_is_named_by_the_folder_last(folder: Path) -> None:
+    track(folder, log="wandb")
+    run = wandb_run(wandb_files(folder)[0])
+    assert (run.display_name, run.project, run.entity) == ("my-run", "my-run", "")
+
+
+def test_wandb_knows_the_users_own_settings_and_stays_quiet(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = Path.home() / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nentity = team\nproject = ours\nmode = offline\n")
+    track(folder, log="wandb")
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1 and "offline (as set)" in out and err == ""
+    run = wandb_run(wandb_files(folder)[0])
+    assert (run.project, run.entity) == ("ours", "team")
+
+
+def test_wandb_goes_on_with_the_same_run_after_a_restart(folder: Path) -> None:
+    track(folder, log="wandb")
+    first = wandb_run(wandb_files(folder)[0])
+    (folder / "wandb").rename(folder / "earlier")  # wandb tells starts apart by the second they began in
+    again = [(2, {"loss": 2.25}), (3, {"loss": 1.0})]
+    track(folder, again, 1, log="wandb", lr=0.5)
+    [path] = wandb_files(folder)
+    second = wandb_run(path)
+    assert second.run_id == first.run_id and second.resume
+    assert items(second.config.update)["lr"] == 0.5
+    assert wandb_history(path) == [{"step": step, **values} for step, values in again]
+
+
+def test_wandb_takes_the_environments_id_for_a_new_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    track(folder, log="wandb")
+    assert wandb_run(wandb_files(folder)[0]).run_id == "chosen"
+
+
+def test_wandb_leaves_the_trainings_random_numbers_alone(folder: Path) -> None:
+    import random
+
+    random.seed(0)
+    state = random.getstate()
+    track(folder, log="wandb")
+    assert random.getstate() == state
+
+
+def sync_command(out: str) -> str:
+    [line] = out.splitlines()
+    assert line.startswith("wandb: offline (")
+    return line.partition("upload later: ")[2]
+
+
+def test_wandb_without_a_key_is_offline_and_says_how_to_upload(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    track(folder, log="wandb")
+    captured = capfd.readouterr()
+    assert "(no API key)" in captured.out and captured.err == ""
+    wandb, sync, pattern = shlex.split(sync_command(captured.out))
+    assert (wandb, sync) == ("wandb", "sync")
+    assert list(Path("/").glob(pattern.lstrip("/"))) == [wandb_files(folder.resolve())[0].parent]
+
+
+@pytest.mark.parametrize("place", ["environment", "netrc"])
+def test_wandb_without_its_server_is_offline(
+    folder: Path,
+    closed_port: int,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port}")
+    if place == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    else:
+        netrc = Path.home() / ".netrc"
+        netrc.write_text(f"machine 127.0.0.1:{closed_port}\n  login user\n  password {KEY}\n")
+        netrc.chmod(0o600)
+    track(folder, log="wandb")
+    out, err = capfd.readouterr()
+    assert f"(no connection to 127.0.0.1:{closed_port})" in out and err == ""
+    assert len(wandb_history(wandb_files(folder)[0])) == len(LOGS)
+
+
+def test_wandb_offline_as_the_user_set_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    track(folder, log="wandb")
+    assert "offline-run-" in sync_command(capfd.readouterr().out)
+
+
+def test_wandb_disabled_as_the_user_set_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    track(folder, log="wandb")
+    assert wandb_files(folder) == [] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("log", ["wandb", "tensorboard"])
+def test_no_secret_lands_in_a_file(
+    folder: Path, tmp_path: Path, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "SLURM_JWT", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", [sys.argv[0], "--token", KEY])
+    track(folder, log=log, token=KEY)
+    if log == "wandb":
+        assert wandb_history(wandb_files(folder)[0])  # all is written
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" or ".tfevents." in path.name for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+def test_tensorboard_gets_every_number_under_its_own_name(folder: Path) -> None:
+    track(folder, [*LOGS, (3, {"loss": 1.5, "note": "a word"})], log="tensorboard")
+    assert scalars(folder / "runs") == {
+        "epoch": [(1, pytest.approx(0.1)), (2, pytest.approx(0.2)), (2, pytest.approx(0.2))],
+        "loss": [(1, 2.5), (2, 2.25), (3, 1.5)],
+        "grad_norm": [(1, 1.25)],
+        "learning_rate": [(1, pytest.approx(1e-4))],
+        "tokens": [(1, 512), (2, 1024)],
+        "rewards/margins": [(2, -0.5)],
+        "eval_loss": [(2, 2.0)],
+        "eval_runtime": [(2, 3.5)],
+    }
+
+
+def test_tensorboard_gets_the_effective_config(folder: Path) -> None:
+    track(folder, log="tensorboard", lr=0.5)
+    [event] = events(folder / "runs").Tensors("config/text_summary")
+    text = event.tensor_proto.string_val[0].decode().removeprefix("```json").removesuffix("```")
+    config = TrainConfig(project_name=str(folder), log="tensorboard", lr=0.5)
+    assert json.loads(text) == config.model_dump(mode="json", exclude={"token"})
+
+
+@pytest.mark.parametrize("resumed_step", [0, 1])
+def test_tensorboard_shows_no_step_twice_after_a_restart(folder: Path, resumed_step: int) -> None:
+    track(folder, [(step, {"loss": 4.0}) for step in (1, 2, 3)], log="tensorboard")
+    steps = range(resumed_step + 1, 5)
+    track(folder, [(step, {"loss": 2.0}) for step in steps], resumed_step, log="tensorboard")
+    expected = [(step, 4.0 if step <= resumed_step else 2.0) for step in (1, 2, 3, 4)]
+    assert scalars(folder / "runs")["loss"] == expected
+
+
+def test_tensorboards_folder_is_the_environments(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    track(folder, log="tensorboard")
+    assert "loss" in scalars(tmp_path / "elsewhere") and not (folder / "runs").exists()
+
+
+def report_logs(folder: Path, tracker: Any, *logs: dict[str, Any], resumed_step: int = 0) -> list[Any]:
+    """What metrics.jsonl holds after these logs, read as strictly as JSON is defined."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from trainers.tracking import Report
+
+    report = Report(folder, False, resumed_step, tracker)
+    arguments: Any = TrainingArguments.__new__(TrainingArguments)
+    for step, values in enumerate(logs, start=resumed_step + 1):
+        state = TrainerState(global_step=step, max_steps=9, epoch=step / 8, is_world_process_zero=True)
+        report.on_log(arguments, state, TrainerControl(), dict(values))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("no such server\nand a long story")
+
+
+@pytest.mark.parametrize("where", ["init", "Run.log", "Run.finish"])
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
+    folder: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(f"wandb.{where}", fail)
+    tracker = start(folder, log="wandb")
+    lines = report_logs(folder, tracker, {"loss": 2.0}, {"loss": 1.0})
+    tracker.finish(1)
+    tracker.finish(1)
+    monkeypatch.undo()
+    assert [line["loss"] for line in lines] == [2.0, 1.0]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: tracker wandb failed: no such server; the run goes on without it"]
+
+
+def test_the_tracker_gets_what_metrics_jsonl_gets(folder: Path) -> None:
+    tracker = start(folder, log="wandb")
+    logs = [{"loss": 2.0, "num_tokens": 512.0}, {"eval_loss": 1.5}, {"loss": math.nan, "grad_norm": math.inf}]
+    lines = report_logs(folder, tracker, *logs)
+    tracker.finish()
+    rows = wandb_history(wandb_files(folder)[0])
+    assert len(rows) == 3 and rows[0]["tokens"] == 512
+    assert math.isnan(rows[2].pop("loss")) and lines[2].pop("loss") == "NaN"
+    assert rows[2].pop("grad_norm") == math.inf and lines[2].pop("grad_norm") == "Infinity"
+    assert rows == lines
+
+
+def test_a_number_that_json_lacks_outlives_a_resume(folder: Path) -> None:
+    report_logs(folder, None, {"loss": math.nan}, {"loss": 1.0})
+    lines = report_logs(folder, None, {"loss": -math.inf}, resumed_step=1)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, "NaN"), (2, "-Infinity")]
+
+
+def test_metrics_of_the_test_split_are_named_test(folder: Path) -> None:
+    logs = {"test_loss": 2.0, "test_runtime": 1.0, "eval_mean_token_accuracy": 0.5}
+    [line] = report_logs(folder, None, logs)
+    assert set(line) == {"step", "epoch", "test_loss", "test_runtime", "test_mean_token_accuracy"}
+
+
+def test_tokens_go_on_over_a_resume_whoever_counts_them(folder: Path) -> None:
+    report_logs(folder, None, {"loss": 2.0, "num_input_tokens_seen": 100})
+    trl = report_logs(folder, None, {"loss": 1.0, "num_tokens": 50.0}, resumed_step=1)
+    assert [line["tokens"] for line in trl] == [100, 150]
+    transformers = report_logs(folder, None, {"loss": 1.0, "num_input_tokens_seen": 175}, resumed_step=1)
+    assert [line["tokens"] for line in transformers] == [100, 175]
+    assert not any("num_input_tokens_seen" in line for line in transformers)

@@ -1,0 +1,20 @@
+"""Generic language modelling (AutoTrain's `default`): documents joined or one a row, a loss on all.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.clm config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trainers.run import run
+from trainers.sft import build  # the same loss on rows that were prepared in another way
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("default", build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

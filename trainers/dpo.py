@@ -1,0 +1,43 @@
+"""Direct preference optimisation (arXiv 2305.18290) on TRL's DPOTrainer.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.dpo config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainers.run import Context, make_arguments, run
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+
+def build(context: Context) -> DPOTrainer:
+    """The trainer over prompt_ids, chosen_ids and rejected_ids."""
+    from trl import DPOConfig
+
+    from trainers.adapters import TokenizedDPOTrainer
+    from trainers.reference import build_with_reference
+
+    config = context.config
+    arguments = make_arguments(
+        DPOConfig,
+        **context.arguments,
+        beta=config.dpo_beta,
+        loss_type=config.loss_types,
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
+        max_length=None,  # cut already, the end of the prompt kept
+    )
+    return build_with_reference(TokenizedDPOTrainer, arguments, context)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("dpo", build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

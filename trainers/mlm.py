@@ -1,0 +1,58 @@
+"""Masked language modelling (BERT, arXiv 1810.04805) on transformers' Trainer; TRL has none.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.mlm config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainers.run import Context, make_arguments, run
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def build(context: Context) -> Trainer:
+    """The trainer over input_ids; which tokens are masked is drawn when a batch is made."""
+    from transformers import Trainer, TrainingArguments
+
+    from trainers.adapters import masked_token_loss
+    from trainers.masking import MaskTokens
+    from trainers.model import load_model, lora_config
+
+    config = context.config
+    arguments = make_arguments(
+        TrainingArguments,
+        **context.arguments,
+        remove_unused_columns=False,  # the collator reads the number of the row
+        include_num_input_tokens_seen="non_padding",
+    )
+    model = load_model(config, context.tokenizer)
+    adapter = lora_config(config, context.new_tokens)
+    if adapter is not None:
+        from peft import get_peft_model
+
+        model.enable_input_require_grads()
+        model = get_peft_model(model, adapter)  # type: ignore[assignment]
+    collator = MaskTokens(context.tokenizer, config.mlm_probability, config.seed)
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        compute_loss_func=masked_token_loss,
+        train_dataset=context.train.dataset,
+        eval_dataset=context.eval_dataset,
+        processing_class=context.tokenizer,
+        callbacks=[collator],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("mlm", build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Odds-ratio preference optimisation (arXiv 2403.07691) on TRL's ORPOTrainer: no reference model.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.orpo config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainers.run import Context, make_arguments, run
+
+if TYPE_CHECKING:
+    from trl.experimental.orpo import ORPOTrainer
+
+
+def build(context: Context) -> ORPOTrainer:
+    """The trainer over prompt_ids, chosen_ids and rejected_ids."""
+    from trl.experimental.orpo import ORPOConfig
+
+    from trainers.adapters import TokenizedORPOTrainer
+    from trainers.model import load_model, lora_config
+
+    config = context.config
+    arguments = make_arguments(
+        ORPOConfig,
+        **context.arguments,
+        beta=config.orpo_beta,
+        max_length=config.sequence_length,
+        remove_unused_columns=False,
+    )
+    return TokenizedORPOTrainer(
+        model=load_model(config, context.tokenizer),
+        args=arguments,
+        train_on_prompt=config.trains_on_all,
+        train_dataset=context.train.dataset,
+        eval_dataset=context.eval_dataset,
+        processing_class=context.tokenizer,
+        peft_config=lora_config(config, context.new_tokens),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("orpo", build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Reward modelling on TRL's RewardTrainer: one score for a text, higher for the chosen answer.
+
+accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.reward config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainers.run import Context, make_arguments, run
+
+if TYPE_CHECKING:
+    from trl import RewardTrainer
+
+
+def build(context: Context) -> RewardTrainer:
+    """The trainer over chosen_ids and rejected_ids; its model is a classifier with one label."""
+    from trl import RewardConfig, RewardTrainer
+
+    from trainers.model import load_model, lora_config
+
+    config = context.config
+    arguments = make_arguments(
+        RewardConfig,
+        **context.arguments,
+        max_length=None,  # rows that are too long are gone already
+        center_rewards_coefficient=config.center_rewards_coefficient,
+    )
+    return RewardTrainer(
+        model=load_model(config, context.tokenizer),
+        args=arguments,
+        train_dataset=context.train.dataset,
+        eval_dataset=context.eval_dataset,
+        processing_class=context.tokenizer,
+        peft_config=lora_config(config, context.new_tokens),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("reward", build, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Rules across the fields of a config: what contradicts what, and what does nothing in this run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from string import Formatter
+
+from trainers.config import PROMPT_TRAINERS, TrainConfig, acts_for
+
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
+HELD_OUT_FIELDS = ("eval_steps", "eval_on_start", "per_device_eval_batch_size")
+# Those that TRL 1.16 offers.
+LOSSES = {
+    "dpo": (
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}  # fmt: skip
+
+
+def without_effect(config: TrainConfig) -> dict[str, str]:
+    """Fields that the user set and that do nothing in this run, with the reason."""
+    idle: dict[str, tuple[str, ...]] = {}
+    for name in TrainConfig.model_fields:
+        trainers = acts_for(name)
+        if config.trainer not in trainers:
+            why = f"it belongs to {', '.join(trainers)}"
+            idle[why] = (*idle.get(why, ()), name)
+    if not config.peft:
+        idle["peft is off"] = LORA_FIELDS
+    if config.quantization != "int4":
+        idle["quantization is not int4"] = ("double_quantization",)
+    if config.log != "wandb":
+        idle["log is not wandb"] = ("wandb_project", "wandb_entity")
+    if config.log == "none":
+        idle["log is none"] = ("run_name",)
+    if config.eval_strategy != "steps":
+        idle["eval_strategy is not steps"] = ("eval_steps",)
+    if not config.validates:
+        idle["there is no valid_split"] = HELD_OUT_FIELDS
+    if not (config.valid_fraction or config.test_fraction):
+        idle["nothing is held out by a fraction"] = ("split_seed",)
+    if config.save_strategy not in (None, "steps"):
+        idle["save_strategy is not steps"] = ("save_steps",)
+    if config.max_steps > 0:
+        idle["max_steps is set"] = ("epochs",)
+    if config.warmup_steps is not None:
+        idle["warmup_steps is set"] = ("warmup_ratio",)
+    return {name: why for why, names in idle.items() for name in names if name in config.model_fields_set}
+
+
+def problems(config: TrainConfig) -> list[tuple[str, str]]:
+    """Rules that fail: (field, message) each."""
+    found = [*_lengths(config), *_rows(config), *_model(config), *_losses(config)]
+    if config.save_strategy == "steps" and config.save_steps is None:
+        found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
+    if config.eval_strategy == "steps" and config.eval_steps is None and config.validates:
+        found.append(("eval_strategy", "steps needs eval_steps, for example eval_steps: 100."))
+    if config.push_to_hub and not (config.username and config.token):
+        found.append(("push_to_hub", "username and token are needed, for example username: ${HF_USERNAME}."))
+    if config.resume and config.overwrite:
+        found.append(("resume", "resume and overwrite contradict each other. Choose one."))
+    return found
+
+
+def _rows(config: TrainConfig) -> list[tuple[str, str]]:
+    found = []
+    for split, fraction in (("valid_split", "valid_fraction"), ("test_split", "test_fraction")):
+        if getattr(config, split) is not None and getattr(config, fraction):
+            found.append((fraction, f"{split} names the rows already. Keep one of the two."))
+    if config.valid_fraction + config.test_fraction >= 1:
+        found.append(
+            ("valid_fraction", "with test_fraction it leaves nothing to train on. Their sum must be below 1.")
+        )
+    if config.prompt_format is not None:
+        if config.prompt_text_column is not None:
+            found.append(
+                ("prompt_format", "prompt_text_column names the prompt already. Keep one of the two.")
+            )
+        try:
+            named = [name for _, name, _, _ in Formatter().parse(config.prompt_format) if name is not None]
+        except ValueError as error:
+            found.append(("prompt_format", f"{error}. Write a literal brace twice: {{{{ or }}}}."))
+        else:
+            if not named or not all(re.fullmatch(r"\w[\w .-]*", name) for name in named):
+                found.append(
+                    ("prompt_format", "it must name columns in braces, such as '{instruction}\\n{input}'.")
+                )
+    if config.trainer == "mlm" and config.packing not in ("auto", "none"):
+        found.append(
+            ("packing", "the attention of a masked LM sees the whole row, so documents cannot share one. "
+                        "Use packing: none."))  # fmt: skip
+    return found
+
+
+def _model(config: TrainConfig) -> list[tuple[str, str]]:
+    found = []
+    if config.quantization and not config.peft:
+        found.append(
+            ("quantization", f"{config.quantization} weights cannot be trained themselves. "
+                             "Set peft: true, or quantization: null."))  # fmt: skip
+    if config.trust_remote_code and config.revision is None and not Path(config.model).is_dir():
+        found.append(
+            ("trust_remote_code", "code from the hub must be pinned. Set revision to the commit that you "
+                                  "have read."))  # fmt: skip
+    targets = config.lora_targets
+    if config.peft and config.trainer in ("reward", "dpo", "kto") and targets != "all-linear":
+        named = targets if isinstance(targets, list) else [targets or ""]
+        if any("lm_head" in name for name in named):
+            why = (
+                "a reward model has a score and no lm_head"
+                if config.trainer == "reward"
+                else "its loss reads the weights of lm_head past the adapter, which would never train"
+            )
+            found.append(("target_modules", f"lm_head: {why}. Remove it, or use all-linear."))
+    return found
+
+
+def _losses(config: TrainConfig) -> list[tuple[str, str]]:
+    found = []
+    allowed = LOSSES.get(config.trainer, ())
+    for name in config.loss_types if allowed else ():
+        if name not in allowed:
+            found.append(("loss_type", f"'{name}' does not exist. Allowed: {', '.join(allowed)}."))
+    if config.trainer == "kto" and len(config.loss_types) > 1:
+        found.append(("loss_type", "kto takes one loss."))
+    if config.trainer == "dpo" and "exo_pair" in config.loss_types and not config.label_smoothing:
+        found.append(("label_smoothing", "exo_pair needs it above 0. The paper (2402.00856) takes 0.001."))
+    if config.trainer == "kto" and config.loss_types == ["kto"] and config.batch_size < 2:
+        found.append(
+            ("batch_size", "kto estimates a divergence from the rows of a micro-batch and needs 2 or more "
+                           "of them. Raise batch_size and lower gradient_accumulation."))  # fmt: skip
+    return found
+
+
+def _lengths(config: TrainConfig) -> list[tuple[str, str]]:
+    """AutoTrain's five length rules (its documentation, "Task specific parameters")."""
+    block, limit = config.sequence_length, config.model_max_length
+    found = []
+    if isinstance(config.block_size, list) and len(config.block_size) > 1:
+        if config.trainer not in PROMPT_TRAINERS:
+            found.append(
+                ("block_size", f"[block, max_prompt, max_completion] is for {', '.join(PROMPT_TRAINERS)}."
+                               f" With {config.trainer} give one number."))  # fmt: skip
+        elif len(config.block_size) > 3:
+            found.append(
+                ("block_size", "a list has at most three entries: [block, max_prompt, max_completion].")
+            )
+    if block != -1 and block < 1:
+        found.append(("block_size", f"{block} is not a length. Allowed: -1 or a number of tokens above 0."))
+    rules = (
+        ("block_size", block, "model_max_length", limit),
+        ("max_prompt_length", config.max_prompt_length, "model_max_length", limit),
+        ("max_prompt_length", config.max_prompt_length, "block_size", block),
+        ("max_completion_length", config.max_completion_length, "model_max_length", limit),
+        ("max_completion_length", config.max_completion_length, "block_size", block),
+    )
+    for name, value, other, bound in rules:
+        # A prompt length that nobody set does not forbid a short block_size.
+        if name != "block_size" and name not in config.model_fields_set:
+            continue
+        if value is not None and bound > 0 and value > bound:
+            found.append((name, f"{value} is above {other} ({bound}). Lower {name} or raise {other}."))
+    return found
