@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import fake_model, machine, write_rows
+from inprocess import write_split
 
 from launcher import backend, topology
 from launcher.topology import Hardware
@@ -31,6 +33,48 @@ def tiny_masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import build_tiny_masked_model
 
     return build_tiny_masked_model(tmp_path_factory.mktemp("tiny") / "masked")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    """The tiny model's tokenizer, as it lies on disk: copy it before you change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def masked_tokenizer(tiny_masked_model: Path) -> Any:
+    """The tiny masked LM's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_masked_model)
+
+
+@pytest.fixture
+def prepare(
+    tokenizer: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """prepare(rows, suffix="jsonl", part="train", using=None, **config) -> Prepared, from an empty cache.
+
+    rows is a list, or the text or bytes of the file; `using` a tokenizer other than the usual one.
+    """
+    from trainers import data
+    from trainers.config import TrainConfig
+
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def run(rows: Any, suffix: str = "jsonl", part: Any = "train", using: Any = None, **config: Any) -> Any:
+        for left in folder.iterdir():
+            left.unlink()
+        write_split(folder / f"train.{suffix}", rows)
+        values = {"data_path": str(folder), "trainer": "sft", "block_size": 128, "packing": "none", **config}
+        usual = request.getfixturevalue("masked_tokenizer") if values["trainer"] == "mlm" else tokenizer
+        return data.prepare(TrainConfig(**values), using or usual, part)
+
+    return run
 
 
 @pytest.fixture

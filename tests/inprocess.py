@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -25,6 +26,26 @@ ROWS = [
 ]
 
 
+def write_split(path: Path, rows: Any) -> None:
+    """Writes rows in the format of the suffix; text and bytes are the file itself."""
+    if isinstance(rows, (str, bytes)):
+        path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @dataclass
 class Built:
     """A trainer that has not taken a step, and what it was built from."""
@@ -45,7 +66,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
     os.environ["PHALANX_CACHE"] = str(work / "cache")
     data = work / "data"
     data.mkdir(exist_ok=True)
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
+    write_split(data / "train.jsonl", rows or ROWS)
     defaults = {
         "model": str(model),
         "project_name": str(work / "run"),

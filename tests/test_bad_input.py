@@ -308,6 +308,74 @@ def test_pairs_of_parameters(refuse: Refuse, lines: list[str], words: list[str])
     refuse(params(*lines), "c.yaml:14", *words)
 
 
+@pytest.mark.parametrize(
+    ("task", "lines", "words"),
+    [
+        ("sft", ["block_size: [64, 32]"], ["block_size", "for dpo, orpo, kto", "With sft give one number"]),
+        ("reward", ["block_size: 64,32"], ["block_size", "With reward give one number"]),
+        ("dpo", ["block_size: [64, 32, 16, 8]"],
+         ["block_size", "at most three", "[block, max_prompt, max_completion]"]),
+        ("dpo", ["block_size: [64, 128]"], ["max_prompt_length: 128 is above block_size (64)"]),
+        ("dpo", ["block_size: [64, 32, 128]"], ["max_completion_length: 128 is above block_size (64)"]),
+        ("dpo", ["loss_type: hings"], ["loss_type: 'hings' does not exist", "Allowed: sigmoid, hinge"]),
+        ("dpo", ["loss_type: [sigmoid, kto]"], ["loss_type: 'kto' does not exist"]),
+        ("kto", ["loss_type: sigmoid"], ["'sigmoid' does not exist", "Allowed: kto, apo_zero_unpaired"]),
+        ("kto", ["loss_type: kto,apo_zero_unpaired"], ["loss_type: kto takes one loss"]),
+        ("dpo", ["loss_type: exo_pair"], ["label_smoothing: exo_pair needs it above 0", "0.001"]),
+        ("kto", ["batch_size: 1"], ["batch_size: kto estimates a divergence", "Raise batch_size"]),
+        ("dpo", ["peft: true", "quantization: null", "target_modules: q_proj,lm_head"],
+         ["target_modules: lm_head", "never train", "Remove it"]),
+        ("kto", ["peft: true", "quantization: null", "target_modules: [lm_head]"],
+         ["target_modules: lm_head", "never train"]),
+        ("reward", ["peft: true", "quantization: null", "target_modules: [q_proj, lm_head]"],
+         ["target_modules: lm_head: a reward model has a score and no lm_head", "all-linear"]),
+        ("mlm", ["packing: bfd"], ["packing", "masked LM", "Use packing: none"]),
+        ("mlm", ["packing: wrapped"], ["packing", "Use packing: none"]),
+        *((task, ["quantization: int4"], ["quantization: int4 weights", "peft: true"])
+          for task in ("generic", "reward", "dpo", "orpo", "kto", "mlm")),
+    ],
+)  # fmt: skip
+def test_what_a_trainer_cannot_do(refuse: Refuse, task: str, lines: list[str], words: list[str]) -> None:
+    refuse(params(*lines).replace("llm-sft", f"llm-{task}"), *words)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["valid_split: train", "valid_fraction: 0.1"], ["c.yaml:10", "valid_fraction", "valid_split names"]),
+        (["test_split: train", "test_fraction: 0.1"], ["c.yaml:10", "test_fraction", "test_split names"]),
+        (["valid_fraction: 0.5", "test_fraction: 0.5"], ["c.yaml:9", "nothing to train on", "below 1"]),
+        (["valid_fraction: 1"], ["c.yaml:9", "data.valid_fraction", "1 must be less than 1"]),
+        (["test_fraction: -0.1"], ["c.yaml:9", "data.test_fraction", "greater than or equal to 0"]),
+        (["valid_fraction: a tenth"], ["c.yaml:9", "data.valid_fraction", "not a number"]),
+        (["split_seed: -1"], ["c.yaml:9", "data.split_seed", "greater than or equal to 0"]),
+        (["prompt_format: 'Question'"], ["c.yaml:9", "prompt_format", "must name columns in braces"]),
+        (["prompt_format: '{}'"], ["c.yaml:9", "prompt_format", "must name columns in braces"]),
+        (["prompt_format: '{text.__class__}'"], ["c.yaml:9", "prompt_format", "'text.__class__'"]),
+        (["prompt_format: '{text:d}'"], ["c.yaml:9", "prompt_format", "{text}"]),
+        (["prompt_format: '{text!r}'"], ["c.yaml:9", "prompt_format", "{text}"]),
+        (["prompt_format: '{text'"], ["c.yaml:9", "prompt_format", "Write a literal brace twice"]),
+        (["prompt_format: '{question}'"],
+         ["c.yaml:9", "data.prompt_format", "no column 'question'", "The columns are: text"]),
+        (["chat_template: llama"], ["c.yaml:9", "data.chat_template", "'llama' does not exist", "'phi3'"]),
+    ],
+)  # fmt: skip
+def test_data_section(refuse: Refuse, lines: list[str], words: list[str]) -> None:
+    more = "".join(f"\n  {line}" for line in lines)
+    refuse(spoil("train_split: train", f"train_split: train{more}"), *words)
+
+
+def test_a_prompt_that_is_given_twice(refuse: Refuse) -> None:
+    text = spoil("text_column: text", "text_column: text\n    prompt_text_column: text")
+    refuse(text.replace("train_split: train", "train_split: train\n  prompt_format: '{text}'"),
+           "c.yaml:9", "prompt_format", "prompt_text_column names the prompt already")  # fmt: skip
+
+
+def test_code_from_the_hub_that_is_not_pinned(refuse: Refuse) -> None:
+    text = params("trust_remote_code: true").replace("base_model: model", "base_model: org/model")
+    refuse(text, "c.yaml:14", "trust_remote_code", "must be pinned", "Set revision")
+
+
 def test_eval_steps_are_missing(refuse: Refuse, work: Path) -> None:
     write_rows(work / "data" / "valid.jsonl", {"text": "one"})
     text = (
@@ -536,6 +604,28 @@ def test_column_that_is_not_there(refuse: Refuse, work: Path, mapping: str) -> N
         f"no column '{name}'",
         "text, label",
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("sft", {"prompt": "p"}, ["text_column", "no column 'text'", "The columns are: prompt"]),
+        ("generic", {"completion": "c"}, ["text_column", "no column 'text'"]),
+        ("mlm", {"body": "b"}, ["text_column", "no column 'text'"]),
+        *((task, {"prompt": "p", "rejected": "r"}, ["text_column", "no column 'chosen'"])
+          for task in ("reward", "dpo", "orpo", "kto")),
+        *((task, {"prompt": "p", "chosen": "c"}, ["rejected_text_column", "no column 'rejected'"])
+          for task in ("reward", "dpo", "orpo", "kto")),
+        ("kto", {"prompt": "p", "completion": "c"}, ["label_column", "no column 'label'"]),
+        ("kto", {"prompt": "p", "label": True}, ["text_column", "no column 'text'"]),
+    ],
+)  # fmt: skip
+def test_column_that_a_trainer_needs(
+    refuse: Refuse, work: Path, task: str, row: dict[str, object], words: list[str]
+) -> None:
+    write_rows(work / "data" / "train.jsonl", row)
+    text = spoil("  column_mapping:\n    text_column: text\n", "").replace("llm-sft", f"llm-{task}")
+    refuse(text, "data.column_mapping", *words)
 
 
 def test_no_column_that_could_be_text(refuse: Refuse, work: Path) -> None:

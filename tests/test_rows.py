@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,32 +10,6 @@ from trainers.config import ConfigError, TrainConfig
 
 Q = "What is a rank?"
 A = "One process of many."
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-@pytest.fixture
-def prepare(tokenizer, tmp_path, monkeypatch):
-    """prepare(rows, packed=False, **config) -> Prepared, from a JSONL file and an empty cache."""
-    from trainers import data
-
-    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "data"
-    folder.mkdir()
-
-    def run(rows, packed=False, suffix="jsonl", **config):
-        path = folder / f"train.{suffix}"
-        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
-        packing = "bfd" if packed else "none"
-        values = {"data_path": str(folder), "trainer": "sft", "block_size": 128, "packing": packing}
-        return data.prepare(TrainConfig(**(values | config)), tokenizer)
-
-    return run
 
 
 def trained_text(tokenizer, row) -> str:
@@ -129,7 +102,9 @@ def test_long_rows_are_cut_and_rows_without_a_trained_token_dropped(prepare):
 
 
 def test_a_split_without_any_trained_token_is_an_error(prepare):
-    with pytest.raises(ConfigError, match=r"no row .* has a token to train on \(1: no trained .* Raise block_size"):
+    with pytest.raises(
+        ConfigError, match=r"no row .* has a token to train on \(1: no trained .* Raise block_size"
+    ):
         prepare([{"prompt": "x" * 500, "completion": "y"}], block_size=64)
 
 
@@ -200,7 +175,7 @@ def test_packed_documents_do_not_see_each_other(prepare, tiny_model, tokenizer):
 
     rows = [{"text": f"What is {i} plus {i}? " * (i + 1)} for i in range(4)]
     alone = {tuple(row["input_ids"]) for row in prepare(rows).dataset}
-    packed = prepare(rows, packed=True).dataset
+    packed = prepare(rows, packing="bfd").dataset
     assert len(packed) < len(rows)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").eval()
     collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)

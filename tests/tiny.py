@@ -64,10 +64,10 @@ def build_tiny_model(folder: Path, chat_template: bool = True, seed: int = 0) ->
 
 
 def build_tiny_masked_model(folder: Path) -> Path:
-    """A two-layer BERT with saved random weights and a tokenizer that has a mask token."""
+    """A two-layer ModernBERT with saved random weights and a tokenizer that has a mask token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+    from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
@@ -94,16 +94,18 @@ def build_tiny_masked_model(folder: Path) -> Path:
     fast.save_pretrained(folder)
 
     torch.manual_seed(0)
-    config = BertConfig(
+    config = ModernBertConfig(
         vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
         pad_token_id=fast.pad_token_id,
+        bos_token_id=fast.cls_token_id,
+        eos_token_id=fast.sep_token_id,
+        cls_token_id=fast.cls_token_id,
+        sep_token_id=fast.sep_token_id,
     )
-    BertForMaskedLM(config).save_pretrained(folder)
+    ModernBertForMaskedLM(config).save_pretrained(folder)
     return folder

@@ -151,11 +151,10 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: bool = Fals
     Raises:
         RowError: the template refuses these turns.
     """
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
-    except (TemplateError, TypeError) as error:
+    except Exception as error:
+        # A template is a program of the model's author: it may raise anything.
         roles = ", ".join(turn["role"] for turn in turns)
         raise RowError(f"chat_template: it refuses the turns ({roles}): {error}") from error
 

@@ -361,7 +361,9 @@ class TrainConfig(BaseModel):
     )
 
     # --- how it is spread
-    unsloth: bool = Field(False, description="AutoTrain's switch; has no effect here.")
+    unsloth: bool = Field(
+        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_only()
+    )
     distributed_backend: Annotated[
         Literal["auto", "ddp", "fsdp", "deepspeed", "none"],
         BeforeValidator(lambda v: "auto" if v is None else v),

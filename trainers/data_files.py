@@ -6,12 +6,13 @@ a rank starts, the ranks to load the same files.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -99,7 +100,7 @@ def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any
 
 def _is_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_lines(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
@@ -116,7 +117,9 @@ def _json_lines(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]
 def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
+    except (json.JSONDecodeError, UnicodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
         raise ConfigError(
             f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line."
@@ -143,10 +146,21 @@ def _json_array(path: Path) -> Iterator[dict[str, Any]]:
 def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        read = 0
+        ended = False
+
+        def lines() -> Iterator[str]:
+            nonlocal ended
+            yield from file
+            ended = True
+
+        reader = csv.DictReader(lines())
+        read, start = 0, 2
         try:
+            reader.fieldnames = _header(path, reader.fieldnames or ())
             for row in reader:
+                if ended:  # the reader looked for the end of this row past the end of the file
+                    raise ConfigError(f"{path}:{start}: a quote opens in this row and is never closed.")
+                start = reader.line_num + 1
                 if None in row:
                     raise ConfigError(
                         f"{path}:{reader.line_num}: the row has more fields than the header "
@@ -162,6 +176,14 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
         except csv.Error as error:
             where = f"{path}:{reader.line_num}"
             raise ConfigError(f"{where}: the row is not valid CSV: {error}. Mend that line.") from None
+
+
+def _header(path: Path, names: Sequence[str]) -> list[str]:
+    """The names of the columns; one without a name, such as pandas' index, is called as pandas calls it."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{path}:1: two columns are named '{twice[0]}'. Rename or remove one.")
+    return [name or f"Unnamed: {index}" for index, name in enumerate(names)]
 
 
 def column_names(split: Split) -> list[str]:
@@ -280,9 +302,17 @@ def completion_name(columns: list[str], config: TrainConfig) -> str:
 
 
 def prompt_fields(config: TrainConfig) -> list[str]:
-    """The columns that prompt_format names."""
-    parsed = Formatter().parse(config.prompt_format or "")
-    return [name for _, name, _, _ in parsed if name]
+    """The columns that prompt_format names.
+
+    Raises:
+        ConfigError: braces that hold more than a name.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(config.prompt_format or ""):
+        if form or conversion:
+            raise ConfigError(f"data.prompt_format: the braces hold a name alone. Write {{{name}}}.")
+        names += [name] if name else []
+    return names
 
 
 def _key(field: str) -> str:

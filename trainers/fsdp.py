@@ -1,8 +1,14 @@
-"""FSDP on ranks without a GPU: accelerate would run them as plain DDP, and say nothing."""
+"""What FSDP2 needs beyond accelerate's own: ranks without a GPU, and models with tied weights."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+from trainers.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def asked_for() -> bool:
@@ -28,3 +34,29 @@ def enable_on_cpu() -> None:
     state = AcceleratorState(cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def keep_tied_together(model: PreTrainedModel) -> None:
+    """Leaves modules that hold a tied weight to the root, where both its owners are.
+
+    accelerate wraps each class of `_no_split_modules`; BERT's names its embeddings, whose weight the decoder
+    shares, and a weight that was sharded in one place cannot be sharded again in another.
+
+    Raises:
+        ConfigError: BERT and its first followers, which share the bias of their output as well.
+    """
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    holders = {
+        type(module).__name__
+        for path, module in model.named_modules()
+        if path and any(name.startswith(f"{path}.") for name in tied)
+    }
+    model._no_split_modules = [name for name in model._no_split_modules or [] if name not in holders]
+    output = model.get_output_embeddings()
+    tied_bias = getattr(output, "bias", None)
+    owners = [m for m in model.modules() if any(p is tied_bias for p in m.parameters(recurse=False))]
+    if tied_bias is not None and len(owners) > 1:
+        raise ConfigError(
+            f"distributed_backend: fsdp cannot shard {type(model).__name__}, whose output bias belongs to two "
+            "modules (accelerate puts them into two groups). Use ddp or deepspeed."
+        )

@@ -151,6 +151,8 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.trainer == "reward":
         _draw_head(model, info["missing_keys"], config.seed)
     fit_vocabulary(model, tokenizer, config.seed)
+    if fsdp.asked_for():
+        fsdp.keep_tied_together(model)
     return model  # type: ignore[no-any-return]
 
 
@@ -220,11 +222,22 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
 
 
 def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None:
-    """LoRA's settings, or None for full training. Tokens that the vocabulary gained are trained too."""
+    """LoRA's settings, or None for full training. Tokens that the vocabulary gained are trained too.
+
+    Raises:
+        ConfigError: peft cannot train those tokens here.
+    """
     if not config.peft:
         return None
+    import torch
     from peft import LoraConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    if new_tokens and is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
+        raise ConfigError(
+            f"chat_template: {config.chat_template} adds tokens, and peft trains their rows under ZeRO-3 on "
+            "GPUs only. Use distributed_backend: fsdp, launch.zero_stage: 2, or chat_template: tokenizer."
+        )
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

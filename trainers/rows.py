@@ -11,6 +11,7 @@ A row that cannot be meant is an error that names it; one that teaches nothing i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from trainers import chat
@@ -132,65 +133,75 @@ class Encoder:
 
     def plain(self, row: dict[str, Any]) -> str:
         """A row as one text, with the template where there is one."""
-        if self.columns.kind == "text":
-            turns = self.turns(row[self.columns.text])
-            if turns is None:
-                return self.string(row, self.columns.text, "empty text")
+        turns = self.conversation(row)
+        if turns is not None:
             return chat.render(self.tokenizer, turns)
-        prompt, answer = self.prompt(row), self.string(row, self.columns.text, "empty completion")
-        if self.config.chat_template is None:
-            return f"{prompt}{answer}"
-        return chat.render(self.tokenizer, [*self.asked(prompt), {"role": "assistant", "content": answer}])
+        if self.columns.kind == "text":
+            return self.string(row, self.columns.text, "empty text")
+        return f"{self.prompt(row)}{self.string(row, self.columns.text, 'empty completion')}"
 
     def tokenized(self, row: dict[str, Any]) -> chat.Encoded:
         """Ids as they are; padding (attention_mask 0) is taken out."""
-        ids = row["input_ids"]
-        labels = row.get("labels")
+        ids, labels, mask = (row.get(name) for name in ("input_ids", "labels", "attention_mask"))
+        if not ids:
+            raise Dropped("empty text")
         labels = ids if labels is None else labels
-        mask = row.get("attention_mask")
-        mask = [1] * len(ids) if mask is None else mask
-        if not len(ids) == len(labels) == len(mask):
-            raise RowError("input_ids, labels and attention_mask must have one length.")
-        vocabulary = len(self.tokenizer)
-        if any(not isinstance(token, int) or not 0 <= token < vocabulary for token in ids):
+        mask = ids if mask is None else mask
+        if not all(isinstance(part, list) and len(part) == len(ids) for part in (ids, labels, mask)):
+            raise RowError("input_ids, labels and attention_mask must be lists of one length.")
+        vocabulary = range(len(self.tokenizer))
+        if any(not isinstance(token, int) or token not in vocabulary for token in ids):
             raise RowError(
-                f"input_ids must be whole numbers from 0 to {vocabulary - 1}, the tokenizer's last."
+                f"input_ids must be whole numbers from 0 to {vocabulary[-1]}, the tokenizer's last."
             )
-        kept = [index for index, flag in enumerate(mask) if flag]
+        if any(label != chat.IGNORED and label not in vocabulary for label in labels):
+            raise RowError(f"labels must be as input_ids, or {chat.IGNORED} where nothing is trained on.")
+        kept = [index for index in range(len(ids)) if mask is ids or mask[index]]
         if not kept:
             raise Dropped("empty text")
         return chat.Encoded([ids[index] for index in kept], [labels[index] for index in kept])
 
     def document(self, row: dict[str, Any]) -> chat.Encoded:
         config, tokenizer, train_all = self.config, self.tokenizer, self.config.trains_on_all
+        turns = self.conversation(row)
+        if turns is not None:
+            return chat.encode_messages(tokenizer, turns, train_all)
         if self.columns.kind == "text":
-            turns = self.turns(row[self.columns.text])
-            if turns is not None:
-                self.need_template()
-                return chat.encode_messages(tokenizer, turns, train_all)
+            text = self.string(row, self.columns.text, "empty text")
             if config.train_on == "completion":
                 raise RowError(
                     f"train_on: completion needs rows that tell the completion, and column "
                     f"'{self.columns.text}' has plain text. Set train_on: auto, or name a prompt_text_column."
                 )
-            if config.chat_template is not None:
-                raise RowError(
-                    f"chat_template: {config.chat_template} needs messages, and column "
-                    f"'{self.columns.text}' has plain text. Set chat_template: null."
-                )
-            text = self.string(row, self.columns.text, "empty text")
             return chat.encode_text(tokenizer, text, config.add_eos_token)
-        prompt, answer = self.prompt(row), self.turns(row[self.columns.text])
-        if config.chat_template is not None:
-            if answer is None:
-                text = self.string(row, self.columns.text, "empty completion")
-                answer = [{"role": "assistant", "content": text}]
-            return chat.encode_messages(tokenizer, [*self.asked(prompt), *answer], train_all)
-        if answer is not None or not isinstance(prompt, str):
-            self.need_template()
-        text = self.string(row, self.columns.text, "empty completion")
-        assert isinstance(prompt, str)
-        return chat.encode_completion(tokenizer, prompt, text, train_all, config.add_eos_token)
+        prompt, text = self.prompt(row), self.string(row, self.columns.text, "empty completion")
+        return chat.encode_completion(tokenizer, str(prompt), text, train_all, config.add_eos_token)
+
+    def conversation(self, row: dict[str, Any]) -> Turns | None:
+        """The row as turns for the template; None for plain text."""
+        column, template = self.columns.text, self.config.chat_template
+        turns = self.turns(row[column])
+        if self.columns.kind == "completion":
+            prompt = self.prompt(row)
+            if turns is None and template is None and isinstance(prompt, str):
+                return None
+            if turns is None:
+                text = self.string(row, column, "empty completion")
+                turns = [{"role": "assistant", "content": text}]
+            turns = [*self.asked(prompt), *turns]
+        elif turns is None and template is None:
+            return None
+        elif turns is None:
+            self.string(row, column, "empty text")
+            raise RowError(
+                f"chat_template: {template} needs messages, and column '{column}' has plain text. Set "
+                "chat_template: null."
+            )
+        self.need_template()
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        if answers and not "".join(answers).strip():
+            raise Dropped("empty completion")
+        return turns
 
     # ------------------------------------------------------------------------------- preferences
 
@@ -222,13 +233,13 @@ class Encoder:
             prompt, chosen, rejected = self.pair(row)
             answers = [(chosen, True), (rejected, False)]
         else:
-            prompt, ids = self.answer(self.prompt(row), row, self.columns.text)
+            prompt, ids = self.answer(row, self.columns.text)
             answers = [(ids, self.label(row))]
         if not prompt:
             raise RowError("kto needs a prompt: name a column (prompt_text_column) or give messages.")
         samples = []
-        for ids, label in answers:
-            kept_prompt, kept = self.fit(prompt, ids)
+        kept_prompt, *fitted = self.fit(prompt, *(ids for ids, _ in answers))
+        for (ids, label), kept in zip(answers, fitted, strict=True):
             tokens = {"prompt_ids": kept_prompt, "completion_ids": kept, "label": label}
             cut = len(kept_prompt) + len(kept) < len(prompt) + len(ids)
             samples.append(Sample(tokens, len(prompt) + len(ids), len(kept), cut))
@@ -240,21 +251,19 @@ class Encoder:
         assert columns.rejected is not None
         chosen, rejected = self.turns(row[columns.text]), self.turns(row[columns.rejected])
         if (chosen is None) != (rejected is None):
+            self.string(row, columns.text if chosen is None else columns.rejected, "empty completion")
             raise RowError(f"'{columns.text}' and '{columns.rejected}' must both be text or both messages.")
         if chosen is not None and rejected is not None and chosen[:-1] != rejected[:-1]:
             raise Dropped("chosen and rejected differ before their last turn")
-        asked = self.prompt(row)
-        prompt, chosen_ids = self.answer(asked, row, columns.text)
-        other, rejected_ids = self.answer(asked, row, columns.rejected)
+        prompt, chosen_ids = self.answer(row, columns.text)
+        other, rejected_ids = self.answer(row, columns.rejected)
         if chosen_ids == rejected_ids:
             raise Dropped("chosen equals rejected")
         assert prompt == other
         return prompt, chosen_ids, rejected_ids
 
-    def answer(
-        self, prompt: str | Turns | None, row: dict[str, Any], column: str
-    ) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the answer in `column`."""
+    def answer(self, row: dict[str, Any], column: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the answer in `column`; turns before the answer are its prompt."""
         turns = self.turns(row[column])
         if turns is not None:
             if turns[-1]["role"] != "assistant":
@@ -264,9 +273,17 @@ class Encoder:
             if not turns[-1]["content"].strip():
                 raise Dropped("empty completion")
             self.need_template()
-            before = turns[:-1] or (self.asked(prompt) if prompt else [])
+            before = turns[:-1]
+            if not before:
+                prompt = self.prompt(row)
+                if prompt is None:
+                    raise RowError(
+                        f"column '{column}' holds an answer alone. Give the turns before it, or name the "
+                        "prompt's column (prompt_text_column)."
+                    )
+                before = self.asked(prompt)
             return chat.encode_answer(self.tokenizer, before, turns[-1]["content"])
-        text = self.string(row, column, "empty completion")
+        prompt, text = self.prompt(row), self.string(row, column, "empty completion")
         if self.config.chat_template is not None and prompt is not None:
             return chat.encode_answer(self.tokenizer, self.asked(prompt), text)
         if self.config.chat_template is not None:
@@ -290,7 +307,10 @@ class Encoder:
         room = min(block - len(prompt), self.config.max_completion_length or block)
         if room < 1:
             raise Dropped("the prompt leaves no room for a completion")
-        return (prompt, *(answer[:room] for answer in answers))
+        cut = [answer[:room] for answer in answers]
+        if len(cut) == 2 and cut[0] == cut[1]:
+            raise Dropped("chosen equals rejected where they are cut")
+        return (prompt, *cut)
 
     def label(self, row: dict[str, Any]) -> bool:
         assert self.columns.label is not None
@@ -306,8 +326,11 @@ class Encoder:
     def prompt(self, row: dict[str, Any]) -> str | Turns | None:
         """What comes before the answer: text, turns, or None where the row has no prompt."""
         if self.config.prompt_format is not None:
-            filled = {name: "" if value is None else value for name, value in row.items()}
-            return self.config.prompt_format.format_map(filled)
+            parsed = Formatter().parse(self.config.prompt_format)
+            return "".join(
+                literal + ("" if name is None or row[name] is None else str(row[name]))
+                for literal, name, _, _ in parsed
+            )
         if self.columns.instruction:
             return self.instruction(row)
         if self.columns.prompt is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 
@@ -20,35 +21,32 @@ LOSSES = {
 }  # fmt: skip
 
 
+# What a run leaves unread: (why, fields, when). Where several hold for a field, the last one says why.
+CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = (
+    ("peft is off", LORA_FIELDS, lambda c: not c.peft),
+    ("quantization is not int4", ("double_quantization",), lambda c: c.quantization != "int4"),
+    ("log is not wandb", ("wandb_project", "wandb_entity"), lambda c: c.log != "wandb"),
+    ("log is none", ("run_name",), lambda c: c.log == "none"),
+    ("eval_strategy is not steps", ("eval_steps",), lambda c: c.eval_strategy != "steps"),
+    ("there is no valid_split", HELD_OUT_FIELDS, lambda c: not c.validates),
+    ("nothing is held out by a fraction", ("split_seed",), lambda c: c.valid_fraction + c.test_fraction == 0),
+    ("save_strategy is not steps", ("save_steps",), lambda c: c.save_strategy not in (None, "steps")),
+    ("max_steps is set", ("epochs",), lambda c: c.max_steps > 0),
+    ("warmup_steps is set", ("warmup_ratio",), lambda c: c.warmup_steps is not None),
+)  # fmt: skip
+
+
 def without_effect(config: TrainConfig) -> dict[str, str]:
     """Fields that the user set and that do nothing in this run, with the reason."""
-    idle: dict[str, tuple[str, ...]] = {}
+    idle: dict[str, str] = {}
     for name in TrainConfig.model_fields:
         trainers = acts_for(name)
         if config.trainer not in trainers:
-            why = f"it belongs to {', '.join(trainers)}"
-            idle[why] = (*idle.get(why, ()), name)
-    if not config.peft:
-        idle["peft is off"] = LORA_FIELDS
-    if config.quantization != "int4":
-        idle["quantization is not int4"] = ("double_quantization",)
-    if config.log != "wandb":
-        idle["log is not wandb"] = ("wandb_project", "wandb_entity")
-    if config.log == "none":
-        idle["log is none"] = ("run_name",)
-    if config.eval_strategy != "steps":
-        idle["eval_strategy is not steps"] = ("eval_steps",)
-    if not config.validates:
-        idle["there is no valid_split"] = HELD_OUT_FIELDS
-    if not (config.valid_fraction or config.test_fraction):
-        idle["nothing is held out by a fraction"] = ("split_seed",)
-    if config.save_strategy not in (None, "steps"):
-        idle["save_strategy is not steps"] = ("save_steps",)
-    if config.max_steps > 0:
-        idle["max_steps is set"] = ("epochs",)
-    if config.warmup_steps is not None:
-        idle["warmup_steps is set"] = ("warmup_ratio",)
-    return {name: why for why, names in idle.items() for name in names if name in config.model_fields_set}
+            idle[name] = f"it belongs to {', '.join(trainers)}" if trainers else "no trainer here reads it"
+    for why, names, holds in CONDITIONS:
+        if holds(config):
+            idle |= dict.fromkeys(names, why)
+    return {name: why for name, why in idle.items() if name in config.model_fields_set}
 
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:

@@ -1,0 +1,83 @@
+"""Every example config runs to its end: a model that opens as what it is, its record and its card.
+
+The models are the tiny ones: the causal one lies where the examples look for theirs, the masked one is given
+by a flag.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import REPO, environment
+
+from trainers.config import TRAINERS
+
+EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.yaml") if path.stem != "demo")
+KINDS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # else CausalLM
+
+
+def config_of(name: str) -> dict:
+    return yaml.safe_load((REPO / "examples" / f"{name}.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, tiny_model) -> Path:
+    root = tmp_path_factory.mktemp("examples")
+    shutil.copytree(REPO / "examples", root / "examples")
+    shutil.copytree(tiny_model, root / ".demo" / "SmolLM2-135M-Instruct")
+    return root
+
+
+def opened(folder: Path, kind: str, adapter: bool):
+    """The saved model, opened with the class that a user would take."""
+    import peft
+    import transformers
+
+    if not adapter:
+        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
+    more = {"num_labels": 1} if kind == "SequenceClassification" else {}
+    return getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(folder, **more)
+
+
+def test_each_trainer_has_an_example():
+    assert sorted("default" if name == "clm" else name for name in EXAMPLES) == sorted(TRAINERS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs_to_its_end(checkout, tiny_masked_model, monkeypatch, name):
+    config = config_of(name)
+    adapter = bool(config["params"].get("peft"))
+    more = ["--model", str(tiny_masked_model)] if name == "mlm" else []
+    argv = [sys.executable, "-m", "launcher", "train", f"examples/{name}.yaml"]
+    argv += ["--num-processes", "1", "--max-steps", "2", *more]
+    done = subprocess.run(
+        argv, cwd=checkout, env=environment(checkout / "cache"), text=True, capture_output=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^train: .* dropped 0$", done.stdout, re.M), "each row of an example is used"
+
+    monkeypatch.chdir(checkout)  # an adapter names its base model as the config does
+    folder = checkout / config["project_name"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["trainer"]["value"] == ("default" if name == "clm" else name)
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert any("loss" in entry for entry in logged) and any("eval_loss" in entry for entry in logged)
+    assert (folder / "README.md").read_text().startswith("---\n")
+    assert (folder / "adapter_config.json").exists() == adapter
+    model = opened(folder, KINDS.get(name, "CausalLM"), adapter)
+    if name == "reward":
+        assert model.config.num_labels == 1
+
+
+def test_the_pairs_are_different_questions_with_two_different_answers():
+    lines = (REPO / "examples" / "data" / "pairs.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 40
+    assert all(row["chosen"] != row["rejected"] for row in rows)

@@ -1,0 +1,175 @@
+"""The model that a run builds and leaves: vocabulary, padding, quantisation, LoRA, and a checked merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import build, logged, settings_of
+from tiny import build_tiny_model
+
+PEFT = {"peft": True, "quantization": None, "lora_r": 4, "max_steps": 3, "lr": 1e-2}
+MERGES = {
+    "lora": {"trainer": "sft"},
+    "dora": {"trainer": "sft", "use_dora": True},
+    "rslora": {"trainer": "sft", "use_rslora": True},
+    "reward": {"trainer": "reward"},
+    "dpo": {"trainer": "dpo"},
+    "int4": {"trainer": "sft", "quantization": "int4"},
+    "int4 twice": {"trainer": "sft", "quantization": "int4", "double_quantization": True},
+    "int8": {"trainer": "sft", "quantization": "int8"},
+    "int4 reward": {"trainer": "reward", "quantization": "int4"},
+    "new tokens": {"trainer": "sft", "chat_template": "zephyr", "prompt_text_column": "prompt",
+                   "text_column": "completion"},
+}  # fmt: skip
+
+
+def finish(tmp_path: Path, model: Path, **config):
+    """Trains and saves, as the end of a run does; what was built, and the run's folder."""
+    from trainers import run
+
+    built = build(tmp_path, model, **{**PEFT, **config})
+    logged(built)
+    run._save(built.trainer, built.context)
+    return built, built.context.folder
+
+
+def merge(built) -> None:
+    from trainers.example import first_tokens
+    from trainers.merge import merge_adapter
+
+    context = built.context
+    merge_adapter(context.config, context.folder, context.tokenizer, first_tokens(context.train.dataset[0]))
+
+
+def outputs(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids])).logits
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, capsys):
+    from trainers.example import first_tokens
+    from trainers.model import model_class
+
+    built, folder = finish(tmp_path, tiny_model, **MERGES[name])
+    ids = first_tokens(built.context.train.dataset[0])
+    trained = outputs(built.trainer.model, ids)
+    merge(built)
+    assert not (folder / "adapter_config.json").exists() and not (folder / "merged.part").exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config, "a merged model is an ordinary one"
+    more = {"num_labels": 1} if "reward" in name else {}
+    merged = model_class(built.context.config).from_pretrained(folder, dtype=torch.float32, **more)
+    assert merged.get_input_embeddings().num_embeddings >= len(built.context.tokenizer)
+    scale = trained.abs().max()
+    # int8 rounds the activations, too: the dequantised model leaves that out.
+    tolerance = 2e-2 if name == "int8" else 1e-3
+    assert ((outputs(merged, ids) - trained).abs().max() / scale) < tolerance
+    assert "merge: outputs differ by" in capsys.readouterr().out
+
+
+def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_kept(tmp_path, tiny_model, monkeypatch):
+    from peft import LoraModel
+
+    from trainers.merge import MergeRefused
+
+    built, folder = finish(tmp_path, tiny_model, trainer="sft")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    whole = LoraModel.merge_and_unload
+
+    def spoil(self, **kwargs):
+        merged = whole(self, **kwargs)
+        with torch.no_grad():
+            merged.get_output_embeddings().weight.mul_(1.5)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", spoil)
+    with pytest.raises(MergeRefused, match="It was not kept; the adapter is in the run's folder"):
+        merge(built)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert not (folder / "model.safetensors").exists() and not (folder / "merged.part").exists()
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "kto"])
+def test_policy_and_reference_get_the_same_rows_for_new_tokens(tmp_path, tiny_model, trainer):
+    built = build(tmp_path, tiny_model, trainer=trainer, chat_template="zephyr")
+    policy, reference = built.trainer.model, built.trainer.ref_model
+    assert len(built.context.new_tokens) == 3
+    for one, other in zip(policy.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    assert logged(built)[0]["loss"] == pytest.approx({"dpo": 0.6931, "kto": 0.5}[trainer], abs=1e-3)
+
+
+def test_another_model_as_reference_is_used_with_an_adapter_too(tmp_path, tiny_model, tmp_path_factory):
+    """AutoTrain sets it to None there, in silence."""
+    other = build_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
+    built = build(tmp_path, tiny_model, trainer="dpo", model_ref=str(other), **(PEFT | {"max_steps": 1}))
+    assert logged(built)[0]["loss"] != pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_head_of_a_reward_model_depends_on_the_seed_alone(tmp_path, tiny_model):
+    heads = []
+    for seed, noise in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(noise)
+        heads.append(build(tmp_path, tiny_model, trainer="reward", seed=seed).trainer.model.score.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_reward_model_that_has_its_head_keeps_it(tmp_path, tiny_model):
+    built = build(tmp_path, tiny_model, trainer="reward")
+    with torch.no_grad():
+        built.trainer.model.score.weight.fill_(0.5)
+    built.trainer.model.save_pretrained(tmp_path / "classifier")
+    built.context.tokenizer.save_pretrained(tmp_path / "classifier")
+    again = build(tmp_path, tmp_path / "classifier", trainer="reward", seed=7)
+    assert torch.all(again.trainer.model.score.weight == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("q_proj,v_proj", {"q_proj", "v_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (r".*\.layers\.1\..*(q|k)_proj", {"q_proj", "k_proj"}),
+    ],
+)
+def test_target_modules_are_all_linear_a_list_or_a_regular_expression(tmp_path, tiny_model, targets, trained):
+    built = build(tmp_path, tiny_model, trainer="sft", target_modules=targets, **PEFT)
+    names = {name for name, p in built.trainer.model.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == trained
+    if "layers" in targets:
+        assert all(".layers.1." in name for name in names)
+
+
+@pytest.mark.parametrize("quantization", [None, "int4", "int8"])
+def test_what_is_trained_is_float32(tmp_path, tiny_model, quantization):
+    config = {**PEFT, "quantization": quantization}
+    model = build(tmp_path, tiny_model, trainer="sft", **config).trainer.model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_int4_is_nf4_stored_in_the_compute_type():
+    from trainers.model import quantization_config
+
+    for name, dtype in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        config = settings_of(trainer="sft", peft=True, quantization="int4", mixed_precision=name).train
+        found = quantization_config(config)
+        assert (found.bnb_4bit_quant_type, found.bnb_4bit_compute_dtype) == ("nf4", dtype)
+        assert found.bnb_4bit_quant_storage == dtype, "else FSDP cannot shard it"
+
+
+def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
+    from transformers import AutoTokenizer
+
+    from trainers.model import load_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found, gained = load_tokenizer(settings_of(trainer="sft", model=str(tmp_path / "tokenizer")).train)
+    assert found.pad_token == "<pad>" != found.eos_token
+    assert gained == [] and len(found) == len(tokenizer), "no token is added for it"

@@ -1,0 +1,528 @@
+"""Every parameter acts, or is said to have no effect: for each trainer and field, two runs are compared.
+
+What a run would be is read off a trainer that is built and not started: its arguments, rows, weights, adapter,
+tokenizer, reference and collator. Fields of the optimisation are compared by the weights after a few steps.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inprocess import Built, build
+from tiny import build_tiny_model
+
+from trainers import rules, run
+from trainers.config import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
+from trainers.config_file import Settings
+
+TESTS = Path(__file__).parent
+
+
+def row(i: int) -> dict[str, Any]:
+    return {
+        "text": f"The sum of {i} and {i} is {2 * i}. " * (1 + i % 3),
+        "other": f"A rank is {i}. " * (1 + i % 2),
+        "prompt": f"What is {i} plus {i}?",
+        "question": f"How many ranks are {i} ranks?",
+        "completion": f"The answer is {2 * i}. " * (1 + i % 2),
+        "chosen": f"The answer to the question is {2 * i}. ",
+        "rejected": f"Ranks are {i}. " * (1 + i % 3),
+        "worse": f"The model is {i}.",
+        "label": i % 3 != 0,
+        "wanted": i % 3 == 0,
+    }
+
+
+# Files of the data folder: (rows, the columns that are left out).
+FILES = {
+    "train": (range(6), ()),
+    "more": (range(6, 12), ()),
+    "pairs": (range(6), ("label",)),
+    "valid": (range(20, 23), ()),
+    "test": (range(30, 33), ()),
+}
+
+
+@dataclass
+class Place:
+    """Where the runs of this module lie: a folder with data, and two models of each kind."""
+
+    folder: Path
+    models: dict[str, tuple[Path, Path]]
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    def model(self, trainer: str, second: bool = False) -> Path:
+        return self.models["masked" if trainer == "mlm" else "causal"][second]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Iterator[Place]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("parameters")
+    second = build_tiny_model(folder / "second", seed=1)
+    second_masked = folder / "second-masked"
+    shutil.copytree(tiny_masked_model, second_masked)
+    torch.manual_seed(1)
+    BertForMaskedLM(BertConfig.from_pretrained(tiny_masked_model)).save_pretrained(second_masked)
+    (folder / "work").mkdir()
+    for data in (folder / "data", folder / "other-data"):
+        data.mkdir()
+        for name, (numbers, without) in FILES.items():
+            shift = 0 if data.name == "data" else 40
+            rows = [row(i + shift) for i in numbers]
+            lines = [json.dumps({k: v for k, v in r.items() if k not in without}) + "\n" for r in rows]
+            (data / f"{name}.jsonl").write_text("".join(lines))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other, on models of this size
+    yield Place(folder, {"causal": (tiny_model, second), "masked": (tiny_masked_model, second_masked)})
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Two runs: `base`, and `base` with the field at `value` (a function of the place and the trainer)."""
+
+    base: dict[str, Any]
+    value: Any
+
+    def changed(self, field: str, place: Place, trainer: str) -> dict[str, Any]:
+        value = self.value(place, trainer) if callable(self.value) else self.value
+        return {**self.base, field: value}
+
+
+LORA = {"peft": True, "quantization": None}
+COMPLETIONS = {"text_column": "completion"}
+ASKED = {"prompt_text_column": "prompt", "text_column": "completion"}
+VALID = {"valid_split": "valid"}
+EVERY_STEP = {**VALID, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+SAMPLES: dict[str, Sample] = {
+    "model": Sample({}, lambda place, trainer: str(place.model(trainer, second=True))),
+    "seed": Sample({**LORA, "data_seed": 42}, 7),
+    "data_seed": Sample({}, 7),
+    # data
+    "data_path": Sample({}, lambda place, trainer: str(place.folder / "other-data")),
+    "train_split": Sample({}, "more"),
+    "valid_split": Sample({}, "valid"),
+    "test_split": Sample({}, "test"),
+    "valid_fraction": Sample({}, 0.34),
+    "test_fraction": Sample({}, 0.34),
+    "split_seed": Sample({"valid_fraction": 0.34}, 7),
+    "chat_template": Sample(ASKED, "chatml"),
+    "prompt_format": Sample(COMPLETIONS, "Q: {question}"),
+    "text_column": Sample({}, "other"),
+    "prompt_text_column": Sample(COMPLETIONS, "question"),
+    "rejected_text_column": Sample({"train_split": "pairs"}, "worse"),
+    "label_column": Sample({}, "wanted"),
+    "add_eos_token": Sample({}, False),
+    "train_on": Sample({**ASKED, "train_on": "all"}, "completion"),
+    "packing": Sample({}, "none"),
+    "block_size": Sample({}, 24),
+    "model_max_length": Sample({"block_size": -1}, 24),
+    "max_prompt_length": Sample({}, 4),
+    "max_completion_length": Sample({}, 5),
+    "padding": Sample({}, "left"),
+    # optimisation
+    "lr": Sample({}, 2e-3),
+    "epochs": Sample({"max_steps": -1}, 2),
+    "max_steps": Sample({}, 3),
+    "batch_size": Sample({}, 3),
+    "per_device_eval_batch_size": Sample(VALID, 3),
+    "gradient_accumulation": Sample({}, 2),
+    "auto_find_batch_size": Sample({}, True),
+    "optimizer": Sample({}, "sgd"),
+    "scheduler": Sample({}, "constant"),
+    "warmup_ratio": Sample({}, 0.5),
+    "warmup_steps": Sample({}, 1),
+    "weight_decay": Sample({}, 0.5),
+    "max_grad_norm": Sample({"optimizer": "sgd"}, 1e-3),
+    "adam_beta1": Sample({}, 0.5),
+    "adam_beta2": Sample({}, 0.5),
+    "adam_epsilon": Sample({}, 1e-2),
+    "mixed_precision": Sample({}, "bf16"),
+    "disable_gradient_checkpointing": Sample({"disable_gradient_checkpointing": False}, True),
+    "dataloader_num_workers": Sample({}, 1),
+    # logging, evaluation, saving
+    "logging_steps": Sample({}, 2),
+    "eval_strategy": Sample(VALID, "no"),
+    "eval_steps": Sample({**VALID, "eval_strategy": "steps", "eval_steps": 2}, 1),
+    "eval_on_start": Sample(VALID, True),
+    "save_strategy": Sample({}, "epoch"),
+    "save_steps": Sample({"save_strategy": "steps", "save_steps": 2}, 1),
+    "save_total_limit": Sample({"save_strategy": "epoch"}, 2),
+    "load_best_model_at_end": Sample(EVERY_STEP, False),
+    # peft and quantisation
+    "peft": Sample({"quantization": None}, True),
+    "lora_r": Sample(LORA, 4),
+    "lora_alpha": Sample(LORA, 8),
+    "lora_dropout": Sample(LORA, 0.5),
+    "use_dora": Sample(LORA, True),
+    "use_rslora": Sample(LORA, True),
+    "target_modules": Sample(LORA, ".*(q_proj|query)"),
+    "quantization": Sample(LORA, "int4"),
+    "double_quantization": Sample({"peft": True, "quantization": "int4"}, True),
+    # one trainer's own
+    "model_ref": Sample({}, lambda place, trainer: str(place.model(trainer, second=True))),
+    "precompute_ref_log_probs": Sample({}, True),
+    "loss_type": Sample(
+        {"lr": 1e-2}, lambda place, trainer: "apo_zero_unpaired" if trainer == "kto" else "hinge"
+    ),
+    "label_smoothing": Sample({"loss_type": "robust"}, 0.1),
+    "dpo_beta": Sample({}, 0.5),
+    "orpo_beta": Sample({}, 0.5),
+    "kto_beta": Sample({}, 0.5),
+    "desirable_weight": Sample({}, 1.5),
+    "undesirable_weight": Sample({}, 1.5),
+    "center_rewards_coefficient": Sample({}, 0.1),
+    "mlm_probability": Sample({}, 0.5),
+    # how it is spread
+    "unsloth": Sample({}, True),
+}
+
+# Fields that are compared by the weights after a few steps.
+TRAINED = (
+    "seed", "data_seed", "lr", "epochs", "max_steps", "batch_size", "gradient_accumulation", "optimizer",
+    "scheduler", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "mixed_precision", "loss_type", "orpo_beta", "desirable_weight", "undesirable_weight",
+    "center_rewards_coefficient", "mlm_probability", "model_ref", "label_smoothing",
+)  # fmt: skip
+# Fields that are compared by what a few steps log, evaluate and save.
+HAPPENED = (
+    "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
+    "save_total_limit",
+)  # fmt: skip
+
+# Fields that act outside of what a trainer is built from -> the test that shows it.
+RUN, HERE, TRACKERS = "distributed/test_matrix.py", "test_parameters.py", "test_trackers.py"
+ELSEWHERE = {
+    "trainer": f"{HERE}::test_trainers_differ",
+    "project_name": f"{HERE}::test_project_name_is_the_folder",
+    "revision": f"{HERE}::test_how_a_model_is_asked_for",
+    "trust_remote_code": f"{HERE}::test_how_a_model_is_asked_for",
+    "token": f"{HERE}::test_how_a_model_is_asked_for",
+    "use_flash_attention_2": f"{HERE}::test_how_a_model_is_asked_for",
+    "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_whole_model",
+    "log": f"{RUN}::test_tracker_gets_its_files",
+    "resume": f"{RUN}::test_resume_ends_with_the_weights_of_an_uninterrupted_run",
+    "overwrite": f"{RUN}::test_overwrite_starts_anew",
+    "run_name": f"{TRACKERS}::test_wandb_is_named_by_the_config",
+    "wandb_project": f"{TRACKERS}::test_wandb_is_named_by_the_config",
+    "wandb_entity": f"{TRACKERS}::test_wandb_is_named_by_the_config",
+    "push_to_hub": "distributed/test_hub_run.py::test_two_ranks_push_once_and_the_token_stays_out",
+    "username": "test_hub.py::test_the_model_alone_is_uploaded_to_a_private_repository",
+    "distributed_backend": "test_backend.py::test_what_was_asked_for_is_taken",
+}
+
+
+def test_every_field_is_compared_once():
+    assert sorted([*SAMPLES, *ELSEWHERE]) == sorted(TrainConfig.model_fields)
+    assert {*TRAINED, *HAPPENED} <= set(SAMPLES)
+
+
+def test_the_tests_that_are_named_exist():
+    for field, named in ELSEWHERE.items():
+        path, _, function = named.partition("::")
+        tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+        found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in found, f"{field}: {named}"
+
+
+# ---------------------------------------------------------------------------------------- snapshots
+
+NOT_PLAIN = object()
+SNAPSHOTS: dict[str, tuple[dict[str, Any], Settings]] = {}
+
+
+def plain(value: Any) -> Any:
+    """Numbers, words, and lists and mappings of them; NOT_PLAIN for anything else."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        items = [plain(item) for item in value]
+        return NOT_PLAIN if any(item is NOT_PLAIN for item in items) else items
+    if isinstance(value, dict):
+        return {str(name): item for name, entry in value.items() if (item := plain(entry)) is not NOT_PLAIN}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value) if isinstance(value, torch.dtype) else NOT_PLAIN
+
+
+def weights(model: Any) -> str:
+    digest = hashlib.blake2b()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return {
+        "classes": [type(model).__name__, type(inner).__name__],
+        "config": json.loads(inner.config.to_json_string(use_diff=False)),
+        "trained": {
+            name: [str(parameter.dtype), list(parameter.shape)]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        },
+        "adapters": {
+            name: plain(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()
+        },
+        "weights": weights(model),
+    }
+
+
+def attributes(value: Any) -> Any:
+    """The plain attributes of an object; of a function those of what it closes over."""
+    closed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    return [plain(vars(value)), [plain(vars(cell)) for cell in closed if hasattr(cell, "__dict__")]]
+
+
+def facts(built: Built) -> dict[str, Any]:
+    """What a trainer that was not started says of its run."""
+    trainer, tokenizer = built.trainer, built.context.tokenizer
+    arguments = json.loads(trainer.args.to_json_string())
+    parts = {"train": built.context.train, "valid": built.context.valid, "test": built.context.test}
+    reference = getattr(trainer, "ref_model", None)
+    return {
+        "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "logging_dir")},
+        "rows": {name: part and [part.dataset[:], asdict(part.summary)] for name, part in parts.items()},
+        "evaluated": trainer.eval_dataset is not None,
+        "model": model_facts(trainer.model),
+        "reference": reference if reference is None else model_facts(reference),
+        "tokenizer": {
+            name: plain(getattr(tokenizer, name))
+            for name in ("padding_side", "pad_token", "eos_token", "chat_template", "model_max_length")
+        }
+        | {"length": len(tokenizer)},
+        "trainer": [type(trainer).__name__, plain(vars(trainer))],
+        "collator": [type(trainer.data_collator).__name__, attributes(trainer.data_collator)],
+    }
+
+
+def snapshot(
+    place: Place, trainer: str, trained: bool = False, **values: Any
+) -> tuple[dict[str, Any], Settings]:
+    """What a run with these values would be, and its settings; `trained`: and what it came to."""
+    key = json.dumps([trainer, trained, values], sort_keys=True)
+    if key not in SNAPSHOTS:
+        built = small(place, trainer, **values)
+        found = facts(built)
+        if trained:
+            found |= trained_facts(built)
+        SNAPSHOTS[key] = found, built.settings
+    return SNAPSHOTS[key]
+
+
+def trained_facts(built: Built) -> dict[str, Any]:
+    folder = built.context.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    built.trainer.train()
+    history = built.trainer.state.log_history
+    return {
+        "after": weights(built.trainer.model),
+        "happened": {
+            "logged": [entry["step"] for entry in history if "loss" in entry],
+            "evaluated": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+            "saved": sorted(path.name for path in folder.glob("checkpoint-*")),
+        },
+    }
+
+
+def small(place: Place, trainer: str, **values: Any) -> Built:
+    """A trainer on few short rows, seeded as a rank seeds it."""
+    from transformers import set_seed
+
+    defaults = {
+        "data_path": str(place.folder / "data"),
+        "block_size": 48,
+        "batch_size": 2,
+        "max_steps": 2,
+        "lr": 1e-3,
+        "disable_gradient_checkpointing": True,
+    }
+    values = {**defaults, **values}
+    set_seed(values.get("seed", 42))
+    model = Path(values.pop("model", place.model(trainer)))
+    return build(place.work, model, trainer=trainer, **values)
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """The paths at which two snapshots differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [*one, *(name for name in other if name not in one)]
+        return [
+            found
+            for name in names
+            for found in differences(one.get(name, NOT_PLAIN), other.get(name, NOT_PLAIN), f"{path}.{name}")
+        ]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            found
+            for index, pair in enumerate(zip(one, other, strict=True))
+            for found in differences(*pair, f"{path}.{index}")
+        ]
+    return [] if one == other else [path.lstrip(".")]
+
+
+def idle(settings: Settings, field: str) -> bool:
+    return any(note.startswith(f"{field}: has no effect") for note in settings.notes)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("field", SAMPLES)
+def test_a_field_acts_or_is_said_to_have_no_effect(place, field, trainer):
+    sample = SAMPLES[field]
+    acts = trainer in acts_for(field)
+    compared = "after" if field in TRAINED else "happened" if field in HAPPENED else None
+    trained = acts and compared is not None
+    before, _ = snapshot(place, trainer, trained, **sample.base)
+    after, settings = snapshot(place, trainer, trained, **sample.changed(field, place, trainer))
+    assert idle(settings, field) == (not acts)
+    if not acts:
+        assert differences(before, after) == []
+    elif compared:
+        assert before[compared] != after[compared]
+    else:
+        assert before != after
+
+
+# ---------------------------------------------------------------------------------------- in this run
+
+# A condition of rules.py -> values under which it holds.
+HOLDS = {
+    "peft is off": {"peft": False},
+    "quantization is not int4": {"quantization": None},
+    "log is not wandb": {"log": "tensorboard"},
+    "log is none": {"log": "none"},
+    "eval_strategy is not steps": {**VALID, "eval_strategy": "epoch"},
+    "there is no valid_split": {"valid_split": None},
+    "nothing is held out by a fraction": {"valid_fraction": 0.0},
+    "save_strategy is not steps": {"save_strategy": "epoch"},
+    "max_steps is set": {"max_steps": 2},
+    "warmup_steps is set": {"warmup_steps": 1},
+}
+UNREAD = [
+    *(("sft", field, HOLDS.get(why)) for why, fields, _ in rules.CONDITIONS for field in fields),
+    *(("sft", field, {"optimizer": "sgd"}) for field in ("adam_beta1", "adam_beta2", "adam_epsilon")),
+    *(("sft", field, {"scheduler": "constant"}) for field in ("warmup_ratio", "warmup_steps")),
+    ("sft", "save_total_limit", {"save_strategy": "no"}),
+    ("sft", "username", {"push_to_hub": False}),
+    ("sft", "revision", {}),  # the model is a folder
+    ("dpo", "label_smoothing", {"loss_type": "sigmoid"}),
+    ("dpo", "dpo_beta", {"loss_type": "sft"}),
+]
+
+
+def test_every_condition_is_tried():
+    assert {why for why, _, _ in rules.CONDITIONS} <= set(HOLDS)
+
+
+@pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
+def test_a_field_that_this_run_leaves_unread_is_said(place, trainer, field, values):
+    sample = SAMPLES.get(field, Sample({}, "a-name"))
+    runs = [
+        snapshot(place, trainer, True, **{**given, **values})
+        for given in (sample.base, sample.changed(field, place, trainer))
+    ]
+    # Its arguments may hold the value; what it reads and what it comes to do not.
+    parts = ("rows", "reference", "tokenizer", "after", "happened")
+    before, after = ({part: facts[part] for part in parts} for facts, _ in runs)
+    assert differences(before, after) == []
+    assert idle(runs[1][1], field)
+
+
+def test_rows_of_the_test_split_are_evaluated_in_batches_of_their_own(place):
+    batches = []
+    for size in (1, 3):
+        built = small(place, "sft", test_split="test", per_device_eval_batch_size=size)
+        batches.append(len(built.trainer.get_eval_dataloader(built.context.test.dataset)))
+        assert not idle(built.settings, "per_device_eval_batch_size")
+    assert batches == [3, 1]
+
+
+# ---------------------------------------------------------------------------------------- beyond a snapshot
+
+
+def test_trainers_differ(place):
+    found = [snapshot(place, trainer)[0] for trainer in TRAINERS]
+    for index, one in enumerate(found):
+        assert all(
+            one["rows"] != other["rows"] or one["trainer"] != other["trainer"] for other in found[:index]
+        )
+
+
+def test_project_name_is_the_folder(place):
+    built = small(place, "sft", project_name=str(place.work / "named"))
+    assert Path(built.trainer.args.output_dir) == built.context.folder == place.work / "named"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
+    """token, revision, trust_remote_code and use_flash_attention_2, as transformers gets them."""
+    import transformers
+
+    asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def record(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def from_pretrained(name: str, **kwargs: Any) -> Any:
+            asked.append((kind, name, kwargs))
+            here = {"attn_implementation": "sdpa"} if kind == "model" else {}  # flash-attn needs CUDA
+            return original(name, **{**kwargs, **here})
+
+        return from_pretrained
+
+    kinds = ("CausalLM", "SequenceClassification", "MaskedLM")
+    for name in ("AutoTokenizer", *(f"AutoModelFor{kind}" for kind in kinds)):
+        auto = getattr(transformers, name)
+        kind = "tokenizer" if name == "AutoTokenizer" else "model"
+        monkeypatch.setattr(auto, "from_pretrained", record(kind, auto.from_pretrained))
+    other = str(place.model(trainer, second=True))
+    own = {"model_ref": other} if trainer in REFERENCE_TRAINERS else {}
+    small(place, trainer, **own, token="hf_secret", revision="abc", trust_remote_code=True,
+          use_flash_attention_2=True)  # fmt: skip
+    assert {kind for kind, _, _ in asked} == {"tokenizer", "model"}
+    assert (other in {name for _, name, _ in asked}) == bool(own)
+    for kind, name, kwargs in asked:
+        assert kwargs["token"] == "hf_secret"
+        assert kwargs["revision"] == ("main" if name == other else "abc")
+        assert kwargs["trust_remote_code"] == (name != other), "code is run of the model that was read"
+        assert kind == "tokenizer" or kwargs["attn_implementation"] == "flash_attention_2"
+    asked.clear()
+    small(place, trainer)
+    for kind, _, kwargs in asked:
+        assert (kwargs["token"], kwargs["revision"], kwargs["trust_remote_code"]) == (None, "main", False)
+        assert kind == "tokenizer" or kwargs["attn_implementation"] == "sdpa"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_merge_adapter_leaves_a_whole_model(place, trainer):
+    left = []
+    for merge in (False, True):
+        folder = place.work / f"merge-{trainer}-{merge}"
+        built = small(place, trainer, **LORA, merge_adapter=merge, project_name=str(folder))
+        assert not idle(built.settings, "merge_adapter")
+        built.trainer.train()
+        run._save(built.trainer, built.context)
+        run._finish(built.context, run._facts(built.trainer, built.context))
+        left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
+    assert left == [
+        {"adapter_config.json": True, "model.safetensors": False},
+        {"adapter_config.json": False, "model.safetensors": True},
+    ]
