@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from launcher.config import LaunchConfig, SlurmConfig
-from trainers.config import ALIASES, NEGATED, TrainConfig
+from trainers.config import ALIASES, NEGATED, TRAINERS, TrainConfig, acts_for
+from trainers.rules import CONDITIONS
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -21,7 +22,7 @@ This page is made from the schema by `make docs`. `phalanx schema` prints the sa
 editors.
 
 ```yaml
-task: llm-sft                  # llm-sft, or llm with params.trainer
+task: llm-sft                  # llm-default, llm-sft, llm-reward, llm-dpo, llm-orpo, llm-kto, llm-mlm
 base_model: org/name           # hub id or folder
 project_name: my-run           # the run's folder
 log: none                      # none, tensorboard, wandb
@@ -29,10 +30,17 @@ backend: local                 # AutoTrain's key; only local
 data:
   path: data                   # folder, file or hub id
   train_split: train
-  valid_split: null
-  chat_template: tokenizer
+  valid_split: null            # evaluated during the run; or valid_fraction
+  test_split: null             # evaluated once, at its end; or test_fraction
+  valid_fraction: 0.0          # part of the training rows that is held out instead
+  test_fraction: 0.0
+  chat_template: tokenizer     # tokenizer, chatml, zephyr, phi3, alpaca, or null
+  prompt_format: null          # a prompt of several columns: "Q: {question}"
   column_mapping:
     text_column: text
+    prompt_text_column: null   # its completion is then in text_column
+    rejected_text_column: null # reward, dpo, orpo, kto
+    label_column: label        # kto
 params: {}                     # the table below, by name
 hub:                           # only to push the model
   username: ${HF_USERNAME}
@@ -44,6 +52,16 @@ slurm: {}                      # what phalanx show turns into sbatch's flags
 
 A flag overrides the file: `--lr 1e-4`, `--batch-size 8`, `--num-processes 4`. `${VAR}` works in every
 string. An unknown key is an error.
+"""
+DASH = "\u2013"
+ACTS = f"""
+## Which parameter acts for which trainer
+
+All other parameters act for every trainer. One that is set where it does not act ({DASH}) changes nothing,
+and the run says so: in a note at its start, in `phalanx show` and in `run.json`.
+"""
+CONDITIONAL = """
+Where a parameter has no effect whatever the trainer, which is noted in the same way:
 """
 
 
@@ -58,6 +76,24 @@ def table(schema: type[BaseModel], names: dict[str, list[str]]) -> str:
     return "\n".join(rows)
 
 
+def trainers_table() -> str:
+    """Trainer x parameter, of the parameters that not all trainers read."""
+    rows = [f"| name | {' | '.join(TRAINERS)} |", f"| --- |{' --- |' * len(TRAINERS)}"]
+    for name in TrainConfig.model_fields:
+        acts = acts_for(name)
+        if acts != TRAINERS:
+            cells = ("acts" if trainer in acts else DASH for trainer in TRAINERS)
+            rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def conditions_table() -> str:
+    rows = ["| when | no effect |", "| --- | --- |"]
+    for why, names, _ in CONDITIONS:
+        rows.append(f"| {why} | {', '.join(f'`{name}`' for name in names)} |")
+    return "\n".join(rows)
+
+
 def page() -> str:
     """The whole page."""
     names: dict[str, list[str]] = {}
@@ -69,6 +105,10 @@ def page() -> str:
         HEAD,
         "## Training: `params`, and the keys of `data` and `hub`\n",
         table(TrainConfig, names),
+        ACTS,
+        trainers_table(),
+        CONDITIONAL,
+        conditions_table(),
         "\n## `launch`\n",
         table(LaunchConfig, {}),
         "\n## `slurm`\n",

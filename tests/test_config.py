@@ -11,7 +11,7 @@ import pytest
 from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
-from trainers.config import ALIASES, NEGATED, ConfigError, TrainConfig
+from trainers.config import ALIASES, NEGATED, TrainConfig
 from trainers.config_file import TASKS, Value, load_settings, resolve, write_effective
 
 AUTOTRAIN_DEFAULTS = {
@@ -396,7 +396,8 @@ def test_derived_values_follow_what_the_user_chose(read: Read) -> None:
 
 def test_unsloth_is_noted(read: Read) -> None:
     assert any(
-        note.startswith("unsloth: its kernels and its loader are not used") for note in read(sft("unsloth: true")).settings.notes
+        note.startswith("unsloth: its kernels and its loader are not used")
+        for note in read(sft("unsloth: true")).settings.notes
     )
 
 

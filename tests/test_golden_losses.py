@@ -79,10 +79,15 @@ def test_sft_is_the_cross_entropy_of_completions_and_their_eos(
     assert found == pytest.approx(-expected.mean().item(), abs=TOLERANCE)
 
 
-def test_sft_on_messages_supervises_the_answer_and_the_end_of_its_turn(tmp_path, tiny_model, model, tokenizer):
+def test_sft_on_messages_supervises_the_answer_and_the_end_of_its_turn(
+    tmp_path, tiny_model, model, tokenizer
+):
     rows, logps = [], []
     for row in ROWS:
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        turns = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
         rows.append({"messages": turns})
         before = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
         prompt, answer = ids_of(tokenizer, before), ids_of(tokenizer, row["completion"] + "<|im_end|>")
@@ -144,6 +149,7 @@ def test_reward_is_the_bradley_terry_loss(tmp_path, tiny_model, model, pairs):
 
 def ratios(model, other, pairs):
     """beta-less log-ratios of policy to reference: (chosen, rejected), summed over the tokens of an answer."""
+
     def total(side):
         return torch.stack([
             answer_logps(model, pair[0], pair[side]).sum() - answer_logps(other, pair[0], pair[side]).sum()
@@ -171,7 +177,9 @@ def test_dpo_compares_with_the_reference_model(tmp_path, tiny_model, model, refe
     assert log["rewards/margins"] == pytest.approx(0.3 * (chosen - rejected).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("more", [{}, {"peft": True, "quantization": None}, {"precompute_ref_log_probs": True}])
+@pytest.mark.parametrize(
+    "more", [{}, {"peft": True, "quantization": None}, {"precompute_ref_log_probs": True}]
+)
 def test_dpo_against_itself_starts_at_log_two(tmp_path, tiny_model, more):
     found = first_loss(tmp_path, tiny_model, trainer="dpo", **more)
     assert found == pytest.approx(math.log(2), abs=TOLERANCE)
@@ -192,7 +200,9 @@ def test_orpo_adds_the_odds_ratio_to_the_likelihood(tmp_path, tiny_model, model,
     """arXiv 2403.07691, eq. 4, 6 and 7; log p is the mean over the tokens of an answer (eq. 2)."""
     losses = []
     for prompt, chosen, rejected in pairs:
-        logp = {side: answer_logps(model, prompt, ids).mean() for side, ids in (("w", chosen), ("l", rejected))}
+        logp = {
+            side: answer_logps(model, prompt, ids).mean() for side, ids in (("w", chosen), ("l", rejected))
+        }
         log_odds = {side: value - torch.log1p(-value.exp()) for side, value in logp.items()}
         nll = -token_logps(model, prompt + chosen).mean() if train_on == "all" else -logp["w"]
         losses.append(nll - 0.5 * F.logsigmoid(log_odds["w"] - log_odds["l"]))
@@ -212,7 +222,9 @@ def test_kto_weighs_gains_and_losses_against_the_divergence(tmp_path, tiny_model
     def ratio(prompt, answer):
         return answer_logps(model, prompt, answer).sum() - answer_logps(other, prompt, answer).sum()
 
-    mismatched = [ratio(row["prompt_ids"], rows[index - 1]["completion_ids"]) for index, row in enumerate(rows)]
+    mismatched = [
+        ratio(row["prompt_ids"], rows[index - 1]["completion_ids"]) for index, row in enumerate(rows)
+    ]
     z0 = torch.stack(mismatched).mean().clamp(min=0)
     losses = []
     for row in rows:

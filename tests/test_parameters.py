@@ -1,7 +1,8 @@
 """Every parameter acts, or is said to have no effect: for each trainer and field, two runs are compared.
 
-What a run would be is read off a trainer that is built and not started: its arguments, rows, weights, adapter,
-tokenizer, reference and collator. Fields of the optimisation are compared by the weights after a few steps.
+What a run would be is read off a trainer that is built and not started: its arguments, rows, weights,
+adapter, tokenizer, reference and collator. Fields of the optimisation are compared by the weights after a few
+steps.
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Iterator[Place]:
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
     folder = tmp_path_factory.mktemp("parameters")
     second = build_tiny_model(folder / "second", seed=1)
     second_masked = folder / "second-masked"
     shutil.copytree(tiny_masked_model, second_masked)
     torch.manual_seed(1)
-    BertForMaskedLM(BertConfig.from_pretrained(tiny_masked_model)).save_pretrained(second_masked)
+    config = AutoConfig.from_pretrained(tiny_masked_model)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(second_masked)
     (folder / "work").mkdir()
     for data in (folder / "data", folder / "other-data"):
         data.mkdir()
@@ -96,14 +98,14 @@ def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Iterat
 
 @dataclass(frozen=True)
 class Sample:
-    """Two runs: `base`, and `base` with the field at `value` (a function of the place and the trainer)."""
+    """Two runs: `base`, and `base` with the field at `value`. Both may be functions of place and trainer."""
 
-    base: dict[str, Any]
+    base: Any
     value: Any
 
-    def changed(self, field: str, place: Place, trainer: str) -> dict[str, Any]:
-        value = self.value(place, trainer) if callable(self.value) else self.value
-        return {**self.base, field: value}
+    def runs(self, field: str, place: Place, trainer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        base, value = (part(place, trainer) if callable(part) else part for part in (self.base, self.value))
+        return base, {**base, field: value}
 
 
 LORA = {"peft": True, "quantization": None}
@@ -159,13 +161,13 @@ SAMPLES: dict[str, Sample] = {
     "disable_gradient_checkpointing": Sample({"disable_gradient_checkpointing": False}, True),
     "dataloader_num_workers": Sample({}, 1),
     # logging, evaluation, saving
-    "logging_steps": Sample({}, 2),
+    "logging_steps": Sample({}, 5),
     "eval_strategy": Sample(VALID, "no"),
     "eval_steps": Sample({**VALID, "eval_strategy": "steps", "eval_steps": 2}, 1),
     "eval_on_start": Sample(VALID, True),
     "save_strategy": Sample({}, "epoch"),
-    "save_steps": Sample({"save_strategy": "steps", "save_steps": 2}, 1),
-    "save_total_limit": Sample({"save_strategy": "epoch"}, 2),
+    "save_steps": Sample({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}, 1),
+    "save_total_limit": Sample({"save_strategy": "steps", "save_steps": 1}, 2),
     "load_best_model_at_end": Sample(EVERY_STEP, False),
     # peft and quantisation
     "peft": Sample({"quantization": None}, True),
@@ -174,16 +176,19 @@ SAMPLES: dict[str, Sample] = {
     "lora_dropout": Sample(LORA, 0.5),
     "use_dora": Sample(LORA, True),
     "use_rslora": Sample(LORA, True),
-    "target_modules": Sample(LORA, ".*(q_proj|query)"),
+    "target_modules": Sample(LORA, ".*(q_proj|Wqkv)"),
     "quantization": Sample(LORA, "int4"),
     "double_quantization": Sample({"peft": True, "quantization": "int4"}, True),
     # one trainer's own
     "model_ref": Sample({}, lambda place, trainer: str(place.model(trainer, second=True))),
     "precompute_ref_log_probs": Sample({}, True),
     "loss_type": Sample(
-        {"lr": 1e-2}, lambda place, trainer: "apo_zero_unpaired" if trainer == "kto" else "hinge"
+        lambda place, trainer: {"model_ref": str(place.model(trainer, second=True))},
+        lambda place, trainer: "apo_zero_unpaired" if trainer == "kto" else "hinge",
     ),
-    "label_smoothing": Sample({"loss_type": "robust"}, 0.1),
+    "label_smoothing": Sample(
+        lambda place, trainer: {"loss_type": "robust"} if trainer == "dpo" else {}, 0.1
+    ),
     "dpo_beta": Sample({}, 0.5),
     "orpo_beta": Sample({}, 0.5),
     "kto_beta": Sample({}, 0.5),
@@ -205,7 +210,7 @@ TRAINED = (
 # Fields that are compared by what a few steps log, evaluate and save.
 HAPPENED = (
     "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
-    "save_total_limit",
+    "save_total_limit", "disable_gradient_checkpointing",
 )  # fmt: skip
 
 # Fields that act outside of what a trainer is built from -> the test that shows it.
@@ -340,6 +345,7 @@ def trained_facts(built: Built) -> dict[str, Any]:
         "happened": {
             "logged": [entry["step"] for entry in history if "loss" in entry],
             "evaluated": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+            "checkpointing": built.trainer.model.is_gradient_checkpointing,
             "saved": sorted(path.name for path in folder.glob("checkpoint-*")),
         },
     }
@@ -392,8 +398,9 @@ def test_a_field_acts_or_is_said_to_have_no_effect(place, field, trainer):
     acts = trainer in acts_for(field)
     compared = "after" if field in TRAINED else "happened" if field in HAPPENED else None
     trained = acts and compared is not None
-    before, _ = snapshot(place, trainer, trained, **sample.base)
-    after, settings = snapshot(place, trainer, trained, **sample.changed(field, place, trainer))
+    given, changed = sample.runs(field, place, trainer)
+    before, _ = snapshot(place, trainer, trained, **given)
+    after, settings = snapshot(place, trainer, trained, **changed)
     assert idle(settings, field) == (not acts)
     if not acts:
         assert differences(before, after) == []
@@ -417,17 +424,30 @@ HOLDS = {
     "save_strategy is not steps": {"save_strategy": "epoch"},
     "max_steps is set": {"max_steps": 2},
     "warmup_steps is set": {"warmup_steps": 1},
+    "nothing is evaluated": {"valid_split": None},
+    "save_strategy is no": {"save_strategy": "no", "eval_strategy": "no"},
+    "optimizer is not of Adam's kind": {"optimizer": "sgd"},
+    "scheduler has no warm-up": {"scheduler": "constant"},
+    "chat_template says how a turn ends": {**ASKED, "chat_template": "chatml"},
+    "push_to_hub is off": {"push_to_hub": False},
+    "model is a folder": {},
+    "loss_type is none of robust, exo_pair, aot, aot_unpaired": {},
+    "loss_type is sft alone": {},
 }
 UNREAD = [
-    *(("sft", field, HOLDS.get(why)) for why, fields, _ in rules.CONDITIONS for field in fields),
+    *(("sft", field, HOLDS.get(why, {})) for why, fields, _ in rules.CONDITIONS for field in fields),
     *(("sft", field, {"optimizer": "sgd"}) for field in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     *(("sft", field, {"scheduler": "constant"}) for field in ("warmup_ratio", "warmup_steps")),
+    *((trainer, "add_eos_token", {**ASKED, "chat_template": "chatml"}) for trainer in TRAINERS[:-1]),
     ("sft", "save_total_limit", {"save_strategy": "no"}),
+    ("sft", "eval_strategy", {"eval_strategy": "steps", "valid_split": None}),
+    ("sft", "load_best_model_at_end",
+     {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}),
     ("sft", "username", {"push_to_hub": False}),
     ("sft", "revision", {}),  # the model is a folder
     ("dpo", "label_smoothing", {"loss_type": "sigmoid"}),
     ("dpo", "dpo_beta", {"loss_type": "sft"}),
-]
+]  # fmt: skip
 
 
 def test_every_condition_is_tried():
@@ -436,11 +456,9 @@ def test_every_condition_is_tried():
 
 @pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
 def test_a_field_that_this_run_leaves_unread_is_said(place, trainer, field, values):
-    sample = SAMPLES.get(field, Sample({}, "a-name"))
-    runs = [
-        snapshot(place, trainer, True, **{**given, **values})
-        for given in (sample.base, sample.changed(field, place, trainer))
-    ]
+    given, changed = SAMPLES.get(field, Sample({}, "a-name")).runs(field, place, trainer)
+    without = {name: value for name, value in values.items() if name != field}
+    runs = [snapshot(place, trainer, True, **run) for run in ({**given, **without}, {**changed, **values})]
     # Its arguments may hold the value; what it reads and what it comes to do not.
     parts = ("rows", "reference", "tokenizer", "after", "happened")
     before, after = ({part: facts[part] for part in parts} for facts, _ in runs)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 2  # raise it when the same input would give other tokens
 MANY_ROWS = 10_000  # from here on, tokenizing in several processes pays for starting them
-ROW = "_row"  # the number of a row in its split, carried along so that a message can name it
+ROW = "__row__"  # the number of a row in its split, carried along so that a message can name it
 
 Part = Literal["train", "valid", "test"]
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from trainers.config import PREFERENCE_TRAINERS, ConfigError, TrainConfig
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+FIRST_ROWS = 100  # a column that none of them has is taken to be missing
 CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -121,6 +123,7 @@ def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
     except (json.JSONDecodeError, UnicodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else reason
         raise ConfigError(
             f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line."
         ) from None
@@ -180,15 +183,17 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
 
 def _header(path: Path, names: Sequence[str]) -> list[str]:
     """The names of the columns; one without a name, such as pandas' index, is called as pandas calls it."""
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise ConfigError(f"{path}:1: two columns are named '{twice[0]}'. Rename or remove one.")
     return [name or f"Unnamed: {index}" for index, name in enumerate(names)]
 
 
 def column_names(split: Split) -> list[str]:
-    """The columns of a local split, from its first row, header or schema. Empty: the split has no row."""
-    return _parquet_columns(split) if split.format == "parquet" else list(next(rows(split), {}))
+    """The columns of a local split, from its first rows, header or schema. Empty: the split has no row."""
+    if split.format == "parquet":
+        return _parquet_columns(split)
+    return list(dict.fromkeys(name for row in islice(rows(split), FIRST_ROWS) for name in row))
 
 
 def _parquet_columns(split: Split) -> list[str]:
@@ -216,14 +221,13 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
     """
     if not split.files:
         return
-    remaining = rows(split, CHECK_BYTES)
-    columns = _parquet_columns(split) if split.format == "parquet" else list(next(remaining, {}))
+    columns = column_names(split)
     if not columns:
         raise ConfigError(
             f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
         )
     find_columns(columns, config)
-    for _ in remaining:
+    for _ in rows(split, CHECK_BYTES):
         pass
 
 

@@ -16,7 +16,7 @@ def asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def enable_on_cpu() -> None:
+def enable_on_cpu(mixed_precision: str) -> None:
     """Makes accelerate's state say FSDP on CPU ranks too; torch's fully_shard works there, over gloo.
 
     accelerate 1.15 turns to FSDP for accelerators only (state.py), and leaves CPU ranks on DDP, each with
@@ -31,9 +31,13 @@ def enable_on_cpu() -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     PartialState().distributed_type = DistributedType.FSDP
-    state = AcceleratorState(cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+    state = AcceleratorState(
+        mixed_precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True
+    )
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(mixed_precision)
 
 
 def keep_tied_together(model: PreTrainedModel) -> None:

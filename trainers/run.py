@@ -175,7 +175,7 @@ def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments
         arguments = schema(**values)
     except ValueError as error:
         raise ConfigError(f"params: {str(error).strip().splitlines()[0]}") from error
-    fsdp.enable_on_cpu()
+    fsdp.enable_on_cpu("bf16" if values["bf16"] else "no")  # a CPU has no fp16
     return arguments
 
 
@@ -233,11 +233,11 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
 def _master_weights(trainer: Trainer) -> None:
     """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16.
 
-    Sharded backends keep their own float32 copy, or need one type in a group.
+    DeepSpeed keeps its own float32 copy.
     """
     import torch
 
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled:
         return
     assert trainer.model is not None
     for parameter in trainer.model.parameters():

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from ranks import BACKENDS, MODES, REPO
+from tracked import scalars, wandb_files, wandb_history, wandb_run
 
 from launcher.topology import free_port
 
@@ -139,8 +140,8 @@ def test_int4_trains_alike_on_every_backend(bench, backend):
         assert bench.train("int4-one", *BACKENDS["one"], *flags).code == 0
     lines = (one / "metrics.jsonl").read_text().splitlines()
     expected = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    # The adapters of a quantised model are bf16 (QLoRA's recipe), so sums differ by its rounding.
-    assert many.losses == pytest.approx(expected, abs=2e-3)
+    # Under DeepSpeed the adapters of a quantised model stay bf16, as TRL makes them; else they are float32.
+    assert many.losses == pytest.approx(expected, abs=2e-3 if backend == "zero3" else 1e-4)
 
 
 def test_two_machines_without_slurm(trained, bench):
@@ -156,14 +157,33 @@ def test_two_machines_without_slurm(trained, bench):
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_tracker_gets_its_files(bench, tracker):
-    run = bench.train(f"log-{tracker}", *BACKENDS["one"], "--log", tracker, WANDB_MODE="offline")
-    assert run.code == 0, run.err
-    pattern = (
-        "runs/**/events.out.tfevents.*" if tracker == "tensorboard" else "wandb/offline-run-*/run-*.wandb"
-    )
-    files = list(run.folder.glob(pattern))
-    assert files and all(file.stat().st_size > 0 for file in files)
+def test_two_ranks_and_a_resume_are_one_run_in_the_tracker(bench, tracker):
+    """Every number of metrics.jsonl is there, under the same name and step."""
+    name = f"log-{tracker}"
+    flags = [*BACKENDS["ddp"], "--log", tracker]
+    for more in (["--max-steps", "3"], ["--max-steps", "6", "--resume"]):
+        run = bench.train(name, *flags, *more, WANDB_MODE="offline")
+        assert run.code == 0, run.err
+    logged = {
+        (key, entry["step"], value)
+        for entry in run.metrics
+        for key, value in entry.items()
+        if key != "step" and not key.startswith("train_")  # said at the end of each start
+    }
+    assert any(key == "eval_loss" for key, _, _ in logged)
+    if tracker == "wandb":
+        files = wandb_files(run.folder)
+        assert len({file.stem for file in files}) == 1 and len(files) == 2, "one id, a file for each start"
+        rows = [row for file in files for row in wandb_history(file)]
+        found = {(key, row["step"], value) for row in rows for key, value in row.items() if key != "step"}
+        assert logged <= found
+        assert wandb_run(files[0]).project == name
+        assert len(re.findall("wandb sync", run.out)) == 1
+        return
+    found = {key: dict(points) for key, points in scalars(run.folder / "runs").items()}
+    for key, step, value in logged:
+        assert found[key][step] == pytest.approx(value, rel=1e-6), key
+    assert {step for key, step, _ in logged if key == "loss"} == set(found["loss"]) == {1, 2, 3, 4, 5, 6}
 
 
 STATIC = ["ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]

@@ -1,5 +1,5 @@
 """Every command of the README does what it says, in a folder that looks like a checkout; every shipped
-config loads.
+config loads, and what the pages of docs/ show of one is accepted.
 
 The model of the demo is replaced by the tiny one, under the demo's path: the commands run as they are
 written.
@@ -24,6 +24,17 @@ README = (REPO / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line
 ]
+
+# A page shows a part of a config; this is the rest.
+REST = {"task": "llm", "base_model": "org/name", "project_name": "page", "data": {"path": "examples/data"}}
+FENCED = {
+    kind: [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in sorted((REPO / "docs").glob("*.md"))
+        for number, block in enumerate(re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.S))
+    ]
+    for kind in ("yaml", "bash")
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,30 @@ def test_the_config_of_the_readme_is_accepted(checkout, monkeypatch, capsys):
     assert main(["show", "readme.yaml", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["config"]["lr"]["value"] == 2e-4 and plan["backend"]["name"] == "ddp"
+
+
+@pytest.mark.parametrize("block", FENCED["yaml"])
+def test_yaml_of_the_pages_is_accepted(checkout, monkeypatch, block):
+    from launcher.check import check_data
+    from launcher.config import load_run
+
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("HF_USERNAME", "me")
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    shown = yaml.safe_load(block)
+    (checkout / "page.yaml").write_text(yaml.safe_dump(REST | shown))
+    check_data(load_run(checkout / "page.yaml", {}).train)
+
+
+@pytest.mark.parametrize("block", FENCED["bash"])
+def test_command_of_the_pages_is_accepted(checkout, monkeypatch, capsys, block):
+    from launcher.cli import main
+
+    monkeypatch.chdir(checkout)
+    for line in block.splitlines():
+        program, command, *words = shlex.split(line)
+        assert (program, command) == ("phalanx", "train")
+        assert main(["show", *words]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -1,0 +1,70 @@
+"""Reads back what a tracker wrote: wandb's offline file (a LevelDB log of protobuf records), TensorBoard's."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def forget_wandb() -> None:
+    """Ends its service, which writes the last of its files then; the next start reads the settings anew."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """wandb's file: 7 bytes of its own, then LevelDB's log format, blocks of 32 KiB with parts of records.
+
+    Each part: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last), data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    forget_wandb()
+    block, head = 32768, 7
+    data, position = path.read_bytes(), head
+    records, parts = [], b""
+    while position + head <= len(data):
+        left = block - position % block
+        if left < head:
+            position += left  # too short for another head: zeros
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + head : position + head + length]
+        position += head + length
+        if kind in (1, 4):
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def items(entries: Any) -> dict[str, Any]:
+    return {"/".join(entry.nested_key) or entry.key: json.loads(entry.value_json) for entry in entries}
+
+
+def wandb_run(path: Path) -> Any:
+    [run] = [record.run for record in wandb_records(path) if record.HasField("run")]
+    return run
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The rows, without what wandb counts for itself."""
+    rows = [items(record.history.item) for record in wandb_records(path) if record.HasField("history")]
+    return [{name: value for name, value in row.items() if name[0] != "_"} for row in rows]
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = events(folder)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
