@@ -16,6 +16,8 @@ from inprocess import ROWS, build, logged
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from trainers.rules import LOSSES
+
 TOLERANCE = 1e-4
 
 
@@ -99,7 +101,7 @@ def test_sft_on_messages_supervises_the_answer_and_the_end_of_its_turn(
 def test_default_joins_documents_and_cuts_full_blocks(tmp_path, tiny_model, model, tokenizer):
     block, stream = 32, []
     for row in ROWS:
-        stream.append(ids_of(tokenizer, row["text"]) + [tokenizer.eos_token_id])
+        stream.append([*ids_of(tokenizer, row["text"]), tokenizer.eos_token_id])
     logps, room = [], block
     for document in stream:  # each piece sees its own document only, from where its block begins
         while document:
@@ -148,7 +150,7 @@ def test_reward_is_the_bradley_terry_loss(tmp_path, tiny_model, model, pairs):
 
 
 def ratios(model, other, pairs):
-    """beta-less log-ratios of policy to reference: (chosen, rejected), summed over the tokens of an answer."""
+    """Log-ratios of policy to reference without beta: (chosen, rejected), summed over an answer."""
 
     def total(side):
         return torch.stack([
@@ -175,6 +177,14 @@ def test_dpo_compares_with_the_reference_model(tmp_path, tiny_model, model, refe
     log = logged(built)[0]
     assert log["loss"] == pytest.approx(DPO_LOSSES[loss](chosen, rejected).mean().item(), abs=TOLERANCE)
     assert log["rewards/margins"] == pytest.approx(0.3 * (chosen - rejected).mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES["dpo"], ["sigmoid", "sft"]])
+def test_every_loss_of_dpo_trains(tmp_path, tiny_model, reference, loss):
+    more = {"label_smoothing": 0.01} if loss == "exo_pair" else {}
+    built = build(tmp_path, tiny_model, trainer="dpo", loss_type=loss, model_ref=str(reference[0]), **more)
+    log = logged(built)[0]
+    assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(

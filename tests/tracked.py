@@ -1,4 +1,4 @@
-"""Reads back what a tracker wrote: wandb's offline file (a LevelDB log of protobuf records), TensorBoard's."""
+"""Reads back what a tracker wrote: wandb's offline file, a LevelDB log of records; TensorBoard's."""
 
 from __future__ import annotations
 

@@ -61,6 +61,6 @@ def keep_tied_together(model: PreTrainedModel) -> None:
     owners = [m for m in model.modules() if any(p is tied_bias for p in m.parameters(recurse=False))]
     if tied_bias is not None and len(owners) > 1:
         raise ConfigError(
-            f"distributed_backend: fsdp cannot shard {type(model).__name__}, whose output bias belongs to two "
+            f"distributed_backend: fsdp cannot shard {type(model).__name__}, whose output bias is of two "
             "modules (accelerate puts them into two groups). Use ddp or deepspeed."
         )

@@ -101,8 +101,9 @@ class Report(TrainerCallback):
         return None if whole_run is None else int(whole_run)
 
     def _show(self, state: TrainerState, record: dict[str, Any]) -> None:
-        if "eval_loss" in record:
-            text = f"step {state.global_step}/{state.max_steps}  eval_loss {record['eval_loss']:.4f}"
+        evaluated = next((name for name in ("eval_loss", "test_loss") if name in record), None)
+        if evaluated is not None:
+            text = f"step {state.global_step}/{state.max_steps}  {evaluated} {record[evaluated]:.4f}"
             self._print(text, lasting=True)
         elif "loss" in record:
             self.latest = [f"loss {float(record['loss']):.4f}"]

@@ -85,3 +85,21 @@ def test_metrics_of_a_trainer_are_logged(trained, trainer):
     assert run.record["trainer"] and run.record["config"]["trainer"]["value"] == trainer
     assert "example" in run.out and f"done: {run.folder.name}" in run.out
     assert set(BACKENDS) >= {"one", *SEVERAL}
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
+def test_precomputed_log_probabilities_change_no_loss_of_dpo(trained, bench, backend):
+    run = bench.train(f"early-{backend}", *bench.flags(backend, "full", "dpo"), "--precompute-ref-log-probs")
+    assert run.code == 0, run.err
+    assert run.losses == pytest.approx(trained("one", "full", "dpo").losses, abs=1e-4)
+
+
+def test_a_test_split_is_evaluated_once_at_the_end(bench):
+    more = ["--valid-split", "none", "--valid-fraction", "0.1", "--test-fraction", "0.1"]
+    run = bench.train("held-out", *bench.flags("fsdp", "full", "dpo"), *more, "--save-steps", "6")
+    assert run.code == 0, run.err
+    tested = [entry for entry in run.metrics if "test_loss" in entry]
+    assert [entry["step"] for entry in tested] == [6]
+    assert "test_rewards/accuracies" in tested[0] and "eval_loss" not in tested[0]
+    assert "train: 32 rows" in run.out and "valid: 4 rows" in run.out and "test: 4 rows" in run.out
+    assert f"test_loss {tested[0]['test_loss']:.4f}" in run.out
