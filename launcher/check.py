@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from launcher.config import Run
@@ -20,6 +22,7 @@ def preflight(run: Run, topology: Topology) -> None:
     """
     check_model(run.train)
     check_data(run.train)
+    check_hub(run.train)
     if topology.machine_rank == 0:  # the other machines find what machine 0 has just made
         check_free(run.folder, run.train)
 
@@ -40,6 +43,22 @@ def check_model(train: TrainConfig) -> None:
             f"base_model: {folder} holds no weights. Expected *.safetensors or pytorch_model*.bin."
         )
     size_of_model(train.model)  # refuses weights that are not what their name says
+
+
+def check_hub(train: TrainConfig) -> None:
+    """An upload must be possible at the end of the run, as far as can be known without asking the hub."""
+    if not train.push_to_hub:
+        return
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConfigError(
+            "push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or push_to_hub: false."
+        )
+    name = f"{train.username}/{Path(train.project_name).name}"
+    if not re.fullmatch(r"\w[\w.-]*/\w([\w.-]{0,94}\w)?", name) or "--" in name or ".." in name:
+        raise ConfigError(
+            f"push_to_hub: {name} is no name of a repository. Allowed in username and project_name: letters, "
+            "digits, '.', '_' and '-', neither '--' nor '..', and at most 96 of them."
+        )
 
 
 def check_data(train: TrainConfig) -> None:

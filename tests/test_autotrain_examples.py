@@ -52,7 +52,8 @@ LORA = QLORA | {"quantization": "null"}
 DROPPED = "quantization: AutoTrain's default int4 is dropped"
 NO_ADAPTER = "merge_adapter: has no effect"
 NO_PROMPT = "max_prompt_length: has no effect, since it belongs to dpo, orpo, kto"
-UNSLOTH = "unsloth: its kernels and its loader are not used"
+NO_PUSH = "username: has no effect, since push_to_hub is off"
+UNSLOTH = "unsloth: has no effect, since its kernels and its loader are not used"
 
 
 def params(block: int, limit: int, rows: str, lr: str, how: dict[str, str], **more: str) -> dict[str, str]:
@@ -114,10 +115,12 @@ EXAMPLES = {
     "smollm2-orpo": Example(
         "llm-orpo", "HuggingFaceTB/SmolLM2-1.7B-Instruct", CAPYBARA,
         params(1024, 2048, "3 2 4", "3e-5", QLORA, max_prompt_length="512"), push="false",
+        notes=(NO_PUSH,),
     ),
     "llama3-8b-dpo-qlora": Example(
         "llm-dpo", LLAMA3, "mlabonne/orpo-dpo-mix-40k",
         params(1024, 2048, "3 2 4", "3e-5", QLORA, max_prompt_length="512"), push="false",
+        notes=(NO_PUSH,),
     ),
     "gpt2-sft": Example(
         "lm_training", "openai-community/gpt2", GUANACO,

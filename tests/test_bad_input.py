@@ -869,3 +869,18 @@ def test_csv_as_excel_writes_it(work: Path, hardware: object, monkeypatch: pytes
     (work / "data" / "train.csv").write_text("text,n\na,1\n", encoding="utf-8-sig")
     (work / "c.yaml").write_text(GOOD)
     assert run_command(["show", "c.yaml"], monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    ("username", "name", "offline", "words"),
+    [
+        ("me", "run", "1", ["push_to_hub: HF_HUB_OFFLINE is set", "Unset it"]),
+        ("me you", "run", "0", ["push_to_hub: me you/run is no name of a repository", "Allowed in username"]),
+        ("me", "a--b", "0", ["push_to_hub: me/a--b is no name of a repository"]),
+        ("me", "a" * 97, "0", ["is no name of a repository", "at most 96"]),
+    ],
+)
+def test_an_upload_that_cannot_be(refuse: Refuse, monkeypatch, username, name, offline, words) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    text = spoil("project_name: run", f"project_name: {name}")
+    refuse(text + f"hub:\n  username: {username}\n  token: secret\n  push_to_hub: true\n", *words)

@@ -396,7 +396,7 @@ def test_derived_values_follow_what_the_user_chose(read: Read) -> None:
 
 def test_unsloth_is_noted(read: Read) -> None:
     assert any(
-        note.startswith("unsloth: its kernels and its loader are not used")
+        note.startswith("unsloth: has no effect, since its kernels and its loader")
         for note in read(sft("unsloth: true")).settings.notes
     )
 

@@ -109,7 +109,7 @@ def test_default_joins_documents_and_cuts_full_blocks(tmp_path, tiny_model, mode
             logps.append(token_logps(model, piece))
             room = room - len(piece) or block
     built = build(tmp_path, tiny_model, trainer="default", block_size=block, batch_size=100)
-    lengths = [len(row["input_ids"]) for row in built.context.train.dataset]
+    lengths = [len(row["input_ids"]) for row in built.context.rows("train")]
     total = sum(map(len, stream))
     assert lengths == [block] * (total // block) + [total % block] * bool(total % block), "nothing is dropped"
     assert logged(built)[0]["loss"] == pytest.approx(-torch.cat(logps).mean().item(), abs=TOLERANCE)
@@ -117,7 +117,7 @@ def test_default_joins_documents_and_cuts_full_blocks(tmp_path, tiny_model, mode
 
 def test_mlm_is_the_cross_entropy_of_the_masked_tokens(tmp_path, tiny_masked_model):
     built = build(tmp_path, tiny_masked_model, trainer="mlm")
-    batch = built.trainer.data_collator(list(built.context.train.dataset))
+    batch = built.trainer.data_collator(list(built.context.rows("train")))
     bert = AutoModelForMaskedLM.from_pretrained(tiny_masked_model, dtype=torch.float32).eval()
     losses = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -226,7 +226,7 @@ def test_kto_weighs_gains_and_losses_against_the_divergence(tmp_path, tiny_model
     beta, wanted, unwanted = 0.3, 1.5, 0.7
     built = build(tmp_path, tiny_model, trainer="kto", model_ref=str(folder), kto_beta=beta,
                   desirable_weight=wanted, undesirable_weight=unwanted)  # fmt: skip
-    rows = list(built.context.train.dataset)
+    rows = list(built.context.rows("train"))
     assert sorted(row["label"] for row in rows) == sorted(row["label"] for row in ROWS)
 
     def ratio(prompt, answer):

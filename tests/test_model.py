@@ -41,7 +41,7 @@ def merge(built) -> None:
     from trainers.merge import merge_adapter
 
     context = built.context
-    merge_adapter(context.config, context.folder, context.tokenizer, first_tokens(context.train.dataset[0]))
+    merge_adapter(context.config, context.folder, context.tokenizer, first_tokens(context.rows("train")[0]))
 
 
 def outputs(model, ids) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, c
     from trainers.model import model_class
 
     built, folder = finish(tmp_path, tiny_model, **MERGES[name])
-    ids = first_tokens(built.context.train.dataset[0])
+    ids = first_tokens(built.context.rows("train")[0])
     trained = outputs(built.trainer.model, ids)
     merge(built)
     assert not (folder / "adapter_config.json").exists() and not (folder / "merged.part").exists()

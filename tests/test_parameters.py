@@ -223,7 +223,7 @@ ELSEWHERE = {
     "token": f"{HERE}::test_how_a_model_is_asked_for",
     "use_flash_attention_2": f"{HERE}::test_how_a_model_is_asked_for",
     "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_whole_model",
-    "log": f"{RUN}::test_tracker_gets_its_files",
+    "log": f"{RUN}::test_two_ranks_and_a_resume_are_one_run_in_the_tracker",
     "resume": f"{RUN}::test_resume_ends_with_the_weights_of_an_uninterrupted_run",
     "overwrite": f"{RUN}::test_overwrite_starts_anew",
     "run_name": f"{TRACKERS}::test_wandb_is_named_by_the_config",
@@ -303,7 +303,7 @@ def facts(built: Built) -> dict[str, Any]:
     """What a trainer that was not started says of its run."""
     trainer, tokenizer = built.trainer, built.context.tokenizer
     arguments = json.loads(trainer.args.to_json_string())
-    parts = {"train": built.context.train, "valid": built.context.valid, "test": built.context.test}
+    parts = {part: built.context.data.get(part) for part in ("train", "valid", "test")}
     reference = getattr(trainer, "ref_model", None)
     return {
         "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "logging_dir")},
@@ -433,6 +433,7 @@ HOLDS = {
     "model is a folder": {},
     "loss_type is none of robust, exo_pair, aot, aot_unpaired": {},
     "loss_type is sft alone": {},
+    next(why for why, fields, _ in rules.CONDITIONS if "unsloth" in fields): {},
 }
 UNREAD = [
     *(("sft", field, HOLDS.get(why, {})) for why, fields, _ in rules.CONDITIONS for field in fields),
@@ -470,7 +471,7 @@ def test_rows_of_the_test_split_are_evaluated_in_batches_of_their_own(place):
     batches = []
     for size in (1, 3):
         built = small(place, "sft", test_split="test", per_device_eval_batch_size=size)
-        batches.append(len(built.trainer.get_eval_dataloader(built.context.test.dataset)))
+        batches.append(len(built.trainer.get_eval_dataloader(built.context.rows("test"))))
         assert not idle(built.settings, "per_device_eval_batch_size")
     assert batches == [3, 1]
 

@@ -235,10 +235,10 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
 def test_logging_steps_follow_autotrain(prepare):
     from trainers.run import logging_steps
 
-    prepared = prepare([{"text": f"row {i}"} for i in range(40)])
-    assert logging_steps(TrainConfig(batch_size=2), prepared, None) == 4
-    assert logging_steps(TrainConfig(batch_size=64), prepared, None) == 1
-    assert logging_steps(TrainConfig(logging_steps=7), prepared, None) == 7
+    data = {"train": prepare([{"text": f"row {i}"} for i in range(40)])}
+    assert logging_steps(TrainConfig(batch_size=2), data) == 4
+    assert logging_steps(TrainConfig(batch_size=64), data) == 1
+    assert logging_steps(TrainConfig(logging_steps=7), data) == 7
 
 
 def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):

@@ -320,7 +320,7 @@ class TrainConfig(BaseModel):
         0.0,
         ge=0,
         lt=0.5,
-        description="Part of the pairs that is taken to be labelled the wrong way round.",
+        description="Part of the pairs taken to be labelled the wrong way round (robust, exo_pair, aot).",
         json_schema_extra=_only("dpo"),
     )
     dpo_beta: Float = Field(

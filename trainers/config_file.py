@@ -436,17 +436,14 @@ def resolve(values: Mapping[str, Value]) -> Settings:
                 derive(name, length, "block_size is a list")
     if not config.validates and config.eval_strategy != "no":
         derive("eval_strategy", "no", "there is no valid_split")
+        if "eval_strategy" in values:
+            notes.append("eval_strategy: has no effect, since there is no valid_split.")
     if config.per_device_eval_batch_size is None:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
     if config.data_seed is None:
         derive("data_seed", config.seed, "seed")
     if config.run_name is None:
         derive("run_name", Path(config.project_name).name, "project_name")
-    if config.unsloth:
-        notes.append(
-            "unsloth: its kernels and its loader are not used here; packing, activation checkpointing and "
-            "quantised LoRA are built in."
-        )
     for name, why in without_effect(config).items():
         if not sources[name].startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")

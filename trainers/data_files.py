@@ -285,8 +285,9 @@ def _preference_columns(
     columns: list[str], config: TrainConfig, prompt: str | None, instruction: bool
 ) -> Columns:
     label = config.label_column
-    labelled = label in columns or ("label_column" in config.model_fields_set)
-    if config.trainer == "kto" and (labelled or not ({"chosen", "rejected"} & set(columns))):
+    labelled = label in columns or "label_column" in config.model_fields_set
+    paired = config.rejected_text_column is not None or bool({"chosen", "rejected"} & set(columns))
+    if config.trainer == "kto" and ((labelled and config.rejected_text_column is None) or not paired):
         text = completion_name(columns, config)
         _need(columns, text, _key("text_column"))
         _need(columns, label, _key("label_column"))

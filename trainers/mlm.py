@@ -43,8 +43,8 @@ def build(context: Context) -> Trainer:
         args=arguments,
         data_collator=collator,
         compute_loss_func=masked_token_loss,
-        train_dataset=context.train.dataset,
-        eval_dataset=context.eval_dataset,
+        train_dataset=context.rows("train"),
+        eval_dataset=context.rows("valid"),
         processing_class=context.tokenizer,
         callbacks=[collator],
     )

@@ -34,8 +34,8 @@ def build(context: Context) -> ORPOTrainer:
         model=load_model(config, context.tokenizer),
         args=arguments,
         train_on_prompt=config.trains_on_all,
-        train_dataset=context.train.dataset,
-        eval_dataset=context.eval_dataset,
+        train_dataset=context.rows("train"),
+        eval_dataset=context.rows("valid"),
         processing_class=context.tokenizer,
         peft_config=lora_config(config, context.new_tokens),
     )

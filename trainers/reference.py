@@ -22,21 +22,19 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
     early = config.precompute_ref_log_probs
     # Before training, the policy is its own reference; under FSDP it is not sharded yet, so TRL needs one.
     needed = config.model_ref is not None or not early or fsdp.asked_for()
-    parts = {"valid": context.valid, "test": context.test}
-    asked = {name: part.dataset for name, part in parts.items() if part is not None}
+    asked = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
     trainer = kind(
         model=load_model(config, context.tokenizer),
         ref_model=load_reference(config, context.tokenizer) if needed else None,
         args=arguments,
-        train_dataset=context.train.dataset,
-        eval_dataset=(asked or None) if early else context.eval_dataset,
+        train_dataset=context.rows("train"),
+        eval_dataset=(asked or None) if early else context.rows("valid"),
         processing_class=context.tokenizer,
         peft_config=lora_config(config, context.new_tokens),
     )
     if early:
         trainer.ref_model = None
-        answered = trainer.eval_dataset or {}
-        trainer.eval_dataset = answered.get("valid")
-        if context.test is not None:
-            context.test.dataset = answered["test"]
+        for part, answered in (trainer.eval_dataset or {}).items():
+            context.data[part].dataset = answered
+        trainer.eval_dataset = context.rows("valid")
     return trainer

@@ -10,7 +10,11 @@ from string import Formatter
 from trainers.config import PROMPT_TRAINERS, TrainConfig, acts_for
 
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
-HELD_OUT_FIELDS = ("eval_steps", "eval_on_start", "per_device_eval_batch_size")
+HELD_OUT_FIELDS = ("eval_steps", "eval_on_start")
+ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+NOT_ADAM = ("sgd", "adagrad", "adafactor", "rmsprop")  # how their names in transformers begin
+NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.16: sigmoid does not read label_smoothing
 # Those that TRL 1.16 offers.
 LOSSES = {
     "dpo": (
@@ -29,10 +33,23 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
     ("log is none", ("run_name",), lambda c: c.log == "none"),
     ("eval_strategy is not steps", ("eval_steps",), lambda c: c.eval_strategy != "steps"),
     ("there is no valid_split", HELD_OUT_FIELDS, lambda c: not c.validates),
+    ("nothing is evaluated", ("per_device_eval_batch_size",), lambda c: not (c.validates or c.tests)),
     ("nothing is held out by a fraction", ("split_seed",), lambda c: c.valid_fraction + c.test_fraction == 0),
     ("save_strategy is not steps", ("save_steps",), lambda c: c.save_strategy not in (None, "steps")),
+    ("save_strategy is no", ("save_total_limit", "load_best_model_at_end"),
+     lambda c: c.save_strategy == "no"),
+    ("optimizer is not of Adam's kind", ADAM_FIELDS, lambda c: c.optimizer.startswith(NOT_ADAM)),
+    ("scheduler has no warm-up", ("warmup_ratio", "warmup_steps"), lambda c: c.scheduler in NO_WARM_UP),
+    ("chat_template says how a turn ends", ("add_eos_token",), lambda c: c.chat_template is not None),
+    ("push_to_hub is off", ("username",), lambda c: not c.push_to_hub),
+    ("model is a folder", ("revision",), lambda c: Path(c.model).is_dir()),
+    (f"loss_type is none of {', '.join(SMOOTHED)}", ("label_smoothing",),
+     lambda c: c.trainer == "dpo" and not {*SMOOTHED} & {*c.loss_types}),
+    ("loss_type is sft alone", ("dpo_beta",), lambda c: c.trainer == "dpo" and c.loss_types == ["sft"]),
     ("max_steps is set", ("epochs",), lambda c: c.max_steps > 0),
     ("warmup_steps is set", ("warmup_ratio",), lambda c: c.warmup_steps is not None),
+    ("its kernels and its loader are not used here; packing, activation checkpointing and quantised LoRA are "
+     "built in", ("unsloth",), lambda c: True),
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from trainers.data import Prepared
+    from trainers.data import Part, Prepared
     from trainers.trackers import Tracker
 
 
@@ -36,14 +36,12 @@ class Context:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     new_tokens: list[int]
-    train: Prepared
-    valid: Prepared | None
-    test: Prepared | None
+    data: dict[Part, Prepared]  # train, and valid and test where the config has them
     arguments: dict[str, Any]  # for TrainingArguments and its subclasses
 
-    @property
-    def eval_dataset(self) -> Dataset | None:
-        return self.valid.dataset if self.valid else None
+    def rows(self, part: Part) -> Dataset | None:
+        """The prepared rows of a part, or None where the run has none."""
+        return self.data[part].dataset if part in self.data else None
 
 
 Build = Callable[[Context], "Trainer"]
@@ -86,8 +84,8 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     with _finished(tracker):
         _report(trainer, folder, checkpoint, tracker)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if context.test is not None:
-            trainer.eval_dataset = {"test": context.test.dataset}
+        if (held_out := context.rows("test")) is not None:
+            trainer.eval_dataset = {"test": held_out}
             trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
         _save(trainer, context)
         _leave()
@@ -144,28 +142,27 @@ def _prepare(settings: Settings, folder: Path) -> Context:
 
     config = settings.train
     tokenizer, new_tokens = load_tokenizer(config)
-    prepared = {part: prepare(config, tokenizer, part) for part in parts(config)}
-    train, valid, test = prepared["train"], prepared.get("valid"), prepared.get("test")
+    data = {part: prepare(config, tokenizer, part) for part in parts(config)}
     if rank() == 0:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:
                 print(f"note: {note}")
         print("attention: {} ({})".format(*choose_attention(config)))
-        for name, part in prepared.items():
-            print(part.summary.line(name))
-        print(show_example(train.dataset[0], tokenizer, live_terminal()), flush=True)
-    arguments = training_arguments(config, folder, logging_steps(config, train, valid))
-    return Context(config, folder, tokenizer, new_tokens, train, valid, test, arguments)
+        for part, prepared in data.items():
+            print(prepared.summary.line(part))
+        print(show_example(data["train"].dataset[0], tokenizer, live_terminal()), flush=True)
+    arguments = training_arguments(config, folder, logging_steps(config, data))
+    return Context(config, folder, tokenizer, new_tokens, data, arguments)
 
 
-def logging_steps(config: TrainConfig, train: Prepared, valid: Prepared | None) -> int:
+def logging_steps(config: TrainConfig, data: dict[Part, Prepared]) -> int:
     """AutoTrain's rule for logging_steps -1.
 
     A fifth of the evaluated (else trained) batches, from 1 to 25.
     """
     if config.logging_steps > 0:
         return config.logging_steps
-    rows = len((valid or train).dataset)
+    rows = len(data.get("valid", data["train"]).dataset)
     return min(max(int(0.2 * rows / config.batch_size), 1), 25)
 
 
@@ -189,7 +186,6 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     warmup = config.warmup_steps if config.warmup_steps is not None else min(config.warmup_ratio, 0.999999)
     return {
         "output_dir": str(folder),
-        "run_name": config.run_name,
         "seed": config.seed,
         "data_seed": config.data_seed,  # unset, the order depends on the backend
         "per_device_train_batch_size": config.batch_size,
@@ -258,11 +254,7 @@ def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
         * trainer.args.gradient_accumulation_steps
         * world_size(),
         "command": sys.argv,
-        "data": {
-            name: asdict(part.summary)
-            for name, part in (("train", context.train), ("valid", context.valid), ("test", context.test))
-            if part is not None
-        },
+        "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
     }
 
 
@@ -310,7 +302,7 @@ def _finish(context: Context, facts: dict[str, Any]) -> None:
     config, folder = context.config, context.folder
     check_saved(folder)
     if config.merge_adapter:
-        merge_adapter(config, folder, context.tokenizer, first_tokens(context.train.dataset[0]))
+        merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
         check_saved(folder)
     write_card(folder, config, facts)
     if config.push_to_hub:
