@@ -11,7 +11,7 @@ import os
 import struct
 from pathlib import Path
 
-from trainers.config import ConfigError, TrainConfig
+from trainers.config import REFERENCE_TRAINERS, ConfigError, TrainConfig
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
@@ -63,7 +63,15 @@ def _safetensors_size(file: Path) -> int:
 def predict_bytes_per_rank(parameters: int, config: TrainConfig) -> int:
     """Weights, gradients and optimiser state of an unsharded rank, in bytes; activations are not counted."""
     if not config.peft:
-        return parameters * ADAM_BYTES
+        reference = parameters * 4 if _holds_reference(config) else 0
+        return parameters * ADAM_BYTES + reference
     base = {"int4": 0.6, "int8": 1.1}.get(config.quantization or "", 2.0 if config.mixed_precision else 4.0)
     # LoRA on all linear layers trains about r * 2 / hidden of the weights; 2 % is above what r = 64 takes.
-    return int(parameters * (base + 0.02 * ADAM_BYTES))
+    models = 2 if _holds_reference(config) else 1
+    return int(parameters * (models * base + 0.02 * ADAM_BYTES))
+
+
+def _holds_reference(config: TrainConfig) -> bool:
+    """Whether a frozen second model stays in memory: with an adapter, the base model is the reference."""
+    kept = config.trainer in REFERENCE_TRAINERS and not config.precompute_ref_log_probs
+    return kept and (config.model_ref is not None or not config.peft)

@@ -84,7 +84,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
     context = run._prepare(settings, Path(settings.train.project_name))
     module = importlib.import_module(f"trainers.{MODULES[settings.train.trainer]}")
     trainer = module.build(context)
-    run._master_weights(trainer)
+    run.complete(trainer)
     return Built(trainer, context, settings)
 
 

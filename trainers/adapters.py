@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -98,3 +99,18 @@ def masked_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: An
     )
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
+
+
+class MaskedTrainer(Trainer):
+    """Trainer whose evaluation weighs each rank alike.
+
+    With a loss function of one's own, transformers divides by the tokens of all ranks in evaluation too;
+    where the last step is not full, it then keeps the losses of some ranks only, and the mean is wrong.
+    """
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = masked_token_loss(model(**inputs), labels)
+        return loss.detach(), None, None

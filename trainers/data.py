@@ -247,7 +247,8 @@ def _tokenize(
     if config.trainer == "kto":
         data = _mismatched(data, config, part)
     if config.trainer == "mlm":
-        data = data.add_column("row", list(range(len(data))))  # what is masked depends on it, not on the rank
+        numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
+        data = data.add_column("row", list(numbers))  # what is masked depends on it, not on the rank
     # Evaluation keeps documents apart, one a row, where packing would cut none.
     how = config.packed if part == "train" or config.packed == "wrapped" else "none"
     data = pack(data, config.sequence_length, how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainers.config import ConfigError
 
@@ -64,3 +64,19 @@ def keep_tied_together(model: PreTrainedModel) -> None:
             f"distributed_backend: fsdp cannot shard {type(model).__name__}, whose output bias is of two "
             "modules (accelerate puts them into two groups). Use ddp or deepspeed."
         )
+
+
+def whole(tensor: Any) -> Any:
+    """A parameter put together from its shards, where it is read outside of its module's forward.
+
+    Each rank has the gradient of its own rows, so they are averaged over the ranks, as FSDP does.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    ranks = tensor.device_mesh.size()
+    full = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / ranks)
+    return full

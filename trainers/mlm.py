@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def build(context: Context) -> Trainer:
     """The trainer over input_ids; which tokens are masked is drawn when a batch is made."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
-    from trainers.adapters import masked_token_loss
+    from trainers.adapters import MaskedTrainer, masked_token_loss
     from trainers.masking import MaskTokens
     from trainers.model import load_model, lora_config
 
@@ -31,14 +31,14 @@ def build(context: Context) -> Trainer:
         include_num_input_tokens_seen="non_padding",
     )
     model = load_model(config, context.tokenizer)
-    adapter = lora_config(config, context.new_tokens)
+    adapter = lora_config(config, context.new_tokens, model)
     if adapter is not None:
         from peft import get_peft_model
 
         model.enable_input_require_grads()
         model = get_peft_model(model, adapter)  # type: ignore[assignment]
     collator = MaskTokens(context.tokenizer, config.mlm_probability, config.seed)
-    return Trainer(
+    return MaskedTrainer(
         model=model,
         args=arguments,
         data_collator=collator,

@@ -221,7 +221,7 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**settings)
 
 
-def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None:
+def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedModel) -> LoraConfig | None:
     """LoRA's settings, or None for full training. Tokens that the vocabulary gained are trained too.
 
     Raises:
@@ -229,14 +229,14 @@ def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None
     """
     if not config.peft:
         return None
-    import torch
     from peft import LoraConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if new_tokens and is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
+    if new_tokens and is_deepspeed_zero3_enabled():
         raise ConfigError(
-            f"chat_template: {config.chat_template} adds tokens, and peft trains their rows under ZeRO-3 on "
-            "GPUs only. Use distributed_backend: fsdp, launch.zero_stage: 2, or chat_template: tokenizer."
+            f"chat_template: {config.chat_template} adds tokens, and their rows in a split model cannot be "
+            "trained beside an adapter under ZeRO-3. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
+            "chat_template: tokenizer."
         )
     return LoraConfig(
         r=config.lora_r,
@@ -245,11 +245,49 @@ def lora_config(config: TrainConfig, new_tokens: list[int]) -> LoraConfig | None
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         target_modules=config.lora_targets,
-        trainable_token_indices=new_tokens or None,
+        trainable_token_indices=_trained_rows(model, new_tokens) if new_tokens else None,
         bias="none",
         task_type=TASK_TYPES.get(config.trainer, "CAUSAL_LM"),
         revision=config.revision,
     )
+
+
+def _trained_rows(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
+    """Where the rows of new tokens lie: in the embedding, and in the output where it has rows of its own.
+
+    Without those of the output a model could read the end of a turn, and never write it.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is embedding.weight:  # peft follows a tied weight by itself
+        return tokens
+    names = {id(module): path.rpartition(".")[2] for path, module in model.named_modules()}
+    return {names[id(module)]: tokens for module in (embedding, output)}
+
+
+def adapt_output(model: Any) -> None:
+    """Makes an output layer with trained rows look like a plain one to TRL's fused losses.
+
+    They read its weight and bias and do not call it. peft 0.21 shows the weight alone, and cannot put its
+    rows into one that FSDP2 has sharded.
+    """
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inner = getattr(output, "original_module", None)
+    if inner is None:
+        return
+    output.__dict__["bias"] = inner.bias  # not as a parameter of its own, which would be saved twice
+    rows = output.token_adapter
+    rows.get_merged_weights = lambda adapters: _merged_rows(rows, adapters)
+
+
+def _merged_rows(rows: Any, adapters: list[str]) -> torch.Tensor:
+    """The weight of a layer with its trained rows in place, whole on each rank: (vocabulary, hidden)."""
+    import torch
+
+    weight: torch.Tensor = fsdp.whole(rows.base_layer.weight)
+    for name in adapters:
+        index = torch.tensor(rows.token_indices[name], device=weight.device)
+        weight = weight.index_copy(0, index, fsdp.whole(rows.trainable_tokens_delta[name]).to(weight))
+    return weight
 
 
 def _first_line(error: Exception) -> str:

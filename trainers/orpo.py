@@ -30,14 +30,15 @@ def build(context: Context) -> ORPOTrainer:
         max_length=config.sequence_length,
         remove_unused_columns=False,
     )
+    model = load_model(config, context.tokenizer)
     return TokenizedORPOTrainer(
-        model=load_model(config, context.tokenizer),
+        model=model,
         args=arguments,
         train_on_prompt=config.trains_on_all,
         train_dataset=context.rows("train"),
         eval_dataset=context.rows("valid"),
         processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens),
+        peft_config=lora_config(config, context.new_tokens, model),
     )
 
 

@@ -23,14 +23,15 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
     # Before training, the policy is its own reference; under FSDP it is not sharded yet, so TRL needs one.
     needed = config.model_ref is not None or not early or fsdp.asked_for()
     asked = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
+    model = load_model(config, context.tokenizer)
     trainer = kind(
-        model=load_model(config, context.tokenizer),
+        model=model,
         ref_model=load_reference(config, context.tokenizer) if needed else None,
         args=arguments,
         train_dataset=context.rows("train"),
         eval_dataset=(asked or None) if early else context.rows("valid"),
         processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens),
+        peft_config=lora_config(config, context.new_tokens, model),
     )
     if early:
         trainer.ref_model = None

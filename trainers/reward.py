@@ -28,13 +28,14 @@ def build(context: Context) -> RewardTrainer:
         max_length=None,  # rows that are too long are gone already
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
+    model = load_model(config, context.tokenizer)
     return RewardTrainer(
-        model=load_model(config, context.tokenizer),
+        model=model,
         args=arguments,
         train_dataset=context.rows("train"),
         eval_dataset=context.rows("valid"),
         processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens),
+        peft_config=lora_config(config, context.new_tokens, model),
     )
 
 

@@ -22,6 +22,7 @@ from trainers.run_folder import claim, resume_checkpoint, step_of, write_record
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.nn import Module
     from transformers import PreTrainedTokenizerBase, Trainer
 
     from trainers.data import Part, Prepared
@@ -74,8 +75,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     context = _prepare(settings, folder)  # before the process group exists
     checkpoint = resume_checkpoint(folder, config)
     trainer = build(context)
-    assert trainer.is_fsdp_enabled == fsdp.asked_for(), "FSDP was asked for, and the ranks run DDP"
-    _master_weights(trainer)
+    complete(trainer)
     facts = _facts(trainer, context)
     tracker = None
     if trainer.is_world_process_zero():
@@ -226,17 +226,22 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     }
 
 
-def _master_weights(trainer: Trainer) -> None:
-    """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16.
+def complete(trainer: Trainer) -> None:
+    """What a trainer that was built lacks before it may start."""
+    from trainers.model import adapt_output
 
-    DeepSpeed keeps its own float32 copy.
-    """
+    assert trainer.is_fsdp_enabled == fsdp.asked_for(), "FSDP was asked for, and the ranks run DDP"
+    assert trainer.model is not None
+    adapt_output(trainer.model)
+    if not trainer.is_deepspeed_enabled:  # it keeps a float32 copy of its own
+        _master_weights(trainer.model)
+
+
+def _master_weights(model: Module) -> None:
+    """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16."""
     import torch
 
-    if trainer.is_deepspeed_enabled:
-        return
-    assert trainer.model is not None
-    for parameter in trainer.model.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 

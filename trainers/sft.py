@@ -32,13 +32,14 @@ def build(context: Context) -> SFTTrainer:
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    model = load_model(config, context.tokenizer)
     return SFTTrainer(
-        model=load_model(config, context.tokenizer),
+        model=model,
         args=arguments,
         train_dataset=context.rows("train"),
         eval_dataset=context.rows("valid"),
         processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens),
+        peft_config=lora_config(config, context.new_tokens, model),
     )
 
 
