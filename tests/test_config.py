@@ -551,3 +551,12 @@ def test_a_parameter_without_effect_is_said(name, value, why):
     settings = resolve({key: Value(entry, "f:1", key) for key, entry in others.items()})
     assert f"{name}: has no effect" in "\n".join(settings.notes)
     assert why in next(note for note in settings.notes if note.startswith(name))
+
+
+def test_a_run_in_wandb_is_named_by_the_config_then_the_environment_then_the_folder(read, monkeypatch):
+    text = sft("log: wandb")
+    assert read(text).train.run_name == "project-name"
+    monkeypatch.setenv("WANDB_NAME", "of the shell")
+    assert read(text).train.run_name == "of the shell"
+    assert read(sft("log: wandb", "run_name: mine")).train.run_name == "mine"
+    assert read(sft()).train.run_name == "project-name", "no other tracker reads it"

@@ -442,7 +442,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
     if config.data_seed is None:
         derive("data_seed", config.seed, "seed")
-    if config.run_name is None:
+    if config.run_name is None and os.environ.get("WANDB_NAME") and config.log == "wandb":
+        derive("run_name", os.environ["WANDB_NAME"], "environment WANDB_NAME")
+    elif config.run_name is None:
         derive("run_name", Path(config.project_name).name, "project_name")
     for name, why in without_effect(config).items():
         if not sources[name].startswith("derived"):

@@ -20,7 +20,7 @@ def build(context: Context) -> DPOTrainer:
     from trl import DPOConfig
 
     from trainers.adapters import TokenizedDPOTrainer
-    from trainers.reference import build_with_reference
+    from trainers.building import build_with_reference
 
     config = context.config
     arguments = make_arguments(

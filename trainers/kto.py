@@ -20,7 +20,7 @@ def build(context: Context) -> KTOTrainer:
     from trl import KTOConfig
 
     from trainers.adapters import TokenizedKTOTrainer
-    from trainers.reference import build_with_reference
+    from trainers.building import build_with_reference
 
     config = context.config
     arguments = make_arguments(

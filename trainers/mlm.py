@@ -20,8 +20,8 @@ def build(context: Context) -> Trainer:
     from transformers import TrainingArguments
 
     from trainers.adapters import MaskedTrainer, masked_token_loss
+    from trainers.building import ingredients
     from trainers.masking import MaskTokens
-    from trainers.model import load_model, lora_config
 
     config = context.config
     arguments = make_arguments(
@@ -30,23 +30,19 @@ def build(context: Context) -> Trainer:
         remove_unused_columns=False,  # the collator reads the number of the row
         include_num_input_tokens_seen="non_padding",
     )
-    model = load_model(config, context.tokenizer)
-    adapter = lora_config(config, context.new_tokens, model)
-    if adapter is not None:
+    parts = ingredients(context)
+    if (adapter := parts.pop("peft_config")) is not None:
         from peft import get_peft_model
 
-        model.enable_input_require_grads()
-        model = get_peft_model(model, adapter)  # type: ignore[assignment]
+        parts["model"].enable_input_require_grads()
+        parts["model"] = get_peft_model(parts["model"], adapter)
     collator = MaskTokens(context.tokenizer, config.mlm_probability, config.seed)
     return MaskedTrainer(
-        model=model,
         args=arguments,
         data_collator=collator,
         compute_loss_func=masked_token_loss,
-        train_dataset=context.rows("train"),
-        eval_dataset=context.rows("valid"),
-        processing_class=context.tokenizer,
         callbacks=[collator],
+        **parts,
     )
 
 

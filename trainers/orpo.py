@@ -20,7 +20,7 @@ def build(context: Context) -> ORPOTrainer:
     from trl.experimental.orpo import ORPOConfig
 
     from trainers.adapters import TokenizedORPOTrainer
-    from trainers.model import load_model, lora_config
+    from trainers.building import ingredients
 
     config = context.config
     arguments = make_arguments(
@@ -30,16 +30,7 @@ def build(context: Context) -> ORPOTrainer:
         max_length=config.sequence_length,
         remove_unused_columns=False,
     )
-    model = load_model(config, context.tokenizer)
-    return TokenizedORPOTrainer(
-        model=model,
-        args=arguments,
-        train_on_prompt=config.trains_on_all,
-        train_dataset=context.rows("train"),
-        eval_dataset=context.rows("valid"),
-        processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens, model),
-    )
+    return TokenizedORPOTrainer(args=arguments, train_on_prompt=config.trains_on_all, **ingredients(context))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ def build(context: Context) -> RewardTrainer:
     """The trainer over chosen_ids and rejected_ids; its model is a classifier with one label."""
     from trl import RewardConfig, RewardTrainer
 
-    from trainers.model import load_model, lora_config
+    from trainers.building import ingredients
 
     config = context.config
     arguments = make_arguments(
@@ -28,15 +28,7 @@ def build(context: Context) -> RewardTrainer:
         max_length=None,  # rows that are too long are gone already
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
-    model = load_model(config, context.tokenizer)
-    return RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=context.rows("train"),
-        eval_dataset=context.rows("valid"),
-        processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens, model),
-    )
+    return RewardTrainer(args=arguments, **ingredients(context))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

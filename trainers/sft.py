@@ -19,28 +19,20 @@ def build(context: Context) -> SFTTrainer:
     """The trainer over rows that are tokenized, masked and packed already."""
     from trl import SFTConfig, SFTTrainer
 
-    from trainers.model import load_model, lora_config
+    from trainers.building import ingredients
 
     config = context.config
     arguments = make_arguments(
         SFTConfig,
         **context.arguments,
         max_length=config.sequence_length,
-        packing=config.packed
-        != "none",  # the collator then keeps documents apart; the packing itself is done
+        # The packing itself is done; this tells the collator to keep documents apart.
+        packing=config.packed != "none",
         packing_strategy="bfd",
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    model = load_model(config, context.tokenizer)
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=context.rows("train"),
-        eval_dataset=context.rows("valid"),
-        processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens, model),
-    )
+    return SFTTrainer(args=arguments, **ingredients(context))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

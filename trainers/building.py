@@ -1,4 +1,4 @@
-"""A trainer with a reference model: who the reference is, and how long it is kept (dpo, kto)."""
+"""What a trainer of TRL is made of: model, rows, tokenizer, LoRA's settings, and a reference model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from trainers.run import Context
 Built = TypeVar("Built", bound=Any)
 
 
+def ingredients(context: Context) -> dict[str, Any]:
+    """What each of them takes. Call it after TrainingArguments exist: ZeRO-3 and FSDP shard while loading."""
+    model = load_model(context.config, context.tokenizer)
+    return {
+        "model": model,
+        "train_dataset": context.rows("train"),
+        "eval_dataset": context.rows("valid"),
+        "processing_class": context.tokenizer,
+        "peft_config": lora_config(context.config, context.new_tokens, model),
+    }
+
+
 def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Context) -> Built:
     """Builds the trainer with its policy and reference.
 
@@ -22,17 +34,12 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
     early = config.precompute_ref_log_probs
     # Before training, the policy is its own reference; under FSDP it is not sharded yet, so TRL needs one.
     needed = config.model_ref is not None or not early or fsdp.asked_for()
-    asked = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
-    model = load_model(config, context.tokenizer)
-    trainer = kind(
-        model=model,
-        ref_model=load_reference(config, context.tokenizer) if needed else None,
-        args=arguments,
-        train_dataset=context.rows("train"),
-        eval_dataset=(asked or None) if early else context.rows("valid"),
-        processing_class=context.tokenizer,
-        peft_config=lora_config(config, context.new_tokens, model),
-    )
+    parts = ingredients(context)
+    if early:
+        held_out = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
+        parts["eval_dataset"] = held_out or None
+    reference = load_reference(config, context.tokenizer) if needed else None
+    trainer = kind(args=arguments, ref_model=reference, **parts)
     if early:
         trainer.ref_model = None
         for part, answered in (trainer.eval_dataset or {}).items():
