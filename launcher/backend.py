@@ -94,8 +94,9 @@ RULES = (
          "ZeRO-1 is not shipped with offload.", "Use zero_stage: 2."),
     Rule("quantization", lambda c: c.train.quantization is not None and not installed("bitsandbytes"),
          "bitsandbytes is not installed.", "pip install 'phalanx[quantization]', or quantization: null."),
-    Rule("quantization", lambda c: c.train.quantization == "int8" and c.backend in ("fsdp", "deepspeed"),
-         "int8 weights cannot be sharded.", "Use int4, or distributed_backend: ddp."),
+    Rule("quantization", lambda c: c.train.quantization == "int8"
+         and (c.backend == "fsdp" or c.zero_stage == 3),
+         "int8 weights cannot be sharded.", "Use int4, distributed_backend: ddp, or launch.zero_stage: 2."),
     Rule("quantization", lambda c: c.train.quantization == "int8" and c.several and not c.topology.on_gpu,
          "int8 on CPU runs in one process only.", "Use int4, or num_processes: 1."),
     Rule("optimizer", lambda c: _of_bitsandbytes(c.train.optimizer) and not installed("bitsandbytes"),

@@ -23,6 +23,7 @@ from launcher.accelerate_config import build_accelerate_config, build_deepspeed_
 from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, RULES, Backend, resolve_backend
 from launcher.command import build_command, build_environment
 from launcher.config import LaunchConfig, Run, load_run
+from launcher.memory import predict_bytes_per_rank
 from launcher.topology import Hardware, Topology, resolve_topology
 from trainers.config import ConfigError, TrainConfig
 
@@ -305,3 +306,30 @@ def test_one_process_sees_one_gpu(resolve: Resolve, visible: str | None, expecte
         build_environment(run, topology, base, HERE, live_terminal=False).get("CUDA_VISIBLE_DEVICES")
         == visible
     )
+
+
+# -------------------------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize(
+    ("values", "weights"),
+    [
+        ({"trainer": "sft"}, 1),
+        ({"trainer": "dpo"}, 2),
+        ({"trainer": "kto"}, 2),
+        ({"trainer": "orpo"}, 1),
+        ({"trainer": "dpo", "precompute_ref_log_probs": True}, 1),
+        ({"trainer": "dpo", "peft": True, "quantization": None}, 1),  # the base model with its adapter off
+        ({"trainer": "dpo", "peft": True, "quantization": None, "model_ref": "other"}, 2),
+    ],
+)
+def test_a_reference_model_counts_as_memory(values: dict[str, Any], weights: int) -> None:
+    alone = predict_bytes_per_rank(1000, TrainConfig(**values | {"trainer": "sft", "model_ref": None}))
+    assert predict_bytes_per_rank(1000, TrainConfig(**values)) - alone == (weights - 1) * 4 * 1000
+
+
+def test_int8_goes_with_the_stages_that_keep_the_weights_whole(resolve: Resolve) -> None:
+    flags = {"num_processes": 2, "distributed_backend": "deepspeed", "peft": True, "quantization": "int8"}
+    assert resolve(machine(gpus=2), **flags, zero_stage=2)[2].name == "deepspeed"
+    with pytest.raises(ConfigError, match="int8 weights cannot be sharded"):
+        resolve(machine(gpus=2), **flags, zero_stage=3)

@@ -736,7 +736,7 @@ PAIRS = [
     (machine(), [*TWO, "--distributed-backend", "fsdp", "--sharding", "hybrid_shard"],
      ["launch.sharding", "across machines", "Use full_shard"]),
     (GPUS, [*TWO, "--distributed-backend", "fsdp", "--peft", "--quantization", "int8"],
-     ["quantization", "int8", "Use int4, or distributed_backend: ddp"]),
+     ["quantization", "int8", "Use int4, distributed_backend: ddp"]),
     (GPUS, [*TWO, "--distributed-backend", "deepspeed", "--peft", "--quantization", "int8"],
      ["quantization", "int8"]),
     (machine(), [*TWO, "--distributed-backend", "ddp", "--peft", "--quantization", "int8"],
