@@ -306,9 +306,10 @@ def _finish(context: Context, facts: dict[str, Any]) -> None:
 
     config, folder = context.config, context.folder
     check_saved(folder)
+    write_card(folder, config, facts)
     if config.merge_adapter:
         merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
         check_saved(folder)
-    write_card(folder, config, facts)
+        write_card(folder, config, facts)
     if config.push_to_hub:
         push(config, folder)
