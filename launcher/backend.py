@@ -99,6 +99,10 @@ RULES = (
          "int8 weights cannot be sharded.", "Use int4, distributed_backend: ddp, or launch.zero_stage: 2."),
     Rule("quantization", lambda c: c.train.quantization == "int8" and c.several and not c.topology.on_gpu,
          "int8 on CPU runs in one process only.", "Use int4, or num_processes: 1."),
+    Rule("precompute_ref_log_probs", lambda c: c.train.precompute_ref_log_probs and c.backend == "fsdp"
+         and c.train.peft and c.train.model_ref is None and c.topology.on_gpu,
+         "with an adapter the base model is the reference already, and under fsdp it is not on the GPU yet.",
+         "Use precompute_ref_log_probs: false; it costs no memory."),
     Rule("optimizer", lambda c: _of_bitsandbytes(c.train.optimizer) and not installed("bitsandbytes"),
          "this optimizer is part of bitsandbytes, which is not installed.",
          "pip install 'phalanx[quantization]', or optimizer: adamw_torch."),

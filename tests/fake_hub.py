@@ -37,14 +37,15 @@ class Request:
 
 @dataclass
 class Repository:
-    """A repository: whether it is private, and the files of each of its commits."""
+    """A repository: whether it is private, and the files of each of its commits; None: deleted."""
 
     private: bool
-    commits: list[dict[str, bytes]] = field(default_factory=list)
+    commits: list[dict[str, bytes | None]] = field(default_factory=list)
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {name: content for commit in self.commits for name, content in commit.items()}
+        merged = {name: content for commit in self.commits for name, content in commit.items()}
+        return {name: content for name, content in merged.items() if content is not None}
 
 
 @dataclass
@@ -134,11 +135,13 @@ class FakeHub:
         return wanted | {"actions": {"upload": upload}}
 
     def commit(self, name: str, body: bytes) -> tuple[int, Any]:
-        files = {}
+        files: dict[str, bytes | None] = {}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                files[value["path"]] = None
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.objects[value["oid"]]
         self.repositories[name].commits.append(files)

@@ -313,6 +313,20 @@ def test_a_repository_that_exists_gets_a_commit_more(folder, hub: FakeHub, capsy
     assert "is public" in capsys.readouterr().out
 
 
+def test_what_an_earlier_push_left_is_not_loaded_with_the_new_model(adapter, tiny_model, hub: FakeHub):
+    """from_pretrained takes an adapter that it finds before a whole model."""
+    push(pushing(), adapter)
+    assert "adapter_model.safetensors" in hub.repositories["me/my-run"].files
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).unlink()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, adapter)
+    push(pushing(), adapter)
+    files = hub.repositories["me/my-run"].files
+    assert "model.safetensors" in files and not any("adapter" in name for name in files)
+    assert len(hub.repositories["me/my-run"].commits) == 2, "in the same commit"
+
+
 @pytest.mark.parametrize("ending", [CREATE, COMMIT])
 def test_a_busy_hub_is_asked_again(folder, hub: FakeHub, ending, capsys):
     hub.fail(503, ending, times=2, message=f"busy {CANARY}")

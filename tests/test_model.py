@@ -10,6 +10,8 @@ import torch
 from inprocess import build, logged, settings_of
 from tiny import build_tiny_model
 
+from trainers.config import ConfigError
+
 PEFT = {"peft": True, "quantization": None, "lora_r": 4, "max_steps": 3, "lr": 1e-2}
 MERGES = {
     "lora": {"trainer": "sft"},
@@ -202,3 +204,24 @@ def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
     found, gained = load_tokenizer(settings_of(trainer="sft", model=str(tmp_path / "tokenizer")).train)
     assert found.pad_token == "<pad>" != found.eos_token
     assert gained == [] and len(found) == len(tokenizer), "no token is added for it"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "targets", "words"),
+    [
+        ("sft", "q_prok,v_proj", "q_prok matches no module of .* q_proj"),
+        ("sft", r".*\.layers\.9\..*", "matches no module"),
+        ("dpo", ".*", "it matches lm_head, whose weight the loss of dpo reads past the adapter"),
+    ],
+)
+def test_target_modules_that_are_not_there_or_would_not_train(tmp_path, tiny_model, trainer, targets, words):
+    with pytest.raises(ConfigError, match=words):
+        build(tmp_path, tiny_model, trainer=trainer, target_modules=targets, **PEFT)
+
+
+def test_preparing_rows_leaves_no_truncation_in_the_tokenizer_that_is_saved(tmp_path, tiny_masked_model):
+    for _ in ("empty cache", "full cache"):
+        built = build(tmp_path, tiny_masked_model, trainer="mlm", block_size=32)
+        built.context.tokenizer.save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+        assert saved["truncation"] is None and saved["padding"] is None

@@ -459,3 +459,18 @@ def test_a_long_example_is_cut_and_says_so(prepare, tokenizer):
     shown = show_example(row, tokenizer, terminal=False)
     assert len(shown) < 1100
     assert shown.endswith(f"... ({len(row['input_ids'])} tokens)")
+
+
+def test_the_mismatched_answers_of_an_evaluation_are_those_of_other_prompts(prepare):
+    """Pairs come apart into neighbours with one prompt."""
+    rows = [
+        {"prompt": f"Question {i}? ", "chosen": f"Right {i}.", "rejected": f"Wrong {i}."} for i in range(40)
+    ]
+    held_out = prepare(rows, trainer="kto", part="valid", valid_fraction=0.5).dataset
+    assert len(held_out) == 40
+    own = {}
+    for row in held_out:
+        own.setdefault(tuple(row["prompt_ids"]), set()).add(tuple(row["completion_ids"]))
+    same = sum(tuple(row["KL_completion_ids"]) in own[tuple(row["prompt_ids"])] for row in held_out)
+    assert same <= 4, "as chance has it, and not one of two"
+    assert sorted(map(tuple, held_out["KL_completion_ids"])) == sorted(map(tuple, held_out["completion_ids"]))

@@ -66,7 +66,7 @@ class TokenizedORPOTrainer(ORPOTrainer):
         rest[1] = nll
         if model.training:
             seen = batch["chosen_attention_mask"].sum() + batch["rejected_attention_mask"].sum()
-            self.tokens_seen += int(self.accelerator.gather_for_metrics(seen).sum())
+            self.tokens_seen += int(self.accelerator.reduce(seen, "sum"))
         return (chosen_logps, rejected_logps, chosen_logits, *rest)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

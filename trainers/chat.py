@@ -97,6 +97,12 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[s
     return new
 
 
+def forget_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A call that truncates or pads leaves that in the tokenizer, and it would be saved with the model."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
 def parse_messages(value: Any) -> Turns | None:
     """Messages from a list, a JSON string or a Python literal (CSV files hold both); None for plain text.
 

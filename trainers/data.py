@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.chat import RowError
+from trainers.chat import RowError, forget_truncation
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import Columns, Split, column_names, find_columns, find_split, place_of, rows
 from trainers.packing import pack
@@ -211,7 +211,7 @@ def _cache_key(
         tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
         config.add_eos_token, config.sequence_length, config.max_prompt_length,
-        config.max_completion_length, config.packed, part,
+        config.max_completion_length, config.packed, part, sorted(tokenizer.all_special_ids),
         held_out if _split_of(config, part)[0] == "train_split" else None,
         config.data_seed if config.trainer == "kto" else None,
     ]  # fmt: skip
@@ -239,6 +239,8 @@ def _tokenize(
     except RowError as error:
         text, number = error.args
         raise ConfigError(f"{place_of(split, number)}: {text}") from error
+    finally:
+        forget_truncation(tokenizer)
     summary = _count(data, len(raw))
     data = data.filter(lambda reason: not reason, input_columns="dropped").remove_columns(list(COUNTS))
     summary.kept = summary.blocks = len(data)
@@ -276,8 +278,7 @@ def _count(data: Dataset, given: int) -> Summary:
     lists = [name for name in data.column_names if name.endswith("ids")]
     tokens = 0
     for name in lists:
-        column = data.with_format("arrow").data.column(name).combine_chunks()
-        tokens += len(column.flatten()) if len(column) else 0
+        tokens += sum(len(chunk.flatten()) for chunk in data.with_format("arrow").data.column(name).chunks)
     return Summary(
         rows=given,
         tokens=tokens,
@@ -294,8 +295,17 @@ def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
     TRL pairs within a micro-batch, so the loss would depend on batch size and number of ranks; over the
     whole split it does not. TRL takes the rows in this order at each epoch: they are shuffled here, once.
     """
+    import numpy as np
+    from datasets import concatenate_datasets
+
     if part == "train":
         check_label_balance(data["label"][:])
         data = data.shuffle(seed=config.data_seed).flatten_indices()
-    before = data.select([len(data) - 1, *range(len(data) - 1)])
-    return data.add_column("KL_completion_ids", before["completion_ids"][:])
+    # Neighbours of evaluation may be two answers to one prompt, so it pairs in an order of its own.
+    order = np.arange(len(data))
+    if part != "train":
+        order = np.random.default_rng(config.data_seed).permutation(order)
+    partner = np.empty_like(order)
+    partner[order] = np.roll(order, 1)
+    before = data.select(partner).select_columns("completion_ids").flatten_indices()
+    return concatenate_datasets([data, before.rename_column("completion_ids", "KL_completion_ids")], axis=1)

@@ -14,6 +14,7 @@ from trainers.data_files import is_hub_id
 from trainers.run_folder import RECORD, TRACKER
 from trainers.saved import ADAPTER, read_object
 
+WEIGHTS = (".safetensors", ".safetensors.index.json", ADAPTER)
 PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt of an upload
 CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a saved model
 # Files of the final folder that stay here. run.json and trainer_state.json name this machine's folders (the
@@ -70,17 +71,22 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
 
 def _upload(repo: str, folder: Path, token: str) -> tuple[str, bool]:
     """One attempt; returns the repository's address, and whether it is public. Safe to repeat."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # rank 0's output is a file
     api = HfApi(token=token)  # its address is the library's own setting, HF_ENDPOINT
     api.create_repo(repo, private=True, exist_ok=True)
-    public = api.model_info(repo).private is False
-    additions = [
-        CommitOperationAdd(str(path.relative_to(folder)), _content(path)) for path in _published(folder)
+    there = api.model_info(repo)
+    new = {str(path.relative_to(folder)): path for path in _published(folder)}
+    # An adapter or shards of an earlier push would be loaded with this model, or instead of it.
+    old = [file.rfilename for file in there.siblings or [] if file.rfilename.endswith(WEIGHTS)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in old if name not in new),
+        *(CommitOperationAdd(name, _content(path)) for name, path in new.items()),
     ]
-    api.create_commit(repo, additions, commit_message="Model trained with Phalanx")
+    api.create_commit(repo, operations, commit_message="Model trained with Phalanx")
+    public = there.private is False
     return f"{api.endpoint}/{repo}", public
 
 

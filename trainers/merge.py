@@ -47,8 +47,8 @@ def merge_adapter(
     expected = _outputs(adapted, ids)
     if config.quantization is not None:
         adapted.unload()
-        whole = base.dequantize().to(compute_dtype(config))
-        adapted = PeftModel.from_pretrained(whole, folder).eval()
+        base = base.dequantize().to(compute_dtype(config))
+        adapted = PeftModel.from_pretrained(base, folder).eval()
     merged = adapted.merge_and_unload(safe_merge=True)
     part = folder / "merged.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -58,10 +58,10 @@ def merge_adapter(
     reopened = model_class(config).from_pretrained(part, dtype=compute_dtype(config)).eval()
     tolerance = max(TOLERANCE[dtype], INT8_TOLERANCE if config.quantization == "int8" else 0.0)
     _compare(expected, _outputs(reopened, ids), tolerance, part)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
     for path in part.iterdir():
         os.replace(path, folder / path.name)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
     part.rmdir()
 
 
@@ -77,6 +77,7 @@ def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         kwargs["num_labels"] = 1  # the head itself is part of the adapter
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
+        kwargs["device_map"] = {"": "cpu"}  # whole again, it may be larger than a GPU
     base = model_class(config).from_pretrained(config.model, **kwargs)
     fit_vocabulary(base, tokenizer, config.seed)
     return base

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trainers import fsdp
 from trainers.attention import choose_attention
-from trainers.chat import set_template
-from trainers.config import ConfigError, TrainConfig
+from trainers.chat import forget_truncation, set_template
+from trainers.config import REFERENCE_TRAINERS, ConfigError, TrainConfig
 from trainers.rank import rank
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
         ConfigError: there is no tokenizer, or no template or mask token where one is needed.
     """
     tokenizer = _tokenizer_of(config.model, config)
+    forget_truncation(tokenizer)
     gained = set_template(tokenizer, config.chat_template)
     if config.trainer == "mlm" and tokenizer.mask_token is None:
         raise ConfigError(
@@ -170,7 +172,10 @@ def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:
             if parameter.is_meta or not parameter.numel():  # FSDP sends it from rank 0
                 continue
             value = torch.empty(parameter.shape)
-            value = value.normal_(0, std, generator=generator) if parameter.dim() > 1 else value.zero_()
+            if parameter.dim() > 1:
+                value.normal_(0, std, generator=generator)
+            else:
+                value.fill_(0 if name.endswith("bias") else 1)
             parameter.data.copy_(value)
 
 
@@ -238,6 +243,7 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
             "trained beside an adapter under ZeRO-3. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
             "chat_template: tokenizer."
         )
+    _check_targets(model, config)
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -250,6 +256,39 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
         task_type=TASK_TYPES.get(config.trainer, "CAUSAL_LM"),
         revision=config.revision,
     )
+
+
+def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+    """target_modules must be there; and dpo and kto read the output's weight past an adapter on it.
+
+    Raises:
+        ConfigError: a name or an expression that matches nothing, or the output of dpo and kto.
+    """
+    targets = config.lora_targets
+    if targets is None or targets == "all-linear":
+        return
+    names = {id(module): path for path, module in model.named_modules() if path}
+    asked = targets if isinstance(targets, list) else [targets]
+
+    def matches(path: str, target: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(target, path) is not None
+        return path == target or path.endswith(f".{target}")
+
+    missing = [target for target in asked if not any(matches(path, target) for path in names.values())]
+    if missing:
+        ends = {path.rpartition(".")[2] for path in names.values()}
+        known = sorted(end for end in ends if not end.isdigit())
+        raise ConfigError(
+            f"target_modules: {', '.join(missing)} matches no module of {config.model}. There are: "
+            f"{', '.join(known)}."
+        )
+    output = names.get(id(model.get_output_embeddings()))
+    if config.trainer in REFERENCE_TRAINERS and output and any(matches(output, target) for target in asked):
+        raise ConfigError(
+            f"target_modules: it matches {output}, whose weight the loss of {config.trainer} reads past the "
+            "adapter, which would never train. Leave it out."
+        )
 
 
 def _trained_rows(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BATCH = 1_000_000  # rows that are packed at a time; arrow's lists end at 2^31 tokens
+
 
 def pack(rows: Dataset, block_size: int, how: str) -> Dataset:
     """Rows of `input_ids` and `labels` -> blocks of up to `block_size` tokens + `seq_lengths`.
@@ -27,7 +29,7 @@ def pack(rows: Dataset, block_size: int, how: str) -> Dataset:
     if how == "bfd":
         from trl.data_utils import pack_dataset
 
-        return pack_dataset(rows, block_size, "bfd", {"batch_size": len(rows)})
+        return pack_dataset(rows, block_size, "bfd", {"batch_size": min(len(rows), BATCH)})
     if how == "wrapped":
         return rows.map(
             _Wrapper(len(rows), block_size), batched=True, with_indices=True, remove_columns=rows.column_names

@@ -40,6 +40,14 @@ def live_terminal() -> bool:
     return os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
 
 
+_after_failure: list[Callable[[], None]] = []
+
+
+def after_failure(action: Callable[[], None]) -> None:
+    """What to do once a failure of this rank is noted, however long it takes."""
+    _after_failure.append(action)
+
+
 def run_rank(main: Callable[[], int]) -> int:
     """Runs a rank's main function with its output in its own file, and returns its exit code.
 
@@ -62,6 +70,8 @@ def run_rank(main: Callable[[], int]) -> int:
     except Exception as error:
         _note(folder, type(error).__name__, str(error))
         traceback.print_exc()
+        for action in _after_failure:
+            action()
         return RUN_FAILED
 
 

@@ -6,6 +6,7 @@ A trainer module gives `build`, which makes its Trainer from a Context; everythi
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainers import fsdp
 from trainers.config import RUN_FAILED, ConfigError, TrainConfig
 from trainers.config_file import Settings, load_settings
-from trainers.rank import live_terminal, log_folder, rank, run_rank, world_size
-from trainers.run_folder import claim, resume_checkpoint, step_of, write_record
+from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
+from trainers.run_folder import claim, remove_model, resume_checkpoint, step_of, write_record
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,22 +90,22 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
             trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
         _save(trainer, context)
         _leave()
-        if trainer.is_world_process_zero():
+        first = trainer.is_world_process_zero()
+        del trainer  # a merge needs its memory
+        if first:
             _finish(context, facts)
     return 0
 
 
 @contextmanager
 def _finished(tracker: Tracker | None) -> Iterator[None]:
-    """The tracker learns how the run ended."""
-    try:
+    """The tracker learns how the run ended; of a failure last, since its upload may take minutes."""
+    if tracker is None:
         yield
-    except BaseException:
-        if tracker is not None:
-            tracker.finish(RUN_FAILED)
-        raise
-    if tracker is not None:
-        tracker.finish()
+        return
+    after_failure(lambda: tracker.finish(RUN_FAILED))
+    yield
+    tracker.finish()
 
 
 def _quiet() -> None:
@@ -281,6 +282,11 @@ def _save(trainer: Trainer, context: Context) -> None:
     """The final model as an ordinary Hugging Face folder, gathered from the shards; and the tokenizer."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if trainer.is_world_process_zero():
+        remove_model(
+            context.folder
+        )  # a merged model of an earlier start, beside which an adapter counts twice
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(context.folder))
     if trainer.is_world_process_zero():
         context.tokenizer.save_pretrained(context.folder)
@@ -290,7 +296,9 @@ def _save(trainer: Trainer, context: Context) -> None:
 def _leave() -> None:
     """All ranks are done with each other: what follows happens on rank 0 alone, with no collective open."""
     import torch.distributed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # else ZeRO-3 would split the model of a merge, and wait for the other ranks
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -298,6 +306,8 @@ def _leave() -> None:
 
 def _finish(context: Context, facts: dict[str, Any]) -> None:
     """What rank 0 does with the saved files, alone."""
+    import torch
+
     from trainers.card import write_card
     from trainers.example import first_tokens
     from trainers.hub import push
@@ -305,6 +315,8 @@ def _finish(context: Context, facts: dict[str, Any]) -> None:
     from trainers.saved import check_saved
 
     config, folder = context.config, context.folder
+    gc.collect()
+    torch.cuda.empty_cache()
     check_saved(folder)
     write_card(folder, config, facts)
     if config.merge_adapter:

@@ -74,11 +74,19 @@ def claim(folder: Path, config: TrainConfig) -> None:
         for path in folder.iterdir():
             if path.name.startswith(CHECKPOINT_PREFIX) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name in (RECORD, METRICS, TRACKER) or path.name.endswith(
-                (".safetensors", ".safetensors.index.json", "adapter_config.json")
-            ):
+            elif path.name in (RECORD, METRICS, TRACKER):
                 path.unlink()
+        remove_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_model(folder: Path) -> None:
+    """Removes the final model that an earlier start left, adapter or whole."""
+    for path in folder.iterdir():
+        if path.name.endswith((".safetensors", ".safetensors.index.json", "adapter_config.json")) or (
+            path.name == "config.json"
+        ):
+            path.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -101,8 +109,11 @@ def resume_checkpoint(folder: Path, config: TrainConfig) -> Path | None:
         return None
     if isinstance(config.resume, str):
         path = Path(config.resume)
-        if not (path / "trainer_state.json").is_file():
-            raise ConfigError(f"resume: {path} is not a finished checkpoint (it has no trainer_state.json).")
+        named = path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+        if not (named and (path / "trainer_state.json").is_file()):
+            raise ConfigError(
+                f"resume: {path} is not a finished checkpoint: checkpoint-N with trainer_state.json in it."
+            )
         return path
     found = checkpoints(folder)
     if not found:

@@ -43,7 +43,8 @@ class Report(TrainerCallback):
             if not line.endswith("\n"):
                 break  # the run was killed while it wrote this line
             entry = json.loads(line)
-            if step and entry["step"] <= step:
+            ended = "train_runtime" in entry or "test_loss" in entry  # this start will say it anew
+            if step and entry["step"] <= step and not ended:
                 kept.append(entry)
         part = self.path.with_suffix(".part")
         part.write_text("".join(_json_line(entry) for entry in kept), encoding="utf-8")

@@ -105,13 +105,14 @@ def test_overwrite_starts_anew(trained, bench):
     assert not (run.folder / "checkpoint-2").exists()
 
 
-def test_merged_adapter_answers_as_the_adapter_does(trained, bench):
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_merged_adapter_answers_as_the_adapter_does(trained, bench, backend):
     import torch
 
-    run = bench.train("merged", *BACKENDS["fsdp"], *MODES["lora"], "--merge-adapter")
+    run = bench.train(f"merged-{backend}", *BACKENDS[backend], *MODES["lora"], "--merge-adapter")
     assert run.code == 0, run.err
     assert not (run.folder / "adapter_config.json").exists()
-    expected, found = logits(trained("fsdp", "lora").folder, True), logits(run.folder, False)
+    expected, found = logits(trained(backend, "lora").folder, True), logits(run.folder, False)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
