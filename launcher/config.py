@@ -13,19 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from trainers.config import ALIASES, NEGATED, ConfigError, Int, TrainConfig, Word
-from trainers.config_file import (
-    COLUMN_KEYS,
-    DATA_KEYS,
-    HUB_KEYS,
-    TASKS,
-    TOP_KEYS,
-    Settings,
-    Value,
-    put,
-    read_config_file,
-    resolve,
-    validate,
-)
+from trainers.config_file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
+from trainers.settings import Settings, Value, put, resolve, validate
 
 
 class LaunchConfig(BaseModel):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config import MODULES
-from trainers.config_file import Settings, Value, resolve
+from trainers.settings import Settings, Value, resolve
 
 ROWS = [
     {

@@ -12,7 +12,8 @@ from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
 from trainers.config import ALIASES, NEGATED, TrainConfig
-from trainers.config_file import TASKS, Value, load_settings, resolve, write_effective
+from trainers.config_file import TASKS, load_settings, write_effective
+from trainers.settings import Value, resolve
 
 AUTOTRAIN_DEFAULTS = {
     "model": "gpt2",

@@ -23,7 +23,7 @@ from tiny import build_tiny_model
 
 from trainers import rules, run
 from trainers.config import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
-from trainers.config_file import Settings
+from trainers.settings import Settings
 
 TESTS = Path(__file__).parent
 

@@ -25,7 +25,7 @@ from tracked import (
 )
 
 from trainers.config import TrainConfig
-from trainers.config_file import Settings
+from trainers.settings import Settings
 from trainers.trackers import open_tracker
 
 CANARY = "c4na3y0123456789"

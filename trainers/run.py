@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainers import fsdp
 from trainers.config import RUN_FAILED, ConfigError, TrainConfig
-from trainers.config_file import Settings, load_settings
+from trainers.config_file import load_settings
 from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.run_folder import claim, remove_model, resume_checkpoint, step_of, write_record
+from trainers.settings import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config import ConfigError, TrainConfig
-from trainers.config_file import Settings
+from trainers.settings import Settings
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
