@@ -1,5 +1,7 @@
 """Starts the ranks, shows rank 0, forwards signals, and says which rank failed first and why.
 
+With auto_find_batch_size an attempt that ran out of memory is followed by one with a smaller batch_size.
+
 <project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt
                                   launcher.log rank-N.log rank-N.pid rank-N.error.json
 """
@@ -16,22 +18,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
 
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.backend import Backend
+from launcher.batch_search import advice, announce, with_smaller_batch
 from launcher.command import ELASTIC, build_command, build_environment
 from launcher.config import Run
 from launcher.topology import Topology
-from trainers.config import RUN_FAILED, USAGE_ERROR
+from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR
 from trainers.config_file import write_effective
+from trainers.out_of_memory import BatchTooLarge
 from trainers.rank import die_with_parent
-from trainers.run_folder import LAUNCH, claim
+from trainers.run_folder import LAUNCH, checkpoints, claim, resume_checkpoint
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # between a forwarded signal and SIGKILL
@@ -46,11 +51,12 @@ _SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that failed first: its number, and the reason in a line."""
+    """The rank that failed first: its number, the reason in a line, and the exit code that it stands for."""
 
     rank: int
     reason: str
-    mistake: bool = False  # the user's, found by a rank
+    code: int = RUN_FAILED
+    of_batches: bool = False  # it ran out of memory, and a smaller micro-batch needs less
 
 
 def attempt_folder(run: Run, topology: Topology) -> Path:
@@ -63,9 +69,7 @@ def attempt_folder(run: Run, topology: Topology) -> Path:
 
 
 def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[str]]:
-    """Claims the run's folder and writes this attempt's files; returns their folder and the argv."""
-    if topology.machine_rank == 0:
-        claim(run.folder, run.train)
+    """Writes the files of the next attempt; returns their folder and the argv."""
     folder = attempt_folder(run, topology)
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed = build_deepspeed_config(backend)
@@ -81,6 +85,34 @@ def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[
 
 def train(run: Run, topology: Topology, backend: Backend) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
+    if topology.machine_rank == 0:
+        claim(run.folder, run.train)
+    earlier = _saved(run)
+    tried: list[int] = []
+    with _Forwarder() as signals:
+        while True:
+            folder, code = _attempt(run, topology, backend, signals)
+            if signals.received is not None:
+                print(f"stopped by {signal.Signals(signals.received).name}; logs: {folder}", file=sys.stderr)
+                return 128 + signals.received
+            if code == 0:
+                return 0
+            failure = first_failure(folder)
+            if failure is None or not failure.of_batches:
+                break
+            tried.append(run.train.batch_size)
+            smaller = _smaller(run, earlier, failure)
+            if smaller is None:
+                break
+            run = smaller
+    lines = []
+    if failure is not None and failure.code == OUT_OF_MEMORY:
+        lines = advice(run, backend, topology, tried, failure.of_batches)
+    return report(failure, folder, first_rank(topology), lines)
+
+
+def _attempt(run: Run, topology: Topology, backend: Backend, signals: _Forwarder) -> tuple[Path, int]:
+    """Starts the ranks once, and waits for their end; returns the attempt's folder and the launch's code."""
     folder, argv = prepare(run, topology, backend)
     environment = build_environment(run, topology, os.environ, folder, sys.stdout.isatty())
     with (folder / "launcher.log").open("wb") as log:
@@ -93,17 +125,31 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
             preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
         )
-        signals = _Forwarder(process)
-        with signals:
-            code = _follow(process, folder / f"rank-{first_rank(topology)}.log", signals)
+        signals.watch(process)
+        code = _follow(process, folder / f"rank-{first_rank(topology)}.log", signals)
         _kill_leftovers(process, folder)
     shutil.rmtree(folder / ELASTIC, ignore_errors=True)
-    if signals.received is not None:
-        print(f"stopped by {signal.Signals(signals.received).name}; logs: {folder}", file=sys.stderr)
-        return 128 + signals.received
-    if code == 0:
-        return 0
-    return report(first_failure(folder), folder, shown=first_rank(topology))
+    return folder, code
+
+
+def _smaller(run: Run, earlier: dict[Path, int], failure: Failure) -> Run | None:
+    """The next attempt with a smaller micro-batch, said in a line; None where none is left or none asked for.
+
+    It goes on from what this start wrote; a checkpoint that lay there before may be of another config.
+    """
+    if not run.train.auto_find_batch_size:
+        return None
+    written = [path for path, changed in _saved(run).items() if earlier.get(path) != changed]
+    smaller = with_smaller_batch(run, written[-1] if written else None)
+    if smaller is not None:
+        begins = resume_checkpoint(smaller.folder, smaller.train)
+        print(announce(run, smaller, failure.rank, begins), flush=True)
+    return smaller
+
+
+def _saved(run: Run) -> dict[Path, int]:
+    """The finished checkpoints of the run's folder, oldest first, and when each was written."""
+    return {path: (path / "trainer_state.json").stat().st_mtime_ns for path in checkpoints(run.folder)}
 
 
 def first_rank(topology: Topology) -> int:
@@ -117,17 +163,24 @@ class _Forwarder:
     Kills it when it does not end in time, or is asked twice.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
         self.received: int | None = None
         self.deadline = float("inf")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Forwarder:
         self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+    def watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Takes the launch that signals go to; one that came just before it was there reaches it now."""
+        self.process = process
+        if self.received is not None:
+            process.send_signal(self.received)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
@@ -135,7 +188,7 @@ class _Forwarder:
             return
         self.received = number
         self.deadline = time.monotonic() + GRACE_SECONDS
-        with contextlib.suppress(ProcessLookupError):
+        if self.process is not None:
             self.process.send_signal(number)
 
 
@@ -164,11 +217,14 @@ def _kill_leftovers(process: subprocess.Popen[bytes], folder: Path) -> None:
     """No process stays behind: what the launch left alive is killed. A rank leads a session of its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for path in folder.glob("rank-*.pid"):
-        pid = int(path.read_text(encoding="utf-8"))
-        if _is_rank(pid, folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    left = [int(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.pid")]
+    left = [pid for pid in left if _is_rank(pid, folder)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + GRACE_SECONDS
+    while any(_is_rank(pid, folder) for pid in left) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
 
 
 def _is_rank(pid: int, folder: Path) -> bool:
@@ -180,32 +236,40 @@ def _is_rank(pid: int, folder: Path) -> bool:
 
 
 def first_failure(folder: Path) -> Failure | None:
-    """Which rank failed first. A rank killed from outside comes before the errors that its peers report."""
+    """Which rank failed first.
+
+    Memory that ran out is a cause, never a consequence. A rank that was killed from outside comes before the
+    errors that its peers report.
+    """
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error.json")]
+    notes.sort(key=lambda note: (bool(_PEER_LOST.search(note["message"])), note["time"]))
+    short = [note for note in notes if note["code"] == OUT_OF_MEMORY]
+    if short:
+        return _failure(short[0])
     summary = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
     for rank, code in _SUMMARY.findall(summary):
         number = -int(code)
         if number > 0 and number not in (signal.SIGTERM, signal.SIGINT):
             hint = " (out of memory, or killed by hand)" if number == signal.SIGKILL else ""
             return Failure(int(rank), f"killed by {signal.Signals(number).name}{hint}")
-    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error.json")]
-    if not notes:
-        return None
-    notes.sort(key=lambda note: (bool(_PEER_LOST.search(note["message"])), note["time"]))
-    note = notes[0]
-    if note["type"] == "config":
-        return Failure(note["rank"], note["message"], mistake=True)
-    return Failure(
-        note["rank"],
-        f"{note['type']}: {note['message'].strip().splitlines()[0] if note['message'].strip() else ''}",
-    )
+    return _failure(notes[0]) if notes else None
 
 
-def report(failure: Failure | None, folder: Path, shown: int) -> int:
+def _failure(note: dict[str, Any]) -> Failure:
+    """What the note of a rank (trainers/rank.py) says."""
+    if note["code"] == USAGE_ERROR:
+        return Failure(note["rank"], note["message"], USAGE_ERROR)
+    first = next(iter(note["message"].strip().splitlines()), "")
+    reason = f"{note['type']}: {first}"
+    return Failure(note["rank"], reason, note["code"], note["type"] == BatchTooLarge.__name__)
+
+
+def report(failure: Failure | None, folder: Path, shown: int, lines: Sequence[str] = ()) -> int:
     """Prints what went wrong, last things last, and returns the exit code.
 
-    `shown` is the rank whose log the terminal has already.
+    `shown` is the rank whose log the terminal has already; `lines` say what to do.
     """
-    if failure is not None and failure.mistake:
+    if failure is not None and failure.code == USAGE_ERROR:
         print(f"error: {failure.reason}", file=sys.stderr)
         return USAGE_ERROR
     log = folder / (f"rank-{failure.rank}.log" if failure else "launcher.log")
@@ -217,5 +281,6 @@ def report(failure: Failure | None, folder: Path, shown: int) -> int:
         print(f"error: rank {failure.rank} failed first: {failure.reason}", file=sys.stderr)
     else:
         print("error: the launch failed before a rank could say why; its log is above", file=sys.stderr)
-    print(f"       logs of all ranks: {folder}", file=sys.stderr)
-    return RUN_FAILED
+    for line in (*lines, f"logs of all ranks: {folder}"):
+        print(f"       {line}", file=sys.stderr)
+    return failure.code if failure else RUN_FAILED

@@ -15,9 +15,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trainers.config import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.out_of_memory import BatchTooLarge, ran_out_of_memory
 
 _PR_SET_PDEATHSIG = 1
+# Ranks that were started by hand have nobody who could start them again.
+BY_HAND = (
+    "Lower batch_size and raise gradient_accumulation; or let the launcher find them, which alone can start "
+    "the ranks again: phalanx train config.yaml --auto-find-batch-size."
+)
 
 
 def rank() -> int:
@@ -51,7 +57,7 @@ def after_failure(action: Callable[[], None]) -> None:
 def run_rank(main: Callable[[], int]) -> int:
     """Runs a rank's main function with its output in its own file, and returns its exit code.
 
-    0: trained. 1: failed, with the traceback. 2: a mistake of the user's, in one line.
+    0: trained. 1: failed, with the traceback. 2: a mistake of the user's, in one line. 3: out of memory.
     """
     folder = log_folder()
     if folder is not None:
@@ -61,18 +67,21 @@ def run_rank(main: Callable[[], int]) -> int:
     try:
         return main()
     except ConfigError as error:
-        _note(folder, "config", str(error))
+        _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it, once for all ranks
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        _note(folder, type(error).__name__, str(error))
+        code = OUT_OF_MEMORY if ran_out_of_memory(error) else RUN_FAILED
+        _note(folder, error, code)
         traceback.print_exc()
+        if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher says what to do
+            print(f"error: rank {rank()} ran out of memory. {BY_HAND}", file=sys.stderr, flush=True)
         for action in _after_failure:
             action()
-        return RUN_FAILED
+        return code
 
 
 def _redirect(path: Path) -> None:
@@ -90,9 +99,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _note(folder: Path | None, kind: str, message: str) -> None:
-    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause."""
+def _note(folder: Path | None, error: Exception, code: int) -> None:
+    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause.
+
+    accelerate and torchrun make 1 of every exit code, so the rank's own is in the note.
+    """
     if folder is None:
         return
-    note = {"rank": rank(), "time": time.time(), "type": kind, "message": message[:2000]}
+    note = {
+        "rank": rank(),
+        "time": time.time(),
+        "code": code,
+        "type": type(error).__name__,
+        "message": str(error)[:2000],
+    }
     (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")

@@ -1,0 +1,404 @@
+"""auto_find_batch_size without ranks: what an out of memory is, what is tried next, and what is said.
+
+In place of accelerate a few lines of Python stand for the ranks: they read the config of their attempt, and
+leave the note that a rank would leave.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import machine
+
+from launcher import supervise
+from launcher.backend import resolve_backend
+from launcher.batch_search import advice, announce, next_smaller, with_smaller_batch
+from launcher.cli import main
+from launcher.config import Run, load_run
+from launcher.supervise import first_failure
+from launcher.topology import Hardware, resolve_topology
+from trainers import rank
+from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.config_file import load_settings, write_effective
+from trainers.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+
+# -------------------------------------------------------------------------------- what it is
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("planted"),
+        RuntimeError(CUDA),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        BatchTooLarge("planted"),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out(error: Exception) -> None:
+    assert ran_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3456"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. Insufficient shared memory"),
+        ValueError("out of memory"),
+        ConfigError("batch_size: a number is needed"),
+    ],
+    ids=str,
+)
+def test_other_errors(error: Exception) -> None:
+    assert not ran_out_of_memory(error)
+
+
+def test_a_real_allocation_that_fails() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert ran_out_of_memory(error.value)
+
+
+def test_batches_are_to_blame_only_where_they_are_taken() -> None:
+    with pytest.raises(BatchTooLarge, match="CUDA out of memory") as error, taking_batches():
+        raise torch.OutOfMemoryError(CUDA)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    with pytest.raises(RuntimeError, match="Connection closed") as other, taking_batches():
+        raise RuntimeError("Connection closed by peer")
+    assert type(other.value) is RuntimeError
+
+
+def rank_that_raises(error: Exception) -> int:
+    def fail() -> int:
+        raise error
+
+    return rank.run_rank(fail)
+
+
+def test_by_hand_the_rank_says_that_the_launcher_searches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
+    assert rank_that_raises(BatchTooLarge(CUDA)) == OUT_OF_MEMORY
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        "error: rank 0 ran out of memory. Lower batch_size and raise gradient_accumulation"
+    )
+    assert "phalanx train config.yaml --auto-find-batch-size" in last
+    assert rank_that_raises(RuntimeError(CUDA)) == OUT_OF_MEMORY  # while it loaded the model, say
+    assert "Lower batch_size" not in capsys.readouterr().err
+    assert rank_that_raises(RuntimeError("planted")) == RUN_FAILED
+
+
+# -------------------------------------------------------------------------------- what comes next
+
+
+@pytest.mark.parametrize(
+    ("start", "batches"),
+    [
+        ((8, 1), [(4, 2), (2, 4), (1, 8)]),
+        ((6, 2), [(3, 4), (1, 12)]),
+        ((7, 3), [(1, 21)]),
+        ((9, 1), [(3, 3), (1, 9)]),
+        ((15, 2), [(5, 6), (1, 30)]),
+        ((1, 4), []),
+    ],
+)
+def test_each_batch_divides_the_one_before(start: tuple[int, int], batches: list[tuple[int, int]]) -> None:
+    found: list[tuple[int, int]] = []
+    batch: tuple[int, int] | None = start
+    while batch := next_smaller(TrainConfig(batch_size=batch[0], gradient_accumulation=batch[1])):
+        found.append(batch)
+        assert batch[0] * batch[1] == start[0] * start[1]
+    assert found == batches
+
+
+@pytest.mark.parametrize(
+    ("loss", "sizes"),
+    [(None, {8: 4, 4: 2, 2: None, 3: None, 6: 3, 9: 3}), ("apo_zero_unpaired", {2: 1, 3: 1})],
+)
+def test_kto_keeps_the_rows_that_it_needs(loss: str | None, sizes: dict[int, int | None]) -> None:
+    for size, expected in sizes.items():
+        found = next_smaller(TrainConfig(trainer="kto", loss_type=loss, batch_size=size))
+        assert (found and found[0]) == expected, size
+
+
+@pytest.fixture
+def asked(work: Path) -> Callable[..., Run]:
+    """`asked(batch_size=8, ...)`: a run with these flags."""
+
+    def make(**flags: Any) -> Run:
+        given = {"trainer": "sft", "model": "model", "project_name": "run", "batch_size": 8, **flags}
+        return load_run(None, {name: str(value) for name, value in given.items()})
+
+    return make
+
+
+def test_the_next_attempt_differs_by_its_batch_alone(asked: Callable[..., Run], tmp_path: Path) -> None:
+    run = asked(gradient_accumulation=2, auto_find_batch_size=True, valid_split="train", lr=0.5)
+    new = with_smaller_batch(run, None)
+    assert new is not None
+    before, after = run.settings.public(), new.settings.public()
+    assert {name: after[name] for name in after if after[name] != before[name]} == {
+        "batch_size": 4,
+        "gradient_accumulation": 4,
+        "per_device_eval_batch_size": 4,
+    }
+    why = "auto_find_batch_size (8 ran out of memory)"
+    sources = new.settings.sources
+    assert sources["batch_size"] == sources["gradient_accumulation"] == why
+    assert sources["per_device_eval_batch_size"] == "derived: batch_size"
+    assert sources["lr"] == "flag --lr" and sources["seed"] == "default"
+    assert new.settings.notes == run.settings.notes
+    # What a rank reads of it.
+    write_effective(new.settings, tmp_path / "config.json")
+    read = load_settings(tmp_path / "config.json")
+    assert (read.train.batch_size, read.train.gradient_accumulation) == (4, 4)
+    assert read.sources["batch_size"] == why
+
+
+def test_an_evaluation_batch_that_was_asked_for_stays(asked: Callable[..., Run]) -> None:
+    new = with_smaller_batch(asked(valid_split="train", per_device_eval_batch_size=16), None)
+    assert new is not None and new.train.per_device_eval_batch_size == 16
+
+
+def test_the_token_is_kept(asked: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    run = asked(push_to_hub=True, username="me")
+    monkeypatch.delenv("HF_TOKEN")
+    new = with_smaller_batch(run, None)
+    assert new is not None and new.train.token == "secret"
+
+
+def test_it_goes_on_from_a_checkpoint(asked: Callable[..., Run]) -> None:
+    run = asked(overwrite=True)
+    new = with_smaller_batch(run, Path("run/checkpoint-3"))
+    assert new is not None
+    assert (new.train.resume, new.train.overwrite) == ("run/checkpoint-3", False)
+    assert announce(run, new, 1, Path("run/checkpoint-3")) == (
+        "rank 1 ran out of memory with batch_size 8: trying batch_size 4 and gradient_accumulation 8 "
+        "(the same global batch), from run/checkpoint-3"
+    )
+    again = with_smaller_batch(new, None)
+    assert again is not None and again.train.resume == "run/checkpoint-3"
+    assert announce(new, again, 0, None).endswith("from the start")
+
+
+# -------------------------------------------------------------------------------- what is said
+
+GPUS = machine(gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "flags", "tried", "of_batches", "said", "unsaid"),
+    [
+        (GPUS, {}, [8], True,
+         ["Set batch_size: 4 and gradient_accumulation: 8 (the same global batch), or "
+          "auto_find_batch_size: true."],
+         ["What needs less"]),
+        (GPUS, {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1"}, [8], True,
+         ["Set batch_size: 4"], ["auto_find"]),
+        (GPUS, {"tokens_per_batch": 4096}, [8], True,
+         ["Lower tokens_per_batch (4096) and raise gradient_accumulation"], ["batch_size: 4", "auto_find"]),
+        (GPUS, {"batch_size": 1}, [1], True,
+         ["batch_size 1 is the smallest.", "activation_checkpointing: offload; a block_size below 1024; "
+          "peft: true; quantization: int4 with it; distributed_backend: fsdp, or deepspeed with "
+          "launch.zero_stage: 3"],
+         ["offload: cpu", "auto_find", "precompute"]),
+        (GPUS, {"batch_size": 1, "auto_find_batch_size": True, "distributed_backend": "fsdp", "peft": True,
+                "quantization": "int4", "activation_checkpointing": "none"}, [4, 2, 1], True,
+         ["auto_find_batch_size tried batch_size 4, 2 and 1; 1 is the smallest.",
+          "activation_checkpointing: full;", "launch.offload: cpu."],
+         ["peft", "quantization", "distributed_backend"]),
+        (GPUS, {"batch_size": 3, "trainer": "kto", "auto_find_batch_size": True,
+                "text_column": "a", "prompt_text_column": "b"}, [6, 3], True,
+         ["tried batch_size 6 and 3; 3 has no smaller divisor", "precompute_ref_log_probs: true"], []),
+        (GPUS, {"batch_size": 1, "valid_split": "train", "per_device_eval_batch_size": 64}, [1], True,
+         ["What needs less memory: per_device_eval_batch_size: 1;"], []),
+        (GPUS, {"distributed_backend": "deepspeed", "auto_find_batch_size": True}, [8], False,
+         ["No batch needed it", "peft: true", "launch.offload: cpu"], ["block_size below", "activation_"]),
+        (machine(), {"peft": True, "quantization": "int4", "num_processes": 2, "distributed_backend": "fsdp"},
+         [8], False, ["No batch needed it", "Use larger GPUs."], ["What needs less"]),
+    ],
+)  # fmt: skip
+def test_advice(
+    asked: Callable[..., Run], packages: object, hardware: Hardware, flags: dict[str, Any], tried: list[int],
+    of_batches: bool, said: list[str], unsaid: list[str],
+) -> None:  # fmt: skip
+    run = asked(**{"distributed_backend": "ddp", **flags})
+    topology = resolve_topology(run.launch, hardware, "run", {})
+    text = "\n".join(advice(run, resolve_backend(run, topology), topology, tried, of_batches))
+    for words in said:
+        assert words in text
+    for words in unsaid:
+        assert words not in text
+
+
+def note(folder: Path, rank: int, time: float, code: int, kind: str, message: str) -> None:
+    entry = {"rank": rank, "time": time, "code": code, "type": kind, "message": message}
+    (folder / f"rank-{rank}.error.json").write_text(json.dumps(entry))
+
+
+def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
+    """The rank that lost its peer may be killed by its own watchdog, and note an error of any text."""
+    (tmp_path / "launcher.log").write_text("  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 4711)\n")
+    note(tmp_path, 0, 1.0, RUN_FAILED, "RuntimeError", "a collective timed out")
+    note(tmp_path, 1, 2.0, OUT_OF_MEMORY, "BatchTooLarge", CUDA)
+    failure = first_failure(tmp_path)
+    assert failure is not None
+    assert (failure.rank, failure.code, failure.of_batches) == (1, OUT_OF_MEMORY, True)
+    assert failure.reason == f"BatchTooLarge: {CUDA}"
+
+
+# -------------------------------------------------------------------------------- the attempts
+
+# Stands for the ranks. Above `fits` rows rank 1 notes an error; `codes` are its exit codes, by attempt.
+# `step`: each attempt leaves a checkpoint there. `hold`: seconds that one which fits takes.
+LAUNCH = """
+import json, pathlib, sys, time
+fits, codes, kind, step, hold = json.loads(sys.argv[1])
+folder = pathlib.Path(sys.argv[2])
+config = json.loads((folder / "config.json").read_text())["config"]
+state = pathlib.Path(config["project_name"], f"checkpoint-{step}", "trainer_state.json")
+if step and not state.exists():
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+if config["batch_size"] > fits:
+    attempt = int(folder.name.rpartition("-")[2])
+    code = codes[min(attempt, len(codes)) - 1]
+    note = {"rank": 1, "time": time.time(), "code": code, "type": kind, "message": "CUDA out of memory."}
+    (folder / "rank-1.error.json").write_text(json.dumps(note))
+    sys.exit(1)
+(folder / "rank-0.log").write_text("rank 0 speaks\\n")
+time.sleep(hold)
+"""
+
+
+@pytest.fixture
+def launched(
+    work: Path, hardware: Callable[[Hardware], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """`launched("--flag", fits=2)`: the exit code of a run whose ranks are LAUNCH."""
+
+    def train(
+        *flags: str,
+        fits: int,
+        codes: tuple[int, ...] = (OUT_OF_MEMORY,),
+        kind: str = "BatchTooLarge",
+        step: int = 0,
+        hold: float = 0.0,
+    ) -> int:
+        stands_for = [sys.executable, "-c", LAUNCH, json.dumps([fits, codes, kind, step, hold])]
+        monkeypatch.setattr(supervise, "build_command", lambda *given: [*stands_for, str(given[-1])])
+        argv = ["llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run", *flags]
+        return main([*argv, "--data-path", "data", "--num-processes", "2", "--distributed-backend", "ddp"])
+
+    return train
+
+
+SEARCH = ("--auto-find-batch-size", "--batch-size", "8")
+
+
+def config_of(attempt: int) -> dict[str, Any]:
+    text = Path(f"run/launch/attempt-{attempt}/config.json").read_text()
+    config: dict[str, Any] = json.loads(text)["config"]
+    return config
+
+
+def test_it_searches_until_it_fits(launched: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launched(*SEARCH, "--gradient-accumulation", "1", fits=2) == 0
+    sizes = [(config_of(n)["batch_size"], config_of(n)["gradient_accumulation"]) for n in (1, 2, 3)]
+    assert sizes == [(8, 1), (4, 2), (2, 4)]
+    out, err = capfd.readouterr()
+    assert [line for line in out.splitlines() if "out of memory" in line] == [
+        "rank 1 ran out of memory with batch_size 8: trying batch_size 4 and gradient_accumulation 2 "
+        "(the same global batch), from the start",
+        "rank 1 ran out of memory with batch_size 4: trying batch_size 2 and gradient_accumulation 4 "
+        "(the same global batch), from the start",
+    ]
+    assert "rank 0 speaks" in out and "done: run" in out
+    assert err == ""
+
+
+def test_it_gives_up_at_the_smallest(launched: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launched(*SEARCH, fits=0) == OUT_OF_MEMORY
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "error: rank 1 failed first: BatchTooLarge: CUDA out of memory."
+    assert lines[1].strip() == "auto_find_batch_size tried batch_size 8, 4, 2 and 1; 1 is the smallest."
+    assert lines[2].strip().startswith("What needs less memory: a block_size below 1024; peft: true; ")
+    assert lines[3].strip().startswith("logs of all ranks: ") and lines[3].endswith("run/launch/attempt-4")
+
+
+def test_unasked_it_stops_with_the_mend(
+    launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launched("--batch-size", "8", fits=2) == OUT_OF_MEMORY
+    err = capfd.readouterr().err
+    assert "Set batch_size: 4 and gradient_accumulation: 8 (the same global batch), or auto_find" in err
+    assert not Path("run/launch/attempt-2").exists()
+
+
+def test_no_batch_is_blamed_for_loading(
+    launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launched(*SEARCH, fits=2, kind="OutOfMemoryError") == OUT_OF_MEMORY
+    assert "a smaller batch_size does not help" in capfd.readouterr().err
+    assert not Path("run/launch/attempt-2").exists()
+
+
+def test_the_next_attempt_goes_on_from_what_this_start_wrote(launched: Callable[..., int]) -> None:
+    assert launched(*SEARCH, fits=2, step=5) == 0
+    assert [config_of(n)["resume"] for n in (1, 2, 3)] == [False, "run/checkpoint-5", "run/checkpoint-5"]
+
+
+def test_a_checkpoint_that_lay_there_before_is_not_gone_on_from(launched: Callable[..., int]) -> None:
+    for step in (3, 6):
+        state = Path(f"run/checkpoint-{step}/trainer_state.json")
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+    assert launched(*SEARCH, "--resume", "run/checkpoint-3", fits=4) == 0
+    assert [config_of(n)["resume"] for n in (1, 2)] == ["run/checkpoint-3"] * 2
+
+
+def test_overwrite_deletes_once(launched: Callable[..., int]) -> None:
+    assert launched(*SEARCH, fits=8) == 0
+    assert launched(*SEARCH, "--overwrite", fits=2, step=5) == 0
+    assert [config_of(n)["batch_size"] for n in (1, 2, 3)] == [8, 4, 2]
+    assert (config_of(3)["resume"], config_of(3)["overwrite"]) == ("run/checkpoint-5", False)
+
+
+def test_another_error_ends_the_search(
+    launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = (OUT_OF_MEMORY, USAGE_ERROR)
+    assert launched(*SEARCH, fits=2, codes=codes) == USAGE_ERROR
+    assert capfd.readouterr().err.strip() == "error: CUDA out of memory."
+    assert not Path("run/launch/attempt-3").exists()
+
+
+def test_a_signal_between_two_attempts_stops_the_run(
+    launched: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepare = supervise.prepare
+
+    def interrupted(run: Run, *rest: Any) -> Any:
+        if run.train.batch_size == 4:
+            signal.raise_signal(signal.SIGINT)
+        return prepare(run, *rest)
+
+    monkeypatch.setattr(supervise, "prepare", interrupted)
+    assert launched(*SEARCH, fits=4, hold=60) == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in capfd.readouterr().err
