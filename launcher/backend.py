@@ -5,6 +5,9 @@ The table RULES is the one place for both.
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from launcher.config import Run
 from launcher.memory import predict_bytes_per_rank, size_of_model
 from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
+from trainers.reentrancy import reentrancy
 from trainers.run_folder import version_of
 
 STATIC = Path(__file__).resolve().parent.parent
@@ -21,6 +25,19 @@ DEEPSPEED_CONFIGS = STATIC / "deepspeed_configs"
 
 AUTOTRAIN_ZERO_STAGE = 3  # what AutoTrain's distributed_backend: deepspeed ran
 MEMORY_SHARE = 0.8  # part of a device's memory that the weights, gradients and optimiser may fill
+
+# Optimisers that are not in torch or transformers: (their names, the package, how pip gets it).
+OPTIMIZER_PACKAGES = (
+    (r"(paged_)?(adamw|ademamix|lion)_\d+bit|ademamix|\w+_bnb\w*", "bitsandbytes", "'phalanx[quantization]'"),
+    (r"adamw_torch_[48]bit", "torchao", "torchao"),
+    (r"schedule_free_\w+", "schedulefree", "schedulefree"),
+    (r"stable_adamw", "torch-optimi", "torch-optimi"),
+    (r"grokadamw", "grokadamw", "grokadamw"),
+    (r"(ada)?lomo", "lomo-optim", "lomo-optim"),
+    (r"adamw_anyprecision", "torchdistx", "torchdistx"),
+    (r"adamw_torch_xla", "torch-xla", "torch-xla"),
+    (r"adamw_torch_npu_fused", "torch-npu", "torch-npu"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +85,19 @@ def _weak_gpu(case: Case) -> bool:
     return any(gpu.capability < (8, 0) for gpu in case.topology.hardware.gpus)
 
 
-def _of_bitsandbytes(optimizer: str) -> bool:
-    return "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged")
+def _optimizer(names: str, without: str = "") -> Callable[[Case], bool]:
+    """Whether the optimiser is one of these names, and the package that has it is not installed."""
+    return lambda c: bool(re.fullmatch(names, c.train.optimizer)) and not (without and installed(without))
+
+
+def _no_compiler(case: Case) -> bool:
+    """inductor writes C++ for a CPU; Triton writes a little C around its kernels."""
+    found = (
+        ("cc", "gcc", "clang", os.environ.get("CC"))
+        if case.topology.on_gpu
+        else (os.environ.get("CXX", "g++"),)
+    )
+    return not any(name and shutil.which(name) for name in found)
 
 
 # fmt: off
@@ -103,9 +131,31 @@ RULES = (
          and c.train.peft and c.train.model_ref is None and c.topology.on_gpu,
          "with an adapter the base model is the reference already, and under fsdp it is not on the GPU yet.",
          "Use precompute_ref_log_probs: false; it costs no memory."),
-    Rule("optimizer", lambda c: _of_bitsandbytes(c.train.optimizer) and not installed("bitsandbytes"),
-         "this optimizer is part of bitsandbytes, which is not installed.",
-         "pip install 'phalanx[quantization]', or optimizer: adamw_torch."),
+    *(Rule("optimizer", _optimizer(names, without=package),
+           f"it is part of {package}, which is not installed.", f"pip install {pip}, or use adamw_torch.")
+      for names, package, pip in OPTIMIZER_PACKAGES),
+    Rule("optimizer", _optimizer(r"(galore|apollo)_\w+"),
+         "it needs optim_target_modules, which no field here sets.", "Use adamw_torch, with peft: true."),
+    Rule("optimizer", lambda c: c.train.optimizer.startswith("paged_") and not c.topology.on_gpu,
+         "a paged optimiser moves its state out of a full GPU, and there is none.",
+         "Use adamw_torch, or the name without paged_."),
+    Rule("activation_checkpointing", lambda c: c.train.activation_checkpointing == "offload"
+         and not c.topology.on_gpu,
+         "there is no GPU, so activations are in host memory already.", "Use full."),
+    Rule("activation_checkpointing", lambda c: c.train.activation_checkpointing == "selective"
+         and reentrancy(c.zero_stage == 3, c.train.peft)[0],
+         f"selective is not reentrant, and {reentrancy(True, True)[1]}.",
+         "Use full, launch.zero_stage: 2, or distributed_backend: fsdp."),
+    Rule("torch_compile", lambda c: c.train.torch_compile and c.zero_stage == 3,
+         "DeepSpeed's hooks cut each layer into pieces, which torch compiles anew for every layer until it "
+         "gives up.", "Use torch_compile: false, launch.zero_stage: 2, or distributed_backend: fsdp."),
+    Rule("torch_compile", lambda c: c.train.torch_compile and _no_compiler(c),
+         "there is no compiler: it needs g++ on a CPU, and gcc or clang beside a GPU.",
+         "Install one, or use torch_compile: false."),
+    Rule("use_kernels", lambda c: c.train.use_kernels and not c.topology.on_gpu,
+         "the hub's kernels are for GPUs, and there is none.", "Use use_kernels: false."),
+    Rule("use_kernels", lambda c: c.train.use_kernels and not installed("kernels"),
+         "the package kernels is not installed.", "pip install kernels, or use_kernels: false."),
     Rule("mixed_precision", lambda c: c.train.mixed_precision == "fp16" and not c.topology.on_gpu,
          "a CPU has no fp16 training.", "Use mixed_precision: null."),
     Rule("mixed_precision", lambda c: c.train.mixed_precision == "bf16" and not c.topology.on_gpu
@@ -124,8 +174,9 @@ RULES = (
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and _weak_gpu(c),
          "flash-attn needs GPUs of compute capability 8.0 (Ampere) or above.",
          "Use use_flash_attention_2: false."),
-    Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.several,
-         "it works in one process only.", "Lower batch_size and raise gradient_accumulation instead."),
+    Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.topology.num_machines > 1,
+         "each machine starts its own ranks again, and several would not do so together.",
+         "Let one machine find the batch_size (num_machines: 1), and set that."),
     Rule("unsloth", lambda c: c.train.unsloth and c.several, "unsloth does not run on several ranks.",
          "Use unsloth: false."),
     Rule("log", lambda c: c.train.log == "wandb" and not installed("wandb"),

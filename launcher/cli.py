@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trainers.config import ALIASES, NEGATED, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.config import ALIASES, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -98,8 +98,8 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
                 shown = text.replace("%", "%%") if index == 0 else argparse.SUPPRESS
                 kinds = (field.annotation, *get_args(field.annotation))
                 _add_flag(group, spelling, shown, switch=bool in kinds)
-    for negated in NEGATED:
-        _add_flag(parser, negated, argparse.SUPPRESS, switch=True)
+    for switch in SWITCHES:
+        _add_flag(parser, switch, argparse.SUPPRESS, switch=True)
 
 
 def _add_flag(group: Any, name: str, text: str, switch: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from trainers.config import ALIASES, NEGATED, ConfigError, Int, TrainConfig, Word
+from trainers.config import ALIASES, SWITCHES, ConfigError, Int, TrainConfig, Word
 from trainers.config_file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
 from trainers.settings import Settings, Value, put, resolve, validate
 
@@ -174,8 +174,8 @@ def json_schema() -> dict[str, Any]:
     data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
     hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
     params: dict[str, Any] = pick(ALIASES)
-    for key, name in NEGATED.items():
-        params[key] = (bool, Field(False, description=f"The opposite of {name}."))
+    for key, (name, on, off) in SWITCHES.items():
+        params[key] = (bool, Field(on == "full", description=f"true: {name} is {on}. false: it is {off}."))
     whole: dict[str, Any] = {
         "task": (Literal[TASKS], ...),
         "backend": (Word, Field("local", description="AutoTrain's key; only local.")),

@@ -13,7 +13,7 @@ from fakes import listing, run_command, write_rows
 
 from launcher.cli import COMMANDS
 from launcher.config import LaunchConfig
-from trainers.config import ALIASES, NEGATED, TrainConfig
+from trainers.config import ALIASES, SWITCHES, TrainConfig
 
 CONFIG = """\
 task: llm-sft
@@ -119,7 +119,7 @@ def test_help_of_a_command_describes_every_field_once(
     for name, field in {**TrainConfig.model_fields, **LaunchConfig.model_fields}.items():
         assert f"--{name.replace('_', '-')}" in out
         assert (field.description or "").rstrip(".") in out
-    for hidden in (*ALIASES, *NEGATED):
+    for hidden in (*ALIASES, *SWITCHES):
         assert f" --{hidden.replace('_', '-')} " not in out
 
 
@@ -172,8 +172,10 @@ def test_spellings_of_a_flag(
     [
         (["--overwrite"], "overwrite", True),
         (["--overwrite", "false"], "overwrite", False),
-        (["--gradient-checkpointing", "false"], "disable_gradient_checkpointing", True),
-        (["--disable_gradient_checkpointing"], "disable_gradient_checkpointing", True),
+        (["--gradient-checkpointing", "false"], "activation_checkpointing", "none"),
+        (["--gradient-checkpointing"], "activation_checkpointing", "full"),
+        (["--disable_gradient_checkpointing"], "activation_checkpointing", "none"),
+        (["--activation-checkpointing", "selective"], "activation_checkpointing", "selective"),
         (["--load-best-model-at-end", "false"], "load_best_model_at_end", False),
         (["--logging-steps", "-1"], "logging_steps", -1),
         (["--lr", "3e-5"], "lr", 3e-5),

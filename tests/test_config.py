@@ -11,7 +11,7 @@ import pytest
 from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
-from trainers.config import ALIASES, NEGATED, TrainConfig
+from trainers.config import ALIASES, SWITCHES, ConfigError, TrainConfig
 from trainers.config_file import TASKS, load_settings, write_effective
 from trainers.settings import Value, resolve
 
@@ -28,7 +28,6 @@ AUTOTRAIN_DEFAULTS = {
     "trainer": "default",
     "use_flash_attention_2": False,
     "log": "none",
-    "disable_gradient_checkpointing": False,
     "logging_steps": -1,
     "eval_strategy": "epoch",
     "save_total_limit": 1,
@@ -92,6 +91,7 @@ def sft(*params: str) -> str:
 def test_every_parameter_of_autotrain_has_its_default() -> None:
     config = TrainConfig()
     assert {name: getattr(config, name) for name in AUTOTRAIN_DEFAULTS} == AUTOTRAIN_DEFAULTS
+    assert config.activation_checkpointing == "full"  # disable_gradient_checkpointing: false
     assert config.distributed_backend == "auto"
     assert TrainConfig(distributed_backend=None).distributed_backend == "auto"
 
@@ -240,12 +240,41 @@ def test_aliases(read: Read, alias: str) -> None:
     assert getattr(read(sft(f"{alias}: {json.dumps(value)}")).train, name) == value
 
 
-@pytest.mark.parametrize("name", NEGATED)
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", [True, False])
-def test_negated_names(read: Read, name: str, value: bool) -> None:
+def test_switches(read: Read, name: str, value: bool) -> None:
+    field, on, off = SWITCHES[name]
     run = read(sft(f"{name}: {json.dumps(value)}"))
-    assert getattr(run.train, NEGATED[name]) is not value
-    assert run.settings.sources[NEGATED[name]] == "c.yaml:5"
+    assert getattr(run.train, field) == (on if value else off)
+    assert run.settings.sources[field] == "c.yaml:5"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", "full"), ("false", "none"), ("no", "none"), ("selective", "selective")]
+)
+def test_activation_checkpointing_as_transformers_writes_it(read: Read, written: str, meant: str) -> None:
+    assert read(sft(f"activation_checkpointing: {written}")).train.activation_checkpointing == meant
+    assert read(sft(), activation_checkpointing=written).train.activation_checkpointing == meant
+
+
+ON = ["disable_gradient_checkpointing: false", "gradient_checkpointing: true"]
+OFF = ["disable_gradient_checkpointing: true", "gradient_checkpointing: false"]
+
+
+@pytest.mark.parametrize("choice", ["full", "selective", "offload", "true", "none", "false"])
+@pytest.mark.parametrize("switch", [*ON, *OFF])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_switch_that_is_on_leaves_the_way_open(read: Read, choice: str, switch: str, first: bool) -> None:
+    """AutoTrain's configs spell out its default, disable_gradient_checkpointing: false."""
+    lines = [f"activation_checkpointing: {choice}", switch]
+    text = sft(*(lines if first else reversed(lines)))
+    if (choice in ("none", "false")) != (switch in OFF):
+        with pytest.raises(ConfigError, match=r"c.yaml:6: .* contradicts .* \(c.yaml:5\); both set"):
+            read(text)
+        return
+    run = read(text)
+    assert run.train.activation_checkpointing == {"true": "full", "false": "none"}.get(choice, choice)
+    assert run.settings.sources["activation_checkpointing"] == f"c.yaml:{5 if first else 6}"
 
 
 def test_two_spellings_that_agree_are_fine(read: Read) -> None:
@@ -331,9 +360,8 @@ def test_the_source_of_a_key_in_a_message(read: Read, key: str, name: str) -> No
 
 def test_flags_replace_what_the_file_says_by_another_name(read: Read) -> None:
     assert read(sft("learning_rate: 0.1"), lr="0.2").train.lr == 0.2
-    assert read(
-        sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true"
-    ).train.disable_gradient_checkpointing
+    given = read(sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true").train
+    assert given.activation_checkpointing == "none"
 
 
 # --------------------------------------------------------------------------- what is decided for the user
@@ -513,7 +541,7 @@ def test_the_json_schema_lists_every_key_and_refers_to_nothing_missing() -> None
 
     walk(schema)
     assert json.loads(json.dumps(schema)) == schema
-    assert set(definitions["Params"]["properties"]) == {*TrainConfig.model_fields, *ALIASES, *NEGATED}
+    assert set(definitions["Params"]["properties"]) == {*TrainConfig.model_fields, *ALIASES, *SWITCHES}
     assert set(definitions["LaunchConfig"]["properties"]) == set(LaunchConfig.model_fields)
     assert set(definitions["SlurmConfig"]["properties"]) == set(SlurmConfig.model_fields)
     assert set(definitions["Hub"]["properties"]) == {"username", "token", "push_to_hub"}

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from trainers.config import ALIASES, NEGATED, TRAINERS, ConfigError, TrainConfig
+from trainers.config import ALIASES, SWITCHES, TRAINERS, ConfigError, TrainConfig
 from trainers.settings import Settings, Value, nearest, put, resolve
 
 TASKS = (
@@ -214,7 +214,7 @@ class _Reader:
         valid = list(valid)
         hint = nearest(keys[-1], valid)
         # A parameter that stands one level too high is the most common slip.
-        if len(keys) == 1 and keys[0] in (*TrainConfig.model_fields, *ALIASES, *NEGATED):
+        if len(keys) == 1 and keys[0] in (*TrainConfig.model_fields, *ALIASES, *SWITCHES):
             hint = "It belongs under 'params:'."
         return ConfigError(f"{self.where(*keys)}: unknown key '{'.'.join(keys)}'. {hint}")
 
@@ -238,7 +238,7 @@ class _Reader:
             if key not in HUB_KEYS:
                 raise self.unknown(HUB_KEYS, "hub", key)
             self.put(key, value, "hub", key, optional=True)
-        valid = (*TrainConfig.model_fields, *ALIASES, *NEGATED)
+        valid = (*TrainConfig.model_fields, *ALIASES, *SWITCHES)
         for key, value in self.section(tree, "params").items():
             if key not in valid:
                 raise self.unknown(valid, "params", key)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainers.config import ALIASES, BLOCK_SIZE_LIMIT, NEGATED, SECRET_FIELDS, ConfigError, TrainConfig
+from trainers.config import ALIASES, BLOCK_SIZE_LIMIT, SECRET_FIELDS, SWITCHES, ConfigError, TrainConfig
 from trainers.rules import problems, without_effect
 
 MANY = 20  # more names than a message can list
@@ -26,6 +26,11 @@ class Value:
     value: Any
     source: str
     name: str
+    switch: str = ""  # true or false, where the name is one of SWITCHES
+
+    @property
+    def written(self) -> Any:
+        return self.switch or self.value
 
 
 @dataclass
@@ -54,20 +59,35 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def put(values: dict[str, Value], name: str, new: Value) -> None:
     """Stores a value under the field that `name` stands for; two spellings must agree."""
-    if name in NEGATED:
-        word = str(new.value).lower()
-        if word not in ("true", "false"):
-            raise ConfigError(f"{new.source}: {new.name} must be true or false, not {new.value!r}.")
-        name, new = NEGATED[name], Value(word == "false", new.source, new.name)
+    if name in SWITCHES:
+        name, new = _switched(name, new)
     name = ALIASES.get(name, name)
     old = values.get(name)
-    if old is not None and str(old.value) != str(new.value):
-        this, other = ("(hidden)", "(hidden)") if name in SECRET_FIELDS else (new.value, old.value)
+    if old is not None and not _agree(old, new):
+        this, other = ("(hidden)", "(hidden)") if name in SECRET_FIELDS else (new.written, old.written)
         raise ConfigError(
             f"{new.source}: {new.name}: {this} contradicts {old.name}: {other} ({old.source}); "
             f"both set {name}. Keep one."
         )
-    values[name] = new
+    if old is None or not new.switch:  # a switch that is on leaves open which way
+        values[name] = new
+
+
+def _switched(name: str, new: Value) -> tuple[str, Value]:
+    """The field that a switch sets, and the value that it stands for."""
+    field, on, off = SWITCHES[name]
+    word = str(new.value).lower()
+    if word not in ("true", "false"):
+        raise ConfigError(f"{new.source}: {new.name} must be true or false, not {new.value!r}.")
+    return field, Value(on if word == "true" else off, new.source, new.name, word)
+
+
+def _agree(one: Value, other: Value) -> bool:
+    """Whether two spellings say the same; to a switch, every choice but none is on."""
+    if one.switch or other.switch:
+        one_off, other_off = (str(entry.value).lower() in ("none", "no", "false") for entry in (one, other))
+        return one_off == other_off
+    return str(one.value) == str(other.value)
 
 
 def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
@@ -185,6 +205,18 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if found := problems(effective):
         raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in found))
     return Settings(effective, sources, notes)
+
+
+def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
+    """The settings with other values for some fields; what was derived is derived anew."""
+    chosen = {
+        name: Value(getattr(settings.train, name), source, name)
+        for name, source in settings.sources.items()
+        if source != "default" and not source.startswith("derived")
+    }
+    new = resolve({**chosen, **changes})
+    new.notes = list(dict.fromkeys([*settings.notes, *new.notes]))
+    return new
 
 
 def _token_of_the_site() -> dict[str, Value]:

@@ -1,0 +1,83 @@
+"""torch_compile: the layers alone, one compilation for all of them, and weights with their own names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inprocess import build, logged
+from safetensors import safe_open
+from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainers.config import TRAINERS, ConfigError
+
+RUN = {"lr": 1e-2, "max_steps": 4, "batch_size": 2, "packing": "none", "quantization": None}
+
+
+def trainer_of(work: Path, model: Path, **config: Any) -> Any:
+    set_seed(42)
+    return build(work, model, **{**RUN, **config})
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_layers_are_compiled_and_keep_the_names_of_their_weights(
+    tmp_path, tiny_model, tiny_masked_model, trainer
+):
+    """Nothing is compiled before a layer is called. TRL puts adapters into the layers later."""
+    model = tiny_masked_model if trainer == "mlm" else tiny_model
+    for peft in (False, True):
+        plain, compiled = (
+            trainer_of(tmp_path, model, trainer=trainer, peft=peft, torch_compile=choice).trainer.model
+            for choice in (False, True)
+        )
+        names = [type(m).__name__ for m in compiled.modules() if m._compiled_call_impl is not None]
+        assert len(names) == 2 and set(names) <= {"LlamaDecoderLayer", "ModernBertEncoderLayer"}
+        assert compiled.state_dict().keys() == plain.state_dict().keys()
+        assert not [m for m in plain.modules() if m._compiled_call_impl is not None]
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch):
+    from trainers.compilation import compile_layers
+
+    with pytest.raises(ConfigError, match="torch_compile: no layers were found in Linear"):
+        compile_layers(torch.nn.Linear(2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ConfigError, match="torch_compile: it does not go with ZeRO-3"):
+            compile_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "mlm"])
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(
+    tmp_path, tiny_model, tiny_masked_model, trainer, mode
+):
+    from torch._dynamo.utils import counters
+
+    from trainers import run
+
+    model = tiny_masked_model if trainer == "mlm" else tiny_model
+    values = {"trainer": trainer, "activation_checkpointing": mode}
+    expected = [entry["loss"] for entry in logged(trainer_of(tmp_path, model, **values))]
+    torch._dynamo.reset()
+    counters.clear()
+    built = trainer_of(tmp_path, model, torch_compile=True, **values)
+    assert [entry["loss"] for entry in logged(built)] == pytest.approx(expected, abs=1e-4)
+    # Once for the first length, once more for any length; 2 layers of 2 kinds at most.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    run._save(built.trainer, built.context)
+    with safe_open(built.context.folder / "model.safetensors", "pt") as saved:
+        assert not [name for name in saved.keys() if "_orig_mod" in name]  # noqa: SIM118
+
+
+def test_layers_are_what_transformers_repeats(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    layers = AutoModelForCausalLM.from_pretrained(tiny_model).model.layers
+    assert all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
