@@ -1,48 +1,69 @@
-"""The peer of benchmarks/startup.py: the same job as a bare TRL script, as a user would write it by hand.
+"""The peer of the benchmarks: supervised fine-tuning as a bare TRL script, as a user would write it by hand.
 
-accelerate launch --multi_gpu --num_processes 2 benchmarks/bare_sft.py MODEL DATA OUT
+accelerate launch --multi_gpu --num_processes 2 benchmarks/bare_sft.py MODEL DATA OUT --packing
+
+What is not a flag is TRL's default, activation checkpointing with it.
 """
 
-import sys
+import argparse
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-model_path, data_path, out = sys.argv[1:]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("model")
+parser.add_argument("data", help="JSONL: prompt and completion, or input_ids and labels")
+parser.add_argument("out")
+parser.add_argument("--chat", action="store_true", help="prompt and completion are turns for the template")
+parser.add_argument("--packing", action="store_true")
+parser.add_argument("--length", type=int, default=256)
+parser.add_argument("--batch", type=int, default=1)
+parser.add_argument("--accumulation", type=int, default=1)
+parser.add_argument("--steps", type=int, default=2)
+parser.add_argument("--lr", type=float, default=2e-5)
+parser.add_argument("--bf16", action="store_true", help="else float32")
+parser.add_argument("--lora", action="store_true", help="train an adapter (r 16, all linear layers)")
+parser.add_argument("--attention", help="attn_implementation; else the default of transformers")
+parser.add_argument("--no-checkpointing", action="store_true")
+options = parser.parse_args()
 
 
-class FirstStep(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.global_step == 1:
-            print("FIRST_STEP", flush=True)
-
-
-def to_messages(row):
+def to_turns(row):
     return {
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
     }
 
 
+rows = load_dataset("json", data_files=options.data, split="train")
 trainer = SFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
+    model=AutoModelForCausalLM.from_pretrained(
+        options.model,
+        dtype=torch.bfloat16 if options.lora and options.bf16 else torch.float32,
+        attn_implementation=options.attention,
+    ),
     args=SFTConfig(
-        output_dir=out,
+        output_dir=options.out,
         use_cpu=not torch.cuda.is_available(),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        max_length=256,
-        packing=True,
+        bf16=options.bf16,
+        packing=options.packing,
+        max_length=options.length,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        gradient_checkpointing=not options.no_checkpointing,
+        learning_rate=options.lr,
+        optim="adamw_torch",
+        max_steps=options.steps,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     ),
-    train_dataset=load_dataset("json", data_files=data_path, split="train").map(to_messages),
-    processing_class=AutoTokenizer.from_pretrained(model_path),
-    callbacks=[FirstStep()],
+    train_dataset=rows.map(to_turns) if options.chat else rows,
+    processing_class=AutoTokenizer.from_pretrained(options.model),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if options.lora else None,
 )
 trainer.train()

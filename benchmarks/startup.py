@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+from measure import BENCHMARKS, MODEL, REPO, launch, need_model, provenance, table
+
 FLAGS = ["--max-steps", "2", "--batch-size", "1", "--gradient-accumulation", "2", "--block-size", "256",
          "--model-max-length", "256", "--packing", "bfd", "--save-strategy", "no", "--valid-split", "none",
          "--logging-steps", "1", "--peft", "false", "--gradient-checkpointing", "--num-processes", "2",
@@ -47,13 +47,11 @@ def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: st
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Start-up times beside a bare TRL script.")
-    parser.add_argument("--model", type=Path, default=REPO / ".demo" / "SmolLM2-135M-Instruct")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    model, phalanx = options.model.resolve(), [sys.executable, "-m", "launcher"]
-    if not (model / "config.json").is_file():
-        raise SystemExit(f"{model} is no model folder. Make it: python examples/get_model.py {model}")
+    model, phalanx = need_model(options.model), [sys.executable, "-m", "launcher"]
     times: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
@@ -65,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copytree(REPO / "examples" / "data", work / "examples" / "data")
         shutil.copy(REPO / "examples" / "demo.yaml", work)
         train = [*phalanx, "train", "demo.yaml", "--project-name", "run", "--model", str(model), *FLAGS]
-        script = str(REPO / "benchmarks" / "bare_sft.py")
-        bare = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                script, str(model), "examples/data/train.jsonl"]  # fmt: skip
+        bare = [*launch(2), str(BENCHMARKS / "bare_sft.py"), "--chat", "--packing", "--accumulation", "2",
+                str(model), "examples/data/train.jsonl"]  # fmt: skip
         show = [*phalanx, "show", "demo.yaml", "--model", str(model), "--num-processes", "2"]
         for run in range(options.runs):
             add("phalanx --help", seconds_to([*phalanx, "--help"], work, None))
@@ -78,20 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             add("first step, phalanx, empty cache", seconds_to(train, work, **first))
             environ = {"HF_DATASETS_CACHE": str(datasets)}
             add("first step, bare TRL, empty cache",
-                seconds_to([*bare, str(work / "bare")], work, "FIRST_STEP", **environ))  # fmt: skip
+                seconds_to([*bare, str(work / "bare")], work, "'loss':", **environ))  # fmt: skip
             add(
                 "first step, phalanx, full cache",
                 seconds_to(train, work, "step 1/2", PHALANX_CACHE=str(cold)),
             )
             add("first step, bare TRL, full cache",
-                seconds_to([*bare, str(work / "bare")], work, "FIRST_STEP", **environ))  # fmt: skip
+                seconds_to([*bare, str(work / "bare")], work, "'loss':", **environ))  # fmt: skip
     medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"\nmedians of {options.runs} alternating runs; {machine}")
-    for name, value in medians.items():
-        print(f"| {name} | {value:.2f} s |")
+    where = provenance("torch", "transformers", "trl", "accelerate")
+    print(f"\n{where} Medians of {options.runs} alternating runs.\n")
+    print(table(["what", "time"], ([name, f"{value:.2f} s"] for name, value in medians.items())))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "medians": medians, "all": times}, indent=2))
+        options.json.write_text(json.dumps({"where": where, "medians": medians, "all": times}, indent=2))
     return 0
 
 
