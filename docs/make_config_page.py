@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from launcher.config import LaunchConfig, SlurmConfig
-from trainers.config import ALIASES, NEGATED, TRAINERS, TrainConfig, acts_for
+from trainers.config import ALIASES, SWITCHES, TRAINERS, TrainConfig, acts_for
 from trainers.rules import CONDITIONS
 
 PAGE = Path(__file__).parent / "config.md"
@@ -99,8 +99,8 @@ def page() -> str:
     names: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         names.setdefault(name, []).append(alias)
-    for alias, name in NEGATED.items():
-        names.setdefault(name, []).append(f"{alias} (the opposite)")
+    for alias, (name, on, off) in SWITCHES.items():
+        names.setdefault(name, []).append(f"{alias}: true ({on}), false ({off})")
     parts = [
         HEAD,
         "## Training: `params`, and the keys of `data` and `hub`\n",

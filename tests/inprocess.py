@@ -65,7 +65,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
 
     os.environ["PHALANX_CACHE"] = str(work / "cache")
     data = work / "data"
-    data.mkdir(exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
     write_split(data / "train.jsonl", rows or ROWS)
     defaults = {
         "model": str(model),
@@ -84,7 +84,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
     context = run._prepare(settings, Path(settings.train.project_name))
     module = importlib.import_module(f"trainers.{MODULES[settings.train.trainer]}")
     trainer = module.build(context)
-    run.complete(trainer)
+    run.complete(trainer, context)
     return Built(trainer, context, settings)
 
 

@@ -207,6 +207,7 @@ def test_unknown_key(refuse: Refuse, text: str, words: list[str]) -> None:
         ("warmup_ratio: 2", ["params.warmup_ratio", "less than or equal to 1"]),
         ("peft: maybe", ["params.peft", "'maybe' is not true or false"]),
         ("gradient_checkpointing: maybe", ["params.gradient_checkpointing", "true or false", "'maybe'"]),
+        ("activation_checkpointing: some", ["'some' does not exist", "'selective' or 'offload'"]),
         ("packing: yes please", ["params.packing", "Allowed: 'auto', 'bfd', 'wrapped' or 'none'"]),
         ("mixed_precision: fp8", ["params.mixed_precision", "'fp8' does not exist", "'fp16' or 'bf16'"]),
         ("run_name: 5", ["params.run_name", "5 is not text", "quotes"]),
@@ -399,7 +400,8 @@ def test_two_spellings_as_flags(refuse: Refuse) -> None:
 
 def test_a_param_and_its_opposite(refuse: Refuse) -> None:
     text = params("disable_gradient_checkpointing: true", "gradient_checkpointing: true")
-    refuse(text, "c.yaml:15", "contradicts", "c.yaml:14", "Keep one")
+    words = ("gradient_checkpointing: true contradicts", "disable_gradient_checkpointing: true")
+    refuse(text, "c.yaml:15", *words, "c.yaml:14", "Keep one")
 
 
 def test_two_tokens_are_not_printed(refuse: Refuse, work: Path, capsys: pytest.CaptureFixture[str],
@@ -749,8 +751,18 @@ PAIRS = [
      ["use_flash_attention_2", "no GPU", "use_flash_attention_2: false"]),
     (GPUS, ["--use-flash-attention-2"], ["use_flash_attention_2", "mixed_precision: bf16"]),
     (OLD, ["--use-flash-attention-2", "--mixed-precision", "fp16"], ["use_flash_attention_2", "8.0"]),
-    (machine(), [*TWO, "--auto-find-batch-size"],
-     ["auto_find_batch_size", "one process", "gradient_accumulation"]),
+    (machine(), [*TWO, "--num-machines", "2", "--main-process-ip", "10.0.0.1", "--auto-find-batch-size"],
+     ["auto_find_batch_size", "several", "num_machines: 1"]),
+    (machine(), ["--activation-checkpointing", "offload"],
+     ["activation_checkpointing", "in host memory already", "Use full"]),
+    (GPUS, [*TWO, "--distributed-backend", "deepspeed", "--peft", "--activation-checkpointing", "selective"],
+     ["activation_checkpointing", "not reentrant", "trl#2514", "launch.zero_stage: 2"]),
+    (machine(), [*TWO, "--distributed-backend", "deepspeed", "--torch-compile"],
+     ["torch_compile", "compiles anew for every layer", "launch.zero_stage: 2"]),
+    (machine(), ["--use-kernels"], ["use_kernels", "GPUs", "Use use_kernels: false"]),
+    (machine(), ["--use-liger-kernel"], ["--use-liger-kernel: use_kernels: ", "GPUs"]),
+    (machine(), ["--optimizer", "paged_adamw_8bit"], ["optimizer", "full GPU", "without paged_"]),
+    (GPUS, ["--optimizer", "galore_adamw"], ["optimizer", "optim_target_modules", "Use adamw_torch"]),
     (machine(), [*TWO, "--unsloth"], ["unsloth", "several ranks", "unsloth: false"]),
 ]  # fmt: skip
 
@@ -763,6 +775,9 @@ def test_what_does_not_go_together(
     refuse(GOOD, "flag --", *words, flags=tuple(flags))
 
 
+BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "ademamix", "rmsprop_bnb", "paged_lion_8bit")
+
+
 @pytest.mark.parametrize(
     ("package", "flags", "mend"),
     [
@@ -771,6 +786,10 @@ def test_what_does_not_go_together(
         ("deepspeed", [*TWO, "--distributed-backend", "deepspeed"], "phalanx[deepspeed]"),
         ("bitsandbytes", ["--peft", "--quantization", "int4"], "phalanx[quantization]"),
         ("flash-attn", ["--use-flash-attention-2", "--mixed-precision", "bf16"], "pip install flash-attn"),
+        ("kernels", ["--use-kernels"], "pip install kernels"),
+        *(("bitsandbytes", ["--optim", name], "phalanx[quantization]") for name in BITSANDBYTES),
+        ("torchao", ["--optim", "adamw_torch_8bit"], "pip install torchao"),
+        ("schedulefree", ["--optim", "schedule_free_adamw"], "pip install schedulefree"),
     ],
 )
 def test_package_that_is_not_installed(
@@ -780,6 +799,11 @@ def test_package_that_is_not_installed(
     hardware(GPUS)
     packages(without=package)
     refuse(spoil("log: none\n", ""), "not installed", mend, flags=tuple(flags))
+
+
+def test_compiling_without_a_compiler(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refuse(GOOD, "torch_compile", "no compiler", "g++", flags=("--torch-compile",))
 
 
 def test_a_rule_names_the_line_of_the_file(refuse: Refuse) -> None:

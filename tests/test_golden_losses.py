@@ -99,19 +99,18 @@ def test_sft_on_messages_supervises_the_answer_and_the_end_of_its_turn(
 
 
 def test_default_joins_documents_and_cuts_full_blocks(tmp_path, tiny_model, model, tokenizer):
-    block, stream = 32, []
-    for row in ROWS:
-        stream.append([*ids_of(tokenizer, row["text"]), tokenizer.eos_token_id])
-    logps, room = [], block
-    for document in stream:  # each piece sees its own document only, from where its block begins
+    block, logps, room = 32, [], 32
+    texts = [ids_of(tokenizer, row["text"]) for row in ROWS]
+    for ids in texts:
+        document = [*ids, tokenizer.eos_token_id]
+        # Each piece sees its own document only, from where its block begins.
         while document:
             piece, document = document[:room], document[room:]
             logps.append(token_logps(model, piece))
             room = room - len(piece) or block
     built = build(tmp_path, tiny_model, trainer="default", block_size=block, batch_size=100)
-    lengths = [len(row["input_ids"]) for row in built.context.rows("train")]
-    total = sum(map(len, stream))
-    assert lengths == [block] * (total // block) + [total % block] * bool(total % block), "nothing is dropped"
+    (batch,) = built.trainer.get_train_dataloader()
+    assert batch["input_ids"].numel() == sum(len(ids) + 1 for ids in texts), "nothing is dropped"
     assert logged(built)[0]["loss"] == pytest.approx(-torch.cat(logps).mean().item(), abs=TOLERANCE)
 
 

@@ -21,7 +21,9 @@ import torch
 from inprocess import Built, build
 from tiny import build_tiny_model
 
-from trainers import rules, run
+from trainers import attention, rules, run
+from trainers.balanced import Balanced
+from trainers.batches import row_lengths
 from trainers.config import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
 from trainers.settings import Settings
 
@@ -135,6 +137,7 @@ SAMPLES: dict[str, Sample] = {
     "add_eos_token": Sample({}, False),
     "train_on": Sample({**ASKED, "train_on": "all"}, "completion"),
     "packing": Sample({}, "none"),
+    "eval_packing": Sample(VALID, False),
     "block_size": Sample({}, 24),
     "model_max_length": Sample({"block_size": -1}, 24),
     "max_prompt_length": Sample({}, 4),
@@ -145,9 +148,9 @@ SAMPLES: dict[str, Sample] = {
     "epochs": Sample({"max_steps": -1}, 2),
     "max_steps": Sample({}, 3),
     "batch_size": Sample({}, 3),
+    "tokens_per_batch": Sample({}, 400),
     "per_device_eval_batch_size": Sample(VALID, 3),
     "gradient_accumulation": Sample({}, 2),
-    "auto_find_batch_size": Sample({}, True),
     "optimizer": Sample({}, "sgd"),
     "scheduler": Sample({}, "constant"),
     "warmup_ratio": Sample({}, 0.5),
@@ -158,7 +161,9 @@ SAMPLES: dict[str, Sample] = {
     "adam_beta2": Sample({}, 0.5),
     "adam_epsilon": Sample({}, 1e-2),
     "mixed_precision": Sample({}, "bf16"),
-    "disable_gradient_checkpointing": Sample({"disable_gradient_checkpointing": False}, True),
+    "attention": Sample({}, "eager"),
+    "activation_checkpointing": Sample({}, "selective"),
+    "torch_compile": Sample({}, True),
     "dataloader_num_workers": Sample({}, 1),
     # logging, evaluation, saving
     "logging_steps": Sample({}, 5),
@@ -210,7 +215,7 @@ TRAINED = (
 # Fields that are compared by what a few steps log, evaluate and save.
 HAPPENED = (
     "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
-    "save_total_limit", "disable_gradient_checkpointing",
+    "save_total_limit", "activation_checkpointing",
 )  # fmt: skip
 
 # Fields that act outside of what a trainer is built from -> the test that shows it.
@@ -222,7 +227,9 @@ ELSEWHERE = {
     "trust_remote_code": f"{HERE}::test_how_a_model_is_asked_for",
     "token": f"{HERE}::test_how_a_model_is_asked_for",
     "use_flash_attention_2": f"{HERE}::test_how_a_model_is_asked_for",
+    "use_kernels": f"{HERE}::test_how_a_model_is_asked_for",
     "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_whole_model",
+    "auto_find_batch_size": "distributed/test_batch_search.py::test_it_ends_as_the_smaller_batch_would",
     "log": f"{RUN}::test_two_ranks_and_a_resume_are_one_run_in_the_tracker",
     "resume": f"{RUN}::test_resume_ends_with_the_weights_of_an_uninterrupted_run",
     "overwrite": f"{RUN}::test_overwrite_starts_anew",
@@ -289,6 +296,7 @@ def model_facts(model: Any) -> dict[str, Any]:
         "adapters": {
             name: plain(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()
         },
+        "compiled": sum(module._compiled_call_impl is not None for module in inner.modules()),
         "weights": weights(model),
     }
 
@@ -299,6 +307,14 @@ def attributes(value: Any) -> Any:
     return [plain(vars(value)), [plain(vars(cell)) for cell in closed if hasattr(cell, "__dict__")]]
 
 
+def batches(trainer: Any) -> list[Any]:
+    """The pieces of each micro-batch of an epoch, where they are planned."""
+    if not isinstance(trainer, Balanced):
+        return []
+    planned = trainer.plan_batches(row_lengths(trainer.train_dataset), True)
+    return [planned.pieces.start.tolist(), list(planned)]
+
+
 def facts(built: Built) -> dict[str, Any]:
     """What a trainer that was not started says of its run."""
     trainer, tokenizer = built.trainer, built.context.tokenizer
@@ -307,7 +323,13 @@ def facts(built: Built) -> dict[str, Any]:
     reference = getattr(trainer, "ref_model", None)
     return {
         "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "logging_dir")},
-        "rows": {name: part and [part.dataset[:], asdict(part.summary)] for name, part in parts.items()},
+        "rows": {
+            name: part and [part.dataset.with_format(None)[:], asdict(part.summary)]
+            for name, part in parts.items()
+        },
+        "batches": batches(trainer),
+        "padded": [not hasattr(trainer.model.base_model.forward, "__wrapped__"), trainer.pads_evaluation],
+        "attention": trainer.model.config._attn_implementation,
         "evaluated": trainer.eval_dataset is not None,
         "model": model_facts(trainer.model),
         "reference": reference if reference is None else model_facts(reference),
@@ -361,7 +383,7 @@ def small(place: Place, trainer: str, **values: Any) -> Built:
         "batch_size": 2,
         "max_steps": 2,
         "lr": 1e-3,
-        "disable_gradient_checkpointing": True,
+        "activation_checkpointing": "none",
     }
     values = {**defaults, **values}
     set_seed(values.get("seed", 42))
@@ -419,6 +441,7 @@ HOLDS = {
     "log is not wandb": {"log": "tensorboard"},
     "log is none": {"log": "none"},
     "eval_strategy is not steps": {**VALID, "eval_strategy": "epoch"},
+    "tokens_per_batch is set": {"tokens_per_batch": 400},
     "there is no valid_split": {"valid_split": None},
     "nothing is held out by a fraction": {"valid_fraction": 0.0},
     "save_strategy is not steps": {"save_strategy": "epoch"},
@@ -494,19 +517,24 @@ def test_project_name_is_the_folder(place):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
-    """token, revision, trust_remote_code and use_flash_attention_2, as transformers gets them."""
+    """token, revision, trust_remote_code, use_flash_attention_2, use_kernels: as transformers gets them."""
     import transformers
+
+    from trainers import model
 
     asked: list[tuple[str, str, dict[str, Any]]] = []
 
     def record(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def from_pretrained(name: str, **kwargs: Any) -> Any:
             asked.append((kind, name, kwargs))
-            here = {"attn_implementation": "sdpa"} if kind == "model" else {}  # flash-attn needs CUDA
-            return original(name, **{**kwargs, **here})
+            if kind == "tokenizer":
+                return original(name, **kwargs)
+            # flash-attn and kernels need CUDA
+            return original(name, **{**kwargs, "attn_implementation": "sdpa", "use_kernels": False})
 
         return from_pretrained
 
+    monkeypatch.setattr(model, "_check_kernels", lambda: None)
     kinds = ("CausalLM", "SequenceClassification", "MaskedLM")
     for name in ("AutoTokenizer", *(f"AutoModelFor{kind}" for kind in kinds)):
         auto = getattr(transformers, name)
@@ -514,8 +542,10 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
         monkeypatch.setattr(auto, "from_pretrained", record(kind, auto.from_pretrained))
     other = str(place.model(trainer, second=True))
     own = {"model_ref": other} if trainer in REFERENCE_TRAINERS else {}
-    small(place, trainer, **own, token="hf_secret", revision="abc", trust_remote_code=True,
-          use_flash_attention_2=True)  # fmt: skip
+    with monkeypatch.context() as machine:
+        machine.setattr(attention, "_refusal", lambda *_: None)
+        small(place, trainer, **own, token="hf_secret", revision="abc", trust_remote_code=True,
+              use_flash_attention_2=True, use_kernels=True)  # fmt: skip
     assert {kind for kind, _, _ in asked} == {"tokenizer", "model"}
     assert (other in {name for _, name, _ in asked}) == bool(own)
     for kind, name, kwargs in asked:
@@ -523,11 +553,14 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
         assert kwargs["revision"] == ("main" if name == other else "abc")
         assert kwargs["trust_remote_code"] == (name != other), "code is run of the model that was read"
         assert kind == "tokenizer" or kwargs["attn_implementation"] == "flash_attention_2"
+        assert kind == "tokenizer" or kwargs["use_kernels"] is True
     asked.clear()
     small(place, trainer)
     for kind, _, kwargs in asked:
         assert (kwargs["token"], kwargs["revision"], kwargs["trust_remote_code"]) == (None, "main", False)
-        assert kind == "tokenizer" or kwargs["attn_implementation"] == "sdpa"
+        plain = "sdpa" if trainer == "mlm" else attention.DOCUMENTS
+        assert kind == "tokenizer" or kwargs["attn_implementation"] == plain
+        assert "use_kernels" not in kwargs
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

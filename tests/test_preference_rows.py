@@ -425,14 +425,6 @@ def test_the_example_marks_what_is_masked(prepare, tokenizer):
     assert show_example(row, tokenizer, terminal=True) == f"example: \033[2m{Q}\\n\033[0m{GOOD}{END}"
 
 
-def test_the_example_of_a_packed_block_is_its_first_document(prepare, tokenizer):
-    from trainers.example import show_example
-
-    block = prepare([{"text": "one"}, {"text": "one"}], packing="bfd").dataset[0]
-    assert len(block["seq_lengths"]) == 2
-    assert show_example(block, tokenizer, terminal=False) == f"example: one{END}"
-
-
 def test_the_example_of_a_pair_shows_both_answers(prepare, tokenizer):
     from trainers.example import show_example
 

@@ -167,36 +167,6 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_used(prepare, tmp_pat
     assert len(prepare([{"text": "one"}]).dataset) == 1
 
 
-def test_packed_documents_do_not_see_each_other(prepare, tiny_model, tokenizer):
-    """Logits of each document in a block equal those of the document alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    rows = [{"text": f"What is {i} plus {i}? " * (i + 1)} for i in range(4)]
-    alone = {tuple(row["input_ids"]) for row in prepare(rows).dataset}
-    packed = prepare(rows, packing="bfd").dataset
-    assert len(packed) < len(rows)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").eval()
-    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
-    seen = set()
-    for block in packed:
-        batch = collator([block])
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            logits = model(**batch, use_cache=False).logits[0]
-        start = 0
-        for length in block["seq_lengths"]:
-            ids = batch["input_ids"][:, start : start + length]
-            with torch.no_grad():
-                expected = model(input_ids=ids, use_cache=False).logits[0]
-            torch.testing.assert_close(logits[start : start + length], expected, atol=1e-5, rtol=0)
-            assert labels[0, start] == -100, "no document predicts the next one's first token"
-            seen.add(tuple(ids[0].tolist()))
-            start += length
-    assert seen == alone
-
-
 GAINED = {
     "chatml": [],
     "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"],

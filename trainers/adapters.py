@@ -9,27 +9,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from transformers import Trainer
-from trl import DPOTrainer, KTOTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from trainers.balanced import Balanced, Padding
 
-class TokenizedDPOTrainer(DPOTrainer):
+# TRL's fused head scores the labelled positions alone where Triton is at hand, and all of them elsewhere, for
+# compilers that need fixed shapes. A CPU needs none: prompts and padding cost nothing there either.
+assert hasattr(trl_utils, "_use_triton"), "trl has moved the switch of its fused head"
+trl_utils._use_triton = lambda device: True
+
+
+class TokenizedSFTTrainer(Balanced, SFTTrainer):
+    """SFTTrainer on rows of input_ids and labels."""
+
+
+class TokenizedRewardTrainer(Balanced, RewardTrainer):
+    """RewardTrainer on rows of chosen_ids and rejected_ids."""
+
+
+class TokenizedDPOTrainer(Balanced, DPOTrainer):
     """DPOTrainer on rows of prompt_ids, chosen_ids and rejected_ids."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
-class TokenizedKTOTrainer(KTOTrainer):
+class TokenizedKTOTrainer(Padding, KTOTrainer):
     """KTOTrainer on rows of prompt_ids, completion_ids, KL_completion_ids and label."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
-class TokenizedORPOTrainer(ORPOTrainer):
+class TokenizedORPOTrainer(Balanced, ORPOTrainer):
     """ORPOTrainer on rows of prompt_ids, chosen_ids and rejected_ids.
 
     Its likelihood term is the mean over pairs of each pair's mean over tokens (arXiv 2403.07691, eq. 2 and
@@ -46,28 +62,36 @@ class TokenizedORPOTrainer(ORPOTrainer):
         super().__init__(*args, **kwargs)
         self.train_dataset, self.eval_dataset = datasets["train_dataset"], datasets["eval_dataset"]
         collate, self.data_collator = self.data_collator, lambda rows: collate([_labelled(r) for r in rows])
+        model: Any = self.model
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trl_utils.add_fused_lm_head(whole, outputs=("log_probs", "mean_logits"))
 
     def tokenize_row(self, feature: Any, model: Any = None) -> Any:
         return _labelled(feature)
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
-        rest: list[Any]
-        chosen_logps, rejected_logps, chosen_logits, *rest = super().concatenated_forward(model, batch)
-        nll = -chosen_logps.mean()
+        """Mean log-probabilities of the answers, logits for the log, and the likelihood."""
+        both = self.concatenated_inputs(
+            batch, padding_value=self.padding_value, device=self.accelerator.device
+        )
+        ids, mask = both["concatenated_input_ids"], both["concatenated_attention_mask"]
+        answers, pairs = both["concatenated_labels"] != -100, len(batch["chosen_labels"])
+        asked = answers.clone()
         if self.train_on_prompt:
-            ids: Any = batch["chosen_input_ids"].masked_fill(batch["chosen_attention_mask"] == 0, -100)
-            likelihood = self.get_batch_logps(
-                chosen_logits[:, : ids.shape[1] - 1],  # type: ignore[arg-type]
-                ids[:, 1:],
-                average_log_prob=True,
-                is_encoder_decoder=True,  # that is: the labels are shifted already
-            )
-            nll = -likelihood.mean()
-        rest[1] = nll
+            asked[:pairs] = mask[:pairs].bool()
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        labels = ids.masked_fill(~asked, -100)
+        out = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True, **router)
+        scored = answers[:, 1:]
+        logps = (out.log_probs * scored).sum(1) / scored.sum(1)
+        asked = asked[:pairs, 1:]
+        nll = -((out.log_probs[:pairs] * asked).sum(1) / asked.sum(1)).mean()
+        logits = out.mean_logits
         if model.training:
-            seen = batch["chosen_attention_mask"].sum() + batch["rejected_attention_mask"].sum()
-            self.tokens_seen += int(self.accelerator.reduce(seen, "sum"))
-        return (chosen_logps, rejected_logps, chosen_logits, *rest)
+            self.tokens_seen += int(self.accelerator.reduce(mask.sum(), "sum"))
+        extra = (out.aux_loss,) if self.aux_loss_enabled else ()
+        chosen, rejected = logits[:pairs][scored[:pairs]], logits[pairs:][scored[pairs:]]
+        return (logps[:pairs], logps[pairs:], chosen.mean(), rejected.mean(), nll, *extra)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -101,11 +125,10 @@ def masked_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: An
     return total / count
 
 
-class MaskedTrainer(Trainer):
-    """Trainer whose evaluation weighs each rank alike.
+class _OwnMean(Trainer):
+    """Trainer that divides by its own tokens in evaluation.
 
-    With a loss function of one's own, transformers divides by the tokens of all ranks in evaluation too;
-    where the last step is not full, it then keeps the losses of some ranks only, and the mean is wrong.
+    With a loss function of one's own, transformers divides by those of all ranks there too.
     """
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
@@ -114,3 +137,7 @@ class MaskedTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = masked_token_loss(model(**inputs), labels)
         return loss.detach(), None, None
+
+
+class MaskedTrainer(Balanced, _OwnMean):
+    """Trainer on rows of input_ids, masked when a batch is made."""

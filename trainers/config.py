@@ -16,6 +16,9 @@ TRAINERS = ("default", "sft", "reward", "dpo", "orpo", "kto", "mlm")  # AutoTrai
 PREFERENCE_TRAINERS = ("reward", "dpo", "orpo", "kto")  # a chosen and a rejected answer
 PROMPT_TRAINERS = ("dpo", "orpo", "kto")  # a prompt apart from its answers
 REFERENCE_TRAINERS = ("dpo", "kto")  # a frozen reference model
+LANGUAGE_TRAINERS = ("default", "sft")  # a loss on every token that is asked for
+PAIR_TRAINERS = ("reward", "dpo", "orpo")  # two answers to one prompt in a row
+PLANNED_TRAINERS = ("default", "sft", "reward", "dpo", "orpo")  # may fill a micro-batch to a budget of tokens
 BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
 
 # Names that mean the same thing elsewhere (Hugging Face's TrainingArguments, TRL) -> our field.
@@ -38,12 +41,17 @@ ALIASES = {
     "bnb_4bit_use_double_quant": "double_quantization",
     "model_revision": "revision",
     "ref_model": "model_ref",
+    "use_liger_kernel": "use_kernels",
 }
-# Names that say the opposite of our field: their value is negated.
-NEGATED = {"gradient_checkpointing": "disable_gradient_checkpointing"}
+# Names that switch one of our choices on or off: (field, its value at true, its value at false).
+SWITCHES = {
+    "gradient_checkpointing": ("activation_checkpointing", "full", "none"),
+    "disable_gradient_checkpointing": ("activation_checkpointing", "none", "full"),  # AutoTrain's
+}
 # Exit codes (docs/exit-codes.md). A run stopped by a signal ends with 128 + its number.
 RUN_FAILED = 1
 USAGE_ERROR = 2
+OUT_OF_MEMORY = 3
 SECRET_FIELDS = frozenset({"token"})
 
 
@@ -85,6 +93,11 @@ def _names(value: Any) -> Any:
 def _flag_word(value: Any) -> Any:
     """`true` and `false` from a flag, where the field may be a path as well."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _checkpointing_word(value: Any) -> Any:
+    """transformers' field of this name is true or false; YAML 1.1 reads a bare `no` as false."""
+    return {"true": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
 
 
 def _only(*trainers: str) -> dict[str, Any]:
@@ -189,9 +202,15 @@ class TrainConfig(BaseModel):
     )
     packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
         "auto",
-        description="bfd: documents share a block. wrapped: they are joined and cut into full blocks. none: "
-        "one a row. They never see each other. auto: wrapped with the default trainer, else bfd.",
-        json_schema_extra=_only("default", "sft"),
+        description="bfd: documents share a sequence. wrapped: they are joined and cut into full blocks "
+        "(default, sft). none: one a row, padded. They never see each other. auto: wrapped with the default "
+        "trainer, else bfd.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
+    )
+    eval_packing: bool | None = Field(
+        None,
+        description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = (
         Field(
@@ -229,11 +248,20 @@ class TrainConfig(BaseModel):
     per_device_eval_batch_size: Int | None = Field(
         None, gt=0, description="Evaluation rows a rank. Default: batch_size."
     )
+    tokens_per_batch: Int | None = Field(
+        None,
+        gt=0,
+        description="Micro-batch by tokens: documents or pairs that have at most this many together. "
+        "Replaces batch_size.",
+        json_schema_extra=_only(*PLANNED_TRAINERS),
+    )
     gradient_accumulation: Int = Field(
         4, gt=0, description="Micro-batches a rank sums before an optimiser step."
     )
     auto_find_batch_size: bool = Field(
-        False, description="Halve the micro-batch when memory runs out (one process)."
+        False,
+        description="When memory runs out, start again with half the batch_size and twice the "
+        "gradient_accumulation, from the newest checkpoint (one machine).",
     )
     optimizer: str = Field(
         "adamw_torch", description="Any optimiser name of transformers' TrainingArguments.optim."
@@ -251,9 +279,20 @@ class TrainConfig(BaseModel):
     mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(_none_word)] = Field(
         None, description="Compute type over float32 master weights; null: float32 throughout."
     )
+    attention: Literal[
+        "auto", "flash_attention_2", "varlen", "flex_attention", "documents", "sdpa", "eager"
+    ] = Field("auto", description="How attention is computed (docs/packing.md). auto: the fastest there is.")
     use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
-    disable_gradient_checkpointing: bool = Field(
-        False, description="true: keep activations (faster, more memory)."
+    activation_checkpointing: Annotated[
+        Literal["none", "full", "selective", "offload"], BeforeValidator(_checkpointing_word)
+    ] = Field(
+        "full",
+        description="What is kept for the backward. none: every activation (fastest, most memory). full: a "
+        "layer's input. selective: that and what attention came to. offload: as full, in host memory (GPUs).",
+    )
+    torch_compile: bool = Field(False, description="Compile the repeated layers with torch.compile.")
+    use_kernels: bool = Field(
+        False, description="Compute with the hub's kernels where there are some (package kernels, GPUs)."
     )
     dataloader_num_workers: Int = Field(0, ge=0, description="Processes a rank uses to collate batches.")
 
@@ -376,12 +415,17 @@ class TrainConfig(BaseModel):
 
     @property
     def packed(self) -> Literal["bfd", "wrapped", "none"]:
-        """How documents share a block in this run."""
+        """How documents share a sequence in this run."""
         if self.trainer not in acts_for("packing"):
             return "none"
         if self.packing == "auto":
             return "wrapped" if self.trainer == "default" else "bfd"
         return self.packing
+
+    @property
+    def evaluates_packed(self) -> bool:
+        """Whether evaluation, too, computes no padding."""
+        return self.packed != "none" if self.eval_packing is None else self.eval_packing
 
     @property
     def validates(self) -> bool:

@@ -11,21 +11,26 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainers.batches import count_packs
 from trainers.chat import RowError, forget_truncation
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import Columns, Split, column_names, find_columns, find_split, place_of, rows
-from trainers.packing import pack
+from trainers.rank import live_terminal, rank
 from trainers.rows import COUNTS, Encoder, check_label_balance
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
+    from filelock import BaseFileLock
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 2  # raise it when the same input would give other tokens
+CACHE_VERSION = 3  # raise it when the same input would give other tokens
 MANY_ROWS = 10_000  # from here on, tokenizing in several processes pays for starting them
 ROW = "__row__"  # the number of a row in its split, carried along so that a message can name it
 
@@ -46,7 +51,7 @@ class Summary:
     blocks: int = 0
 
     def line(self, name: str) -> str:
-        packed = f" in {self.blocks} blocks" if self.blocks != self.kept else ""
+        packed = f" in {self.blocks} packs" if self.blocks != self.kept else ""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
             f"{name}: {self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
@@ -56,7 +61,7 @@ class Summary:
 
 @dataclass
 class Prepared:
-    """A split ready to train on: the columns of trainers/rows.py and, when packed, seq_lengths."""
+    """A split ready to train on: a document or a pair a row, in the columns of trainers/rows.py."""
 
     dataset: Dataset
     summary: Summary
@@ -80,7 +85,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     Raises:
         ConfigError: the split, a column or a row is not as the config says.
     """
-    from datasets import load_from_disk
+    from datasets import Dataset, load_from_disk
     from filelock import FileLock
 
     key, name = _split_of(config, part)
@@ -93,7 +98,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     fingerprint = _files_digest(split) if source is None else source._fingerprint
     folder = cache_root() / _cache_key(config, tokenizer, fingerprint, columns, part)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _waiting_for(FileLock(f"{folder}.lock")):
         if not folder.exists():
             unfinished = folder.with_suffix(".part")
             shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted run left
@@ -104,13 +109,33 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
             shutil.rmtree(unfinished / "raw", ignore_errors=True)
             unfinished.rename(folder)
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    if summary.blocks == 0:
+    if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
         raise ConfigError(
             f"data.{key}: no row of '{name}' has a token to train on ({reasons}; block_size "
             f"{config.sequence_length}). Raise block_size, shorten the prompts, or look at the rows."
         )
-    return Prepared(load_from_disk(folder / "data"), summary)
+    dataset = load_from_disk(folder / "data")
+    assert isinstance(dataset, Dataset)
+    summary.blocks = count_packs(config, dataset)
+    return Prepared(dataset, summary)
+
+
+@contextmanager
+def _waiting_for(lock: BaseFileLock) -> Iterator[None]:
+    """Holds a lock; says so where another process has it for longer than a moment."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        if rank() == 0:
+            print("data: another process is preparing it; waiting.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
@@ -211,7 +236,7 @@ def _cache_key(
         tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
         config.add_eos_token, config.sequence_length, config.max_prompt_length,
-        config.max_completion_length, config.packed, part, sorted(tokenizer.all_special_ids),
+        config.max_completion_length, config.packed == "wrapped", part, sorted(tokenizer.all_special_ids),
         held_out if _split_of(config, part)[0] == "train_split" else None,
         config.data_seed if config.trainer == "kto" else None,
     ]  # fmt: skip
@@ -227,23 +252,27 @@ def _tokenize(
     part: Part,
 ) -> tuple[Dataset, Summary]:
     encoder = Encoder(columns, config, tokenizer)
-    processes = os.cpu_count() if len(raw) >= MANY_ROWS else None
+    processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
-        data = raw.map(
-            _Numbered(encoder),
-            batched=True,
-            remove_columns=raw.column_names,
-            num_proc=processes,
-            desc="tokenizing",
-        )
+        with _progress():
+            data = raw.map(
+                _Numbered(encoder),
+                batched=True,
+                remove_columns=raw.column_names,
+                num_proc=processes,
+                features=_features(encoder),
+                desc="tokenizing",
+            )
     except RowError as error:
         text, number = error.args
         raise ConfigError(f"{place_of(split, number)}: {text}") from error
     finally:
         forget_truncation(tokenizer)
-    summary = _count(data, len(raw))
-    data = data.filter(lambda reason: not reason, input_columns="dropped").remove_columns(list(COUNTS))
-    summary.kept = summary.blocks = len(data)
+    summary, kept = _count(data, len(raw))
+    data = data.remove_columns(list(COUNTS))
+    if len(kept) < len(data):
+        data = data.select(kept)
+    summary.kept = len(data)
     if not len(data):
         return data, summary
     if config.trainer == "kto":
@@ -251,10 +280,6 @@ def _tokenize(
     if config.trainer == "mlm":
         numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
         data = data.add_column("row", list(numbers))  # what is masked depends on it, not on the rank
-    # Evaluation keeps documents apart, one a row, where packing would cut none.
-    how = config.packed if part == "train" or config.packed == "wrapped" else "none"
-    data = pack(data, config.sequence_length, how)
-    summary.blocks = len(data)
     return data, summary
 
 
@@ -269,7 +294,34 @@ class _Numbered:
         return self.encoder({name: values for name, values in batch.items() if name != ROW}, numbers)
 
 
-def _count(data: Dataset, given: int) -> Summary:
+def _features(encoder: Encoder) -> Features:
+    """Token ids in 32 bits: half of what Python's numbers become by themselves."""
+    from datasets import Features, List, Value
+
+    counts = {"length": "int32", "supervised": "int32", "truncated": "bool", "dropped": "string"}
+    tokens = {
+        name: List(Value("int32")) if empty == [] else Value("bool") for name, empty in encoder.empty.items()
+    }
+    return Features({**tokens, **{name: Value(counts[name]) for name in COUNTS}})
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """A bar, where a person watches."""
+    import datasets
+
+    if rank() != 0 or not live_terminal():
+        yield
+        return
+    datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
+
+
+def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
+    """The summary of a split, and the numbers of the rows that are kept."""
     import numpy as np
 
     counts = data.select_columns(list(COUNTS)).with_format("numpy")[:]
@@ -279,7 +331,7 @@ def _count(data: Dataset, given: int) -> Summary:
     tokens = 0
     for name in lists:
         tokens += sum(len(chunk.flatten()) for chunk in data.with_format("arrow").data.column(name).chunks)
-    return Summary(
+    summary = Summary(
         rows=given,
         tokens=tokens,
         supervised_tokens=int(counts["supervised"][kept].sum()),
@@ -287,6 +339,7 @@ def _count(data: Dataset, given: int) -> Summary:
         truncated=int(counts["truncated"].sum()),
         dropped=dict(reasons),
     )
+    return summary, np.flatnonzero(kept)
 
 
 def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:

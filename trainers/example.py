@@ -41,10 +41,8 @@ def first_tokens(row: dict[str, Any]) -> list[int]:
 def _texts(row: dict[str, Any]) -> Iterator[tuple[str, list[int], list[bool]]]:
     """Name, ids, and which of them the loss sees, of each text of a row."""
     if "input_ids" in row:
-        length = row["seq_lengths"][0] if "seq_lengths" in row else len(row["input_ids"])
-        ids = row["input_ids"][:length]
-        labels = row.get("labels", ids)[:length]
-        yield "example", ids, [label != IGNORED for label in labels]
+        document: list[int] = list(row["input_ids"])
+        yield "example", document, [label != IGNORED for label in row.get("labels", document)]
         return
     prompt = row.get("prompt_ids", [])
     for side in ("chosen", "rejected", "completion"):

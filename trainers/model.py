@@ -8,15 +8,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trainers import fsdp
-from trainers.attention import choose_attention
+from trainers.activation_checkpointing import checkpoint_layers
+from trainers.attention import choose_attention, implementation
 from trainers.chat import forget_truncation, set_template
-from trainers.config import REFERENCE_TRAINERS, ConfigError, TrainConfig
+from trainers.compilation import compile_layers
+from trainers.config import PAIR_TRAINERS, REFERENCE_TRAINERS, ConfigError, TrainConfig
+from trainers.flat import flatten_body
 from trainers.rank import rank
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens that vocabularies hold for padding, best first.
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -90,9 +93,13 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     type. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or not be checkpointed as the config asks.
     """
-    return _load(config.model, config, tokenizer)
+    model = _load(config.model, config, tokenizer)
+    checkpoint_layers(model, config)
+    if config.torch_compile:
+        compile_layers(model)
+    return model
 
 
 def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
@@ -125,17 +132,36 @@ def model_class(config: TrainConfig) -> Any:
     return classes.get(config.trainer, AutoModelForCausalLM)
 
 
+def model_config(name: str, config: TrainConfig) -> PreTrainedConfig:
+    """The shape of a model, without its weights.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        loaded: PreTrainedConfig = AutoConfig.from_pretrained(name, **_source(name, config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base_model: {name} cannot be loaded: {_first_line(error)}") from error
+    return loaded
+
+
 def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     import torch
     import transformers
 
+    attention = choose_attention(config, model_config(name, config))[0]
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype(config) if config.peft else torch.float32,
-        "attn_implementation": choose_attention(config)[0],
+        "attn_implementation": implementation(attention),
         **_source(name, config),
     }
     if config.trainer == "reward":
         kwargs["num_labels"] = 1
+    if config.use_kernels:
+        _check_kernels()
+        kwargs["use_kernels"] = True
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
         sharded = fsdp.asked_for() or "ACCELERATE_USE_DEEPSPEED" in os.environ
@@ -153,9 +179,31 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.trainer == "reward":
         _draw_head(model, info["missing_keys"], config.seed)
     fit_vocabulary(model, tokenizer, config.seed)
+    if config.packed != "none":
+        flatten_body(model, attention == "documents" and config.trainer in PAIR_TRAINERS)
     if fsdp.asked_for():
         fsdp.keep_tied_together(model)
     return model  # type: ignore[no-any-return]
+
+
+def _check_kernels() -> None:
+    """What the launcher cannot see: the versions of kernels that this transformers knows.
+
+    Raises:
+        ConfigError: kernels is missing or of another version, or there is no GPU.
+    """
+    import torch
+    from transformers.utils.import_utils import (
+        KERNELS_MAX_VERSION,
+        KERNELS_MIN_VERSION,
+        is_kernels_available,
+    )
+
+    if not torch.cuda.is_available():
+        raise ConfigError("use_kernels: the hub's kernels are for GPUs, and there is none. Use false.")
+    if not is_kernels_available():
+        needed = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
+        raise ConfigError(f"use_kernels: the package kernels is needed: pip install '{needed}'.")
 
 
 def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:

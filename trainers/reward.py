@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trl import RewardTrainer
+    from trainers.adapters import TokenizedRewardTrainer
 
 
-def build(context: Context) -> RewardTrainer:
+def build(context: Context) -> TokenizedRewardTrainer:
     """The trainer over chosen_ids and rejected_ids; its model is a classifier with one label."""
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
 
+    from trainers.adapters import TokenizedRewardTrainer
     from trainers.building import ingredients
 
     config = context.config
@@ -28,7 +29,7 @@ def build(context: Context) -> RewardTrainer:
         max_length=None,  # rows that are too long are gone already
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
-    return RewardTrainer(args=arguments, **ingredients(context))
+    return TokenizedRewardTrainer(args=arguments, **ingredients(context))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 
-from trainers.config import PROMPT_TRAINERS, TrainConfig, acts_for
+from trainers.config import LANGUAGE_TRAINERS, PREFERENCE_TRAINERS, PROMPT_TRAINERS, TrainConfig, acts_for
 
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
 HELD_OUT_FIELDS = ("eval_steps", "eval_on_start")
@@ -32,8 +32,10 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
     ("log is not wandb", ("wandb_project", "wandb_entity"), lambda c: c.log != "wandb"),
     ("log is none", ("run_name",), lambda c: c.log == "none"),
     ("eval_strategy is not steps", ("eval_steps",), lambda c: c.eval_strategy != "steps"),
+    ("tokens_per_batch is set", ("batch_size",), lambda c: c.tokens_per_batch is not None),
     ("there is no valid_split", HELD_OUT_FIELDS, lambda c: not c.validates),
-    ("nothing is evaluated", ("per_device_eval_batch_size",), lambda c: not (c.validates or c.tests)),
+    ("nothing is evaluated", ("per_device_eval_batch_size", "eval_packing"),
+     lambda c: not (c.validates or c.tests)),
     ("nothing is held out by a fraction", ("split_seed",), lambda c: c.valid_fraction + c.test_fraction == 0),
     ("save_strategy is not steps", ("save_steps",), lambda c: c.save_strategy not in (None, "steps")),
     ("save_strategy is no", ("save_total_limit", "load_best_model_at_end"),
@@ -68,7 +70,7 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Rules that fail: (field, message) each."""
-    found = [*_lengths(config), *_rows(config), *_model(config), *_losses(config)]
+    found = [*_lengths(config), *_rows(config), *_packing(config), *_model(config), *_losses(config)]
     if config.save_strategy == "steps" and config.save_steps is None:
         found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
     if config.eval_strategy == "steps" and config.eval_steps is None and config.validates:
@@ -103,10 +105,37 @@ def _rows(config: TrainConfig) -> list[tuple[str, str]]:
                 found.append(
                     ("prompt_format", "it must name columns in braces, such as '{instruction}\\n{input}'.")
                 )
+    return found
+
+
+def _packing(config: TrainConfig) -> list[tuple[str, str]]:
+    found = []
     if config.trainer == "mlm" and config.packing not in ("auto", "none"):
         found.append(
             ("packing", "the attention of a masked LM sees the whole row, so documents cannot share one. "
                         "Use packing: none."))  # fmt: skip
+    if config.trainer in PREFERENCE_TRAINERS and config.packing == "wrapped":
+        found.append(
+            ("packing", f"wrapped would cut the answers of {config.trainer}. Use packing: bfd, or none.")
+        )
+    if config.packed == "none" and config.eval_packing and config.trainer in acts_for("packing"):
+        found.append(("eval_packing", "packing is none. Set packing: auto, or eval_packing: false."))
+    budget = config.tokens_per_batch
+    if budget is None or config.trainer not in acts_for("tokens_per_batch"):
+        return found
+    if config.packed == "none":
+        found.append(("tokens_per_batch", "it counts no padding, so it needs packing. Set packing: auto."))
+    if config.trainer in LANGUAGE_TRAINERS and budget < config.sequence_length:
+        found.append(
+            ("tokens_per_batch", f"{budget} is below block_size ({config.sequence_length}), the longest "
+                                 "sequence. Raise it, or lower block_size."))  # fmt: skip
+    if config.auto_find_batch_size:
+        found.append(
+            (
+                "auto_find_batch_size",
+                "tokens_per_batch says how much a micro-batch holds. Keep one of the two.",
+            )
+        )
     return found
 
 
@@ -143,11 +172,16 @@ def _losses(config: TrainConfig) -> list[tuple[str, str]]:
         found.append(("loss_type", "kto takes one loss."))
     if config.trainer == "dpo" and "exo_pair" in config.loss_types and not config.label_smoothing:
         found.append(("label_smoothing", "exo_pair needs it above 0. The paper (2402.00856) takes 0.001."))
-    if config.trainer == "kto" and config.loss_types == ["kto"] and config.batch_size < 2:
+    if config.batch_size < smallest_batch(config):
         found.append(
             ("batch_size", "kto estimates a divergence from the rows of a micro-batch and needs 2 or more "
                            "of them. Raise batch_size and lower gradient_accumulation."))  # fmt: skip
     return found
+
+
+def smallest_batch(config: TrainConfig) -> int:
+    """The smallest batch_size that the loss allows."""
+    return 2 if config.trainer == "kto" and config.loss_types == ["kto"] else 1
 
 
 def _lengths(config: TrainConfig) -> list[tuple[str, str]]:

@@ -10,14 +10,15 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainers import fsdp
-from trainers.config import RUN_FAILED, ConfigError, TrainConfig
+from trainers.config import RUN_FAILED, ConfigError, TrainConfig, acts_for
 from trainers.config_file import load_settings
+from trainers.out_of_memory import taking_batches
 from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.run_folder import claim, remove_model, resume_checkpoint, step_of, write_record
 from trainers.settings import Settings
@@ -76,8 +77,9 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
     checkpoint = resume_checkpoint(folder, config)
-    trainer = build(context)
-    complete(trainer)
+    with taking_batches() if config.precompute_ref_log_probs else nullcontext():
+        trainer = build(context)
+    complete(trainer, context)
     facts = _facts(trainer, context)
     tracker = None
     if trainer.is_world_process_zero():
@@ -85,10 +87,11 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
     with _finished(tracker):
         _report(trainer, folder, checkpoint, tracker)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if (held_out := context.rows("test")) is not None:
-            trainer.eval_dataset = {"test": held_out}
-            trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
+        with taking_batches():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if (held_out := context.rows("test")) is not None:
+                trainer.eval_dataset = {"test": held_out}
+                trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
         _save(trainer, context)
         _leave()
         first = trainer.is_world_process_zero()
@@ -140,7 +143,7 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.attention import choose_attention
     from trainers.data import parts, prepare
     from trainers.example import show_example
-    from trainers.model import load_tokenizer
+    from trainers.model import load_tokenizer, model_config
 
     config = settings.train
     tokenizer, new_tokens = load_tokenizer(config)
@@ -149,7 +152,9 @@ def _prepare(settings: Settings, folder: Path) -> Context:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:
                 print(f"note: {note}")
-        print("attention: {} ({})".format(*choose_attention(config)))
+            if config.auto_find_batch_size:
+                print("note: auto_find_batch_size: has no effect without the launcher (phalanx train).")
+        print("attention: {} ({})".format(*choose_attention(config, model_config(config.model, config))))
         for part, prepared in data.items():
             print(prepared.summary.line(part))
         print(show_example(data["train"].dataset[0], tokenizer, live_terminal()), flush=True)
@@ -193,7 +198,6 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
-        "auto_find_batch_size": config.auto_find_batch_size,
         "learning_rate": config.lr,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
@@ -228,10 +232,16 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     }
 
 
-def complete(trainer: Trainer) -> None:
+def complete(trainer: Trainer, context: Context) -> None:
     """What a trainer that was built lacks before it may start."""
+    from trainers.balanced import balance
     from trainers.model import adapt_output
+    from trainers.probe import ProbeIsolation
 
+    config = context.config
+    balance(trainer, config)
+    if config.packed != "none":
+        trainer.add_callback(ProbeIsolation(trainer))
     assert trainer.is_fsdp_enabled == fsdp.asked_for(), "FSDP was asked for, and the ranks run DDP"
     assert trainer.model is not None
     adapt_output(trainer.model)
@@ -257,12 +267,18 @@ def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
         "world_size": world_size(),
         "device": str(accelerator.device.type),
         "seed": trainer.args.seed,
-        "global_batch": trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * world_size(),
+        **_global_batch(context.config, world_size()),
         "command": sys.argv,
         "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
     }
+
+
+def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
+    """What a step holds: packs or rows, or at most so many tokens."""
+    micro_batches = ranks * config.gradient_accumulation
+    if config.tokens_per_batch is not None and config.trainer in acts_for("tokens_per_batch"):
+        return {"global_batch_tokens": config.tokens_per_batch * micro_batches}
+    return {"global_batch": config.batch_size * micro_batches}
 
 
 def _report(trainer: Trainer, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:

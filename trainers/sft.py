@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
+    from trainers.adapters import TokenizedSFTTrainer
 
 
-def build(context: Context) -> SFTTrainer:
-    """The trainer over rows that are tokenized, masked and packed already."""
-    from trl import SFTConfig, SFTTrainer
+def build(context: Context) -> TokenizedSFTTrainer:
+    """The trainer over rows that are tokenized and masked already."""
+    from trl import SFTConfig
 
+    from trainers.adapters import TokenizedSFTTrainer
+    from trainers.batches import FlatCollator
     from trainers.building import ingredients
 
     config = context.config
@@ -26,13 +28,10 @@ def build(context: Context) -> SFTTrainer:
         SFTConfig,
         **context.arguments,
         max_length=config.sequence_length,
-        # The packing itself is done; this tells the collator to keep documents apart.
-        packing=config.packed != "none",
-        packing_strategy="bfd",
-        eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    return SFTTrainer(args=arguments, **ingredients(context))
+    collator = None if config.packed == "none" else FlatCollator()  # without one TRL pads
+    return TokenizedSFTTrainer(args=arguments, data_collator=collator, **ingredients(context))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,167 @@
+"""Plans: every token once, no pack over its budget, one order for a seed, ranks that share the work."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.batches import Batches, FlatCollator, Steps, piece_costs
+from trainers.packing import plan_packs, whole_rows, wrap_rows
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
+CAPACITY = st.integers(40, 130)
+
+
+def packs_of(order, offsets):
+    return np.split(order, offsets[1:-1])
+
+
+# ------------------------------------------------------------------------------------ packing
+
+
+@given(LENGTHS, CAPACITY, st.none() | st.integers(0, 99))
+def test_each_row_is_in_one_pack_and_no_pack_is_over_its_budget(lengths, capacity, seed):
+    lengths = np.asarray(lengths)
+    order, offsets = plan_packs(lengths, capacity, seed)
+    assert sorted(order) == list(range(len(lengths)))
+    assert offsets[0] == 0 and offsets[-1] == len(lengths)
+    for pack in packs_of(order, offsets):
+        assert 0 < lengths[pack].sum() <= capacity
+
+
+@given(LENGTHS, CAPACITY)
+def test_a_plan_is_as_good_as_best_fit_decreasing_done_row_by_row(lengths, capacity):
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        room = min(fitting) if fitting else capacity
+        if fitting:
+            rooms.remove(room)
+        rooms.append(room - length)
+    assert len(plan_packs(lengths, capacity)[1]) - 1 == len(rooms)
+
+
+@given(LENGTHS, CAPACITY, st.integers(0, 99))
+def test_a_seed_gives_one_plan_and_any_seed_as_many_packs(lengths, capacity, seed):
+    one, again = (plan_packs(lengths, capacity, seed) for _ in range(2))
+    assert np.array_equal(one[0], again[0]) and np.array_equal(one[1], again[1])
+    assert len(plan_packs(lengths, capacity, seed + 1)[1]) == len(one[1])
+
+
+@pytest.mark.parametrize("lengths", [[5, 41], [0, 3]])
+def test_rows_that_cannot_be_packed_are_refused(lengths):
+    with pytest.raises(ValueError, match="lengths must be from 1 to 40"):
+        plan_packs(lengths, 40)
+
+
+def test_nothing_is_packed_into_nothing():
+    order, offsets = plan_packs([], 8)
+    assert not len(order) and offsets.tolist() == [0]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.integers(1, 50))
+def test_wrapped_blocks_hold_the_tokens_in_their_order_and_are_full(lengths, capacity):
+    pieces, offsets = wrap_rows(lengths, capacity)
+    tokens = [(row, place) for row, length in enumerate(lengths) for place in range(length)]
+    found = [
+        (row, place)
+        for row, start, stop in zip(pieces.row, pieces.start, pieces.stop, strict=True)
+        for place in range(start, stop)
+    ]
+    assert found == tokens
+    sizes = [pieces.lengths[begin:end].sum() for begin, end in pairwise(offsets)]
+    full, rest = divmod(len(tokens), capacity)
+    assert sizes == [capacity] * full + [rest] * bool(rest)
+    assert offsets[-1] == len(pieces.row)
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def batches_of(lengths, steps, **options):
+    pieces = whole_rows(lengths)
+    return Batches(pieces, piece_costs(pieces.lengths, 64), steps, **options)
+
+
+STEPS = st.builds(Steps, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(LENGTHS, STEPS, st.none() | CAPACITY, st.none() | st.integers(0, 9))
+def test_ranks_are_disjoint_and_complete(lengths, steps, capacity, seed):
+    batches = batches_of(lengths, steps, capacity=capacity, seed=seed)
+    found = list(batches)
+    assert len(found) == len(batches) and len(found) % steps.ranks == 0, "all ranks take as many steps"
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    budget = None if capacity is None else capacity * steps.packs_per_batch
+    for batch in found[: len(found) - steps.ranks * steps.accumulation]:
+        assert batch, "only the last step may leave a rank without work"
+        assert budget is None or sum(lengths[index] for index in batch) <= budget
+        assert capacity is not None or len(batch) == steps.packs_per_batch
+
+
+@given(LENGTHS, st.none() | CAPACITY, st.integers(0, 9), st.integers(1, 2))
+def test_a_step_holds_the_same_rows_for_any_number_of_ranks(lengths, capacity, seed, each):
+    def steps_of(ranks):
+        batches = list(
+            batches_of(lengths, Steps(ranks, 4 // ranks, each), capacity=capacity, seed=seed)
+        )  # four micro-batches a step
+        full = len(batches) // 4 * 4
+        steps = [batches[begin : begin + 4] for begin in range(0, full, 4)] + [batches[full:]]
+        return [sorted(index for batch in step for index in batch) for step in steps if any(step)]
+
+    assert steps_of(1) == steps_of(2) == steps_of(4)
+
+
+def test_epochs_differ_and_come_again():
+    batches = batches_of([3, 9, 4, 4, 7, 2, 2, 8] * 4, Steps(2), capacity=12, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.on_epoch_begin(None, SimpleNamespace(epoch=float(epoch)), None)
+        orders.append(list(batches))
+    assert orders[0] == orders[2] != orders[1]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 2000), min_size=64, max_size=64), st.integers(0, 9))
+def test_ranks_that_wait_for_each_other_have_like_work(lengths, seed):
+    """Dealt by cost, the worst moment costs less than as dealt in the order of the draw, or as much."""
+    steps = Steps(ranks=4, accumulation=2, packs_per_batch=4)
+    batches = batches_of(lengths, steps, seed=seed)
+    order = np.random.default_rng((seed, 0, 1)).permutation(64)
+
+    def waiting(found):
+        costs = [batches.costs[list(batch)].sum() for batch in found]
+        moments = [costs[begin : begin + 4] for begin in range(0, len(costs), 4)]
+        return sum(4 * max(moment) - sum(moment) for moment in moments)
+
+    drawn = [order[begin : begin + 4] for begin in range(0, 64, 4)]
+    assert waiting(list(batches)) <= waiting(drawn) + 1e-6
+
+
+def test_an_idle_rank_gets_an_empty_batch():
+    assert sorted(map(len, batches_of([4, 4, 4], Steps(ranks=4)))) == [0, 1, 1, 1]
+
+
+def test_too_few_packs_for_the_ranks_are_dealt_document_by_document():
+    assert sorted(map(len, batches_of([4, 4, 4, 4], Steps(ranks=4), capacity=16))) == [1, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------ flat
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_document(lengths):
+    rows = [{"input_ids": np.arange(n) + 1, "labels": np.arange(n) + 1} for n in lengths]
+    batch = FlatCollator()(rows)
+    lengths = sorted(lengths, reverse=True)
+    positions = [place for n in lengths for place in range(n)]
+    assert batch["position_ids"].tolist() == [positions]
+    assert batch["input_ids"].tolist() == [[place + 1 for place in positions]]
+    assert batch["labels"].tolist() == [[place + 1 if place else -100 for place in positions]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(lengths)]
+    assert batch["max_length_q"] == max(lengths)
