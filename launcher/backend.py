@@ -174,6 +174,9 @@ RULES = (
     Rule("use_flash_attention_2", lambda c: c.train.use_flash_attention_2 and _weak_gpu(c),
          "flash-attn needs GPUs of compute capability 8.0 (Ampere) or above.",
          "Use use_flash_attention_2: false."),
+    Rule("attention", lambda c: c.train.attention in ("flash_attention_2", "varlen", "flex_attention")
+         and not c.topology.on_gpu, "it needs a GPU, and there is none.",
+         "Use attention: auto, which takes documents here."),
     Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.topology.num_machines > 1,
          "each machine starts its own ranks again, and several would not do so together.",
          "Let one machine find the batch_size (num_machines: 1), and set that."),

@@ -17,7 +17,7 @@ from pathlib import Path
 from launcher.backend import AUTOTRAIN_ZERO_STAGE, Backend
 from launcher.config import Run
 from launcher.topology import Topology
-from trainers.config import REFERENCE_TRAINERS, TrainConfig, acts_for
+from trainers.config import REFERENCE_TRAINERS, TrainConfig
 from trainers.rules import smallest_batch
 from trainers.settings import Value, changed
 
@@ -119,8 +119,8 @@ def advice(
 
     `tried`: the batch sizes that did, in their order. `of_batches`: a batch needed it, not loading or saving.
     """
-    budget = run.train.tokens_per_batch
-    if of_batches and budget is not None and run.train.trainer in acts_for("tokens_per_batch"):
+    budget = run.train.token_budget
+    if of_batches and budget is not None:
         return [f"Lower tokens_per_batch ({budget}) and raise gradient_accumulation by as much."]
     smaller = next_smaller(run.train)
     if of_batches and smaller and not run.train.auto_find_batch_size:

@@ -38,7 +38,7 @@ def make(tmp_path: Path, tiny_model: Path, tiny_masked_model: Path) -> Callable[
         set_seed(42)
         model = tiny_masked_model if trainer == "mlm" else tiny_model
         more = {**RUN, "trainer": trainer, "activation_checkpointing": mode, **config}
-        return build(tmp_path, model, **more).trainer
+        return build(tmp_path, model, **{"attention": "sdpa", **more}).trainer  # one call a layer
 
     return trainer_of
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inprocess import build, settings_of
 
 from trainers.batches import Batches, FlatCollator, Steps, piece_costs
+from trainers.config import ConfigError
 from trainers.packing import plan_packs, whole_rows, wrap_rows
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
@@ -165,3 +167,37 @@ def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_documen
     assert batch["labels"].tolist() == [[place + 1 if place else -100 for place in positions]]
     assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(lengths)]
     assert batch["max_length_q"] == max(lengths)
+
+
+# ------------------------------------------------------------------------------------ the config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainer": "dpo", "packing": "wrapped"}, "packing: wrapped would cut the answers of dpo"),
+        ({"trainer": "mlm", "packing": "bfd"}, "packing: the attention of a masked LM sees the whole row"),
+        ({"tokens_per_batch": 512}, "tokens_per_batch: 512 is below block_size"),
+        ({"tokens_per_batch": 4096, "packing": "none"}, "tokens_per_batch: it counts no padding"),
+        (
+            {"tokens_per_batch": 4096, "auto_find_batch_size": True},
+            "auto_find_batch_size: tokens_per_batch says",
+        ),
+        ({"packing": "none", "eval_packing": True, "valid_split": "v"}, "eval_packing: packing is none"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_of(**{"model": "m", "trainer": "sft", "block_size": 1024, **values})
+
+
+def test_a_pair_that_does_not_fit_into_the_budget_is_named(tmp_path, tiny_model):
+    columns = {
+        "prompt_text_column": "prompt",
+        "text_column": "chosen",
+        "rejected_text_column": "rejected",
+    }
+    with pytest.raises(
+        ConfigError, match=r"20 tokens do not hold the longest row, which has \d+ \(both answers"
+    ):
+        build(tmp_path, tiny_model, trainer="dpo", tokens_per_batch=20, **columns)

@@ -142,7 +142,7 @@ def row_lengths(dataset: Dataset) -> Ints:
 
 def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Ints, training: bool) -> Batches:
     """The batches of a split, as the config says."""
-    budget = config.tokens_per_batch
+    budget = config.token_budget
     rows = config.batch_size if training else config.per_device_eval_batch_size or config.batch_size
     pieces, offsets, capacity = whole_rows(lengths), None, _capacity(config)
     if not training and not config.evaluates_packed:
@@ -188,8 +188,8 @@ def _capacity(config: TrainConfig) -> int | None:
     if config.packed == "wrapped":
         return config.sequence_length
     if config.trainer in LANGUAGE_TRAINERS and config.packed == "bfd":
-        return config.tokens_per_batch or config.sequence_length
-    return config.tokens_per_batch
+        return config.token_budget or config.sequence_length
+    return config.token_budget
 
 
 class PieceRows:

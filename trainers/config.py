@@ -423,6 +423,11 @@ class TrainConfig(BaseModel):
         return self.packing
 
     @property
+    def token_budget(self) -> int | None:
+        """tokens_per_batch, where the trainer fills its micro-batches so."""
+        return self.tokens_per_batch if self.trainer in acts_for("tokens_per_batch") else None
+
+    @property
     def evaluates_packed(self) -> bool:
         """Whether evaluation, too, computes no padding."""
         return self.packed != "none" if self.eval_packing is None else self.eval_packing

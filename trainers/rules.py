@@ -32,7 +32,7 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
     ("log is not wandb", ("wandb_project", "wandb_entity"), lambda c: c.log != "wandb"),
     ("log is none", ("run_name",), lambda c: c.log == "none"),
     ("eval_strategy is not steps", ("eval_steps",), lambda c: c.eval_strategy != "steps"),
-    ("tokens_per_batch is set", ("batch_size",), lambda c: c.tokens_per_batch is not None),
+    ("tokens_per_batch is set", ("batch_size",), lambda c: c.token_budget is not None),
     ("there is no valid_split", HELD_OUT_FIELDS, lambda c: not c.validates),
     ("nothing is evaluated", ("per_device_eval_batch_size", "eval_packing"),
      lambda c: not (c.validates or c.tests)),
@@ -120,8 +120,8 @@ def _packing(config: TrainConfig) -> list[tuple[str, str]]:
         )
     if config.packed == "none" and config.eval_packing and config.trainer in acts_for("packing"):
         found.append(("eval_packing", "packing is none. Set packing: auto, or eval_packing: false."))
-    budget = config.tokens_per_batch
-    if budget is None or config.trainer not in acts_for("tokens_per_batch"):
+    budget = config.token_budget
+    if budget is None:
         return found
     if config.packed == "none":
         found.append(("tokens_per_batch", "it counts no padding, so it needs packing. Set packing: auto."))
@@ -149,6 +149,8 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
         found.append(
             ("trust_remote_code", "code from the hub must be pinned. Set revision to the commit that you "
                                   "have read."))  # fmt: skip
+    if config.use_flash_attention_2 and config.attention not in ("auto", "flash_attention_2"):
+        found.append(("attention", "use_flash_attention_2 asks for another one. Keep one of the two."))
     targets = config.lora_targets
     if config.peft and config.trainer in ("reward", "dpo", "kto") and targets != "all-linear":
         named = targets if isinstance(targets, list) else [targets or ""]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainers import fsdp
-from trainers.config import RUN_FAILED, ConfigError, TrainConfig, acts_for
+from trainers.config import RUN_FAILED, ConfigError, TrainConfig
 from trainers.config_file import load_settings
 from trainers.out_of_memory import taking_batches
 from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
@@ -276,8 +276,8 @@ def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
 def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
     """What a step holds: packs or rows, or at most so many tokens."""
     micro_batches = ranks * config.gradient_accumulation
-    if config.tokens_per_batch is not None and config.trainer in acts_for("tokens_per_batch"):
-        return {"global_batch_tokens": config.tokens_per_batch * micro_batches}
+    if config.token_budget is not None:
+        return {"global_batch_tokens": config.token_budget * micro_batches}
     return {"global_batch": config.batch_size * micro_batches}
 
 
