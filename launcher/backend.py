@@ -27,8 +27,9 @@ AUTOTRAIN_ZERO_STAGE = 3  # what AutoTrain's distributed_backend: deepspeed ran
 MEMORY_SHARE = 0.8  # part of a device's memory that the weights, gradients and optimiser may fill
 
 # Optimisers that are not in torch or transformers: (their names, the package, how pip gets it).
+BITSANDBYTES = r"(paged_)?(adamw|ademamix|lion)_\d+bit|ademamix|\w+_bnb\w*"
 OPTIMIZER_PACKAGES = (
-    (r"(paged_)?(adamw|ademamix|lion)_\d+bit|ademamix|\w+_bnb\w*", "bitsandbytes", "'phalanx[quantization]'"),
+    (BITSANDBYTES, "bitsandbytes", "'phalanx[quantization]'"),
     (r"adamw_torch_[48]bit", "torchao", "torchao"),
     (r"schedule_free_\w+", "schedulefree", "schedulefree"),
     (r"stable_adamw", "torch-optimi", "torch-optimi"),
@@ -136,6 +137,15 @@ RULES = (
       for names, package, pip in OPTIMIZER_PACKAGES),
     Rule("optimizer", _optimizer(r"(galore|apollo)_\w+"),
          "it needs optim_target_modules, which no field here sets.", "Use adamw_torch, with peft: true."),
+    Rule("optimizer", lambda c: c.backend == "fsdp" and _optimizer(f"{BITSANDBYTES}|adafactor|adagrad")(c),
+         "it cannot update weights that fsdp has sharded.",
+         "Use adamw_torch_fused, or another distributed_backend."),
+    Rule("optimizer", lambda c: c.backend == "deepspeed" and c.train.optimizer == "adafactor",
+         "DeepSpeed joins the weights to one row, of which Adafactor has no rows and columns to keep: it "
+         "would train otherwise than on one process.", "Use adamw_torch, or distributed_backend: ddp."),
+    Rule("optimizer", lambda c: c.backend == "deepspeed" and c.train.optimizer == "adagrad",
+         "it makes its state before DeepSpeed has split the weights, and fails.",
+         "Use adamw_torch, or distributed_backend: ddp."),
     Rule("optimizer", lambda c: c.train.optimizer.startswith("paged_") and not c.topology.on_gpu,
          "a paged optimiser moves its state out of a full GPU, and there is none.",
          "Use adamw_torch, or the name without paged_."),
@@ -220,17 +230,21 @@ def resolve_backend(run: Run, topology: Topology) -> Backend:
 
 
 def _choose(run: Run, topology: Topology) -> tuple[str, str]:
-    """auto: one process -> none; the model fits on each rank -> ddp; else fsdp."""
+    """auto: one process -> none; the model fits on each rank -> ddp; else fsdp, or as the optimiser wants."""
     asked = run.train.distributed_backend
     if asked != "auto":
         return asked, f"asked for ({run.settings.sources['distributed_backend']})"
     if topology.num_processes == 1:
         return "none", "one process"
     size = size_of_model(run.train.model)
+    sharded, more = "fsdp", ""
+    if re.fullmatch(BITSANDBYTES, run.train.optimizer) and installed("deepspeed"):
+        sharded, more = "deepspeed", f"; {run.train.optimizer} does not go with fsdp"
     if size is None:
         return (
-            "fsdp",
-            f"the size of {run.train.model} is not known before it is downloaded, and fsdp holds the largest",
+            sharded,
+            f"the size of {run.train.model} is not known before it is downloaded, and {sharded} holds the "
+            f"largest{more}",
         )
     needed = predict_bytes_per_rank(size, run.train)
     hardware = topology.hardware
@@ -238,4 +252,4 @@ def _choose(run: Run, topology: Topology) -> tuple[str, str]:
     figures = f"predicted {needed / 2**30:.1f} GiB a rank, {room / 2**30:.1f} GiB there"
     if needed <= MEMORY_SHARE * room:
         return "ddp", f"the model fits on each rank ({figures})"
-    return "fsdp", f"the model does not fit on each rank ({figures})"
+    return sharded, f"the model does not fit on each rank ({figures}){more}"

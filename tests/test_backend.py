@@ -64,6 +64,13 @@ Resolve = Callable[..., tuple[Run, Topology, Backend]]
         (machine(gpus=2), 7 * BILLION, {"peft": "true"}, "ddp", "fits on each rank"),
         (machine(gpus=2), 70 * BILLION, {"peft": "true", "quantization": "none"}, "fsdp", "does not fit"),
         (machine(gpus=2, gib=16), 3 * BILLION, {}, "fsdp", "does not fit"),
+        (
+            machine(gpus=2, gib=16),
+            3 * BILLION,
+            {"optimizer": "adamw_8bit"},
+            "deepspeed",
+            "adamw_8bit does not go with fsdp",
+        ),
         (CPU, 1000, {"num_processes": 2}, "ddp", "fits on each rank"),
         (CPU, BILLION, {"num_processes": 2}, "fsdp", "does not fit"),
     ],

@@ -765,6 +765,13 @@ PAIRS = [
     (machine(), ["--use-kernels"], ["use_kernels", "GPUs", "Use use_kernels: false"]),
     (machine(), ["--use-liger-kernel"], ["--use-liger-kernel: use_kernels: ", "GPUs"]),
     (machine(), ["--optimizer", "paged_adamw_8bit"], ["optimizer", "full GPU", "without paged_"]),
+    *((machine(), [*TWO, "--distributed-backend", "fsdp", "--optimizer", name],
+       ["optimizer", "weights that fsdp has sharded", "another distributed_backend"])
+      for name in ("adamw_8bit", "lion_32bit", "adafactor", "adagrad")),
+    (machine(), [*TWO, "--distributed-backend", "deepspeed", "--optimizer", "adafactor"],
+     ["optimizer", "rows and columns", "distributed_backend: ddp"]),
+    (machine(), [*TWO, "--distributed-backend", "deepspeed", "--optimizer", "adagrad"],
+     ["optimizer", "before DeepSpeed", "distributed_backend: ddp"]),
     (GPUS, ["--optimizer", "galore_adamw"], ["optimizer", "optim_target_modules", "Use adamw_torch"]),
     (machine(), [*TWO, "--unsloth"], ["unsloth", "several ranks", "unsloth: false"]),
 ]  # fmt: skip

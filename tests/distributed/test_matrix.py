@@ -7,6 +7,7 @@ import re
 
 import pytest
 from ranks import BACKENDS, MODES, REPO
+from safetensors import safe_open
 from tracked import scalars, wandb_files, wandb_history, wandb_run
 
 from launcher.topology import free_port
@@ -123,12 +124,21 @@ def test_merged_adapter_answers_as_the_adapter_does(trained, bench, backend):
         pytest.param([*BACKENDS["zero2"], "--offload", "cpu"], id="zero2-offload"),
         pytest.param([*BACKENDS["zero3"], "--offload", "cpu"], id="zero3-offload"),
         pytest.param([*BACKENDS["ddp"], "--disable-gradient-checkpointing"], id="no-checkpointing"),
+        pytest.param([*BACKENDS["fsdp"], "--activation-checkpointing", "selective"], id="fsdp-selective"),
+        pytest.param([*BACKENDS["zero3"], "--activation-checkpointing", "selective"], id="zero3-selective"),
+        pytest.param([*BACKENDS["one"], "--torch-compile"], id="one-compiled", marks=pytest.mark.slow),
+        pytest.param([*BACKENDS["ddp"], "--torch-compile"], id="ddp-compiled", marks=pytest.mark.slow),
+        pytest.param([*BACKENDS["fsdp"], "--torch-compile"], id="fsdp-compiled", marks=pytest.mark.slow),
+        pytest.param([*BACKENDS["fsdp"], "--optimizer", "adamw_torch_fused"], id="fsdp-fused"),
     ],
 )
 def test_variants_of_a_backend_change_no_loss(trained, bench, flags, request):
     run = bench.train(request.node.callspec.id, *flags)
     assert run.code == 0, run.err
     assert run.losses == pytest.approx(trained("one", "full").losses, abs=1e-4)
+    with safe_open(run.folder / "model.safetensors", "pt") as saved, \
+         safe_open(trained("one", "full").folder / "model.safetensors", "pt") as plain:  # fmt: skip
+        assert set(saved.keys()) == set(plain.keys())
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
