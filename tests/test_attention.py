@@ -173,6 +173,12 @@ def test_the_probe_stops_a_run_whose_documents_see_each_other(rows):
         probe(model)
 
 
+def test_a_model_that_counts_positions_by_itself_is_refused():
+    config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=2)
+    with pytest.raises(ConfigError, match="BloomModel takes no position_ids"):
+        flatten_body(transformers.BloomForCausalLM(config))
+
+
 def test_a_packed_run_asks_the_probe_before_its_first_step(tmp_path, tiny_model, monkeypatch):
     import trainers.probe
 

@@ -229,7 +229,7 @@ ELSEWHERE = {
     "use_flash_attention_2": f"{HERE}::test_how_a_model_is_asked_for",
     "use_kernels": f"{HERE}::test_how_a_model_is_asked_for",
     "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_whole_model",
-    "auto_find_batch_size": "distributed/test_batch_search.py::test_it_ends_as_the_smaller_batch_would",
+    "auto_find_batch_size": "distributed/test_batch_search_runs.py::test_it_ends_as_the_smaller_batch_would",
     "log": f"{RUN}::test_two_ranks_and_a_resume_are_one_run_in_the_tracker",
     "resume": f"{RUN}::test_resume_ends_with_the_weights_of_an_uninterrupted_run",
     "overwrite": f"{RUN}::test_overwrite_starts_anew",

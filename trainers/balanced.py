@@ -8,7 +8,7 @@ over all its pairs (or tokens), and an evaluation the mean over all rows, on any
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,12 +118,12 @@ class Balanced(Padding):
         return loss * (rows * ranks_and_batches / self._rows_of_step)
 
     def prediction_step(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
-        rows = inputs.pop(ROWS)
+        rows, labels = inputs.pop(ROWS), inputs.get("labels")
         weight = rows
-        if "labels" in inputs:
-            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-            weight = int((labels != -100).sum())
-        with self._uneven(rows):
+        if labels is not None:
+            weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != -100).sum())
+        # What is gathered of a loss over tokens is a number a rank.
+        with self._uneven(rows) if labels is None else nullcontext():
             result: Any = super().prediction_step(model, inputs, *others, **named)
         self._evaluated[0] += float(result[0]) * weight if weight else 0.0
         self._evaluated[1] += weight
@@ -156,9 +156,9 @@ class Balanced(Padding):
             if tensor.dim() == 0:
                 return gather(tensor)
             each = tensor.shape[0] // max(rows, 1)  # 2 where chosen and rejected are in one tensor
-            padded = tensor.new_zeros((longest * each, *tensor.shape[1:]))
-            padded[: tensor.shape[0]] = tensor
-            parts = gather(padded).split(longest * each)
+            filled = tensor.new_zeros((longest * each, *tensor.shape[1:]))
+            filled[: tensor.shape[0]] = tensor
+            parts = gather(filled).split(longest * each)
             return torch.cat([part[: count * each] for part, count in zip(parts, counts, strict=True)])
 
         own = ("gather", "gather_for_metrics")

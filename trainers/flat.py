@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from trainers.config import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -42,10 +44,18 @@ def flatten_body(model: PreTrainedModel, share_prompts: bool = False) -> None:
     """Replaces the forward of the model's body; call it before the model is wrapped by peft or a backend.
 
     `share_prompts`: the attention is documents_attention, and rows are chosen answers, then rejected ones.
+
+    Raises:
+        ConfigError: the model counts its positions by itself.
     """
     body: Any = model.base_model
     original = body.forward
     signature = inspect.signature(original)
+    if "position_ids" not in signature.parameters:
+        raise ConfigError(
+            f"packing: {type(body).__name__} takes no position_ids, so documents of one sequence cannot be "
+            "kept apart. Set packing: none."
+        )
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
