@@ -16,15 +16,23 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from trainers.balanced import Balanced, Padding
+from trainers.head import Head, equal_weights
 
 # TRL's fused head scores the labelled positions alone where Triton is at hand, and all of them elsewhere, for
 # compilers that need fixed shapes. A CPU needs none: prompts and padding cost nothing there either.
 assert hasattr(trl_utils, "_use_triton"), "trl has moved the switch of its fused head"
 trl_utils._use_triton = lambda device: True
+# What it scores them with takes more time for its plain torch than for its matrix products on a CPU.
+assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "trl has moved the function of its fused head"
+trl_utils._ChunkedLogProbFunction = Head  # type: ignore[assignment, misc]
 
 
 class TokenizedSFTTrainer(Balanced, SFTTrainer):
     """SFTTrainer on rows of input_ids and labels."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with equal_weights():
+            return super().compute_loss(*args, **kwargs)
 
 
 class TokenizedRewardTrainer(Balanced, RewardTrainer):

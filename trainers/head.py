@@ -1,0 +1,224 @@
+"""The output layer and the log-probabilities of the labelled tokens in one, on CPU ranks.
+
+TRL's fused head has Triton kernels for GPUs; on a CPU it goes over the logits some twenty times in plain
+torch, which took more time than all its matrix products. Here a block of logits is read four times. Where all tokens
+weigh the same (the likelihood of sft) its gradient is taken while it is there, so that it is not computed a
+second time: three matrix products instead of four. The logits of a batch are never whole in either.
+
+The gradient in the forward is that of Liger's fused linear cross-entropy (arXiv 2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+LOGITS = 2**24  # of a block: 64 MiB in float32, two of them at a time
+
+_equal_weights = False
+
+
+@contextmanager
+def equal_weights() -> Iterator[None]:
+    """Says that the loss is a multiple of the sum of the log-probabilities that are computed in here.
+
+    A hint alone: a loss that weighs them otherwise gets its right gradient too, for more work.
+    """
+    global _equal_weights
+    before, _equal_weights = _equal_weights, True
+    try:
+        yield
+    finally:
+        _equal_weights = before
+
+
+class Head:
+    """Takes the place of TRL's ChunkedLogProbFunction: the same arguments and results."""
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> Any:
+        """hidden: (tokens, width); weight: (vocabulary, width); bias: (vocabulary,); targets: (tokens,).
+
+        Returns log p(target), entropy, log of the sum of p squared, mean logit, and whether the target is the
+        likeliest: (tokens,) each, None where it is not in `outputs`. The first alone has a gradient on a CPU.
+        """
+        if hidden.device.type != "cpu":
+            return ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+                hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+            )
+        early = _equal_weights and torch.is_grad_enabled()
+        shape = _Shape(scale, softcap, temperature)
+        with torch.autocast("cpu", enabled=False):
+            return _HeadOnCPU.apply(  # type: ignore[no-untyped-call]
+                hidden, weight, bias, targets, shape, outputs, early
+            )
+
+
+class _Shape:
+    """What a model does to its logits x: cap * tanh(scale * x / cap) / temperature, with a cap."""
+
+    def __init__(self, scale: float, cap: float | None, temperature: float) -> None:
+        self.scale, self.cap, self.temperature = scale, cap, temperature
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.cap is None:
+            factor = self.scale / self.temperature
+            return logits if factor == 1.0 else logits.mul_(factor)
+        return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap / self.temperature)
+
+    def backward_(self, gradient: torch.Tensor, shaped: torch.Tensor) -> torch.Tensor:
+        """From the gradient of the shaped logits to that of the plain ones."""
+        factor = self.scale / self.temperature
+        if self.cap is not None:
+            gradient.mul_(shaped.mul_(self.temperature / self.cap).square_().neg_().add_(1.0))
+        return gradient if factor == 1.0 else gradient.mul_(factor)
+
+
+class _Gradients:
+    """Sums, over blocks of tokens, of what the output layer and its input receive."""
+
+    def __init__(
+        self, needed: tuple[bool, ...], hidden: torch.Tensor, weight: torch.Tensor, bias: Any
+    ) -> None:
+        sources = (hidden, weight, bias)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros(source.shape) if source is not None and asked else None
+            for source, asked in zip(sources, needed, strict=True)
+        )
+
+    def add(self, part: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        """`logits`: the gradient of the block's logits; `hidden`: its input."""
+        if self.hidden is not None:
+            torch.mm(logits, weight, out=self.hidden[part])
+        if self.weight is not None:
+            self.weight.addmm_(logits.t(), hidden)
+        if self.bias is not None:
+            self.bias += logits.sum(0)
+
+    def times(self, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if part is None else part.mul_(factor) for part in self.all())
+
+    def all(self) -> tuple[torch.Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias
+
+
+class _HeadOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        shape: _Shape,
+        outputs: tuple[str, ...],
+        early: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        found = {name: torch.empty(len(targets)) for name in ("log_probs", "log_z", *outputs)}
+        gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias) if early else None
+        matrix = weight.float()
+        for part, states, logits, scratch in _blocks(hidden, matrix, bias, shape):
+            target = targets[part, None]
+            top, likeliest = logits.max(-1)
+            p = torch.softmax(logits, -1, out=scratch)
+            log_z = top - p.gather(-1, likeliest[:, None])[:, 0].log()
+            found["log_z"][part] = log_z
+            found["log_probs"][part] = logits.gather(-1, target)[:, 0] - log_z
+            if "entropy" in outputs:
+                found["entropy"][part] = log_z - _dot(p, logits)
+            if "log_sum_sq_probs" in outputs:
+                found["log_sum_sq_probs"][part] = _dot(p, p).log()
+            if "mean_logits" in outputs:
+                found["mean_logits"][part] = logits.mean(-1)
+            if "is_top1" in outputs:
+                found["is_top1"][part] = likeliest == target[:, 0]
+            if gradients is not None:
+                gradients.add(part, _slope_(p, target, shape, logits), states, matrix)
+        ctx.gradients, ctx.shape = gradients, shape
+        ctx.save_for_backward(hidden, weight, bias, targets, found.pop("log_z"))
+        log_probs = found.pop("log_probs")
+        if "is_top1" in found:
+            found["is_top1"] = found["is_top1"].bool()
+        ctx.mark_non_differentiable(*found.values())
+        rest = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        return log_probs, *(found.get(name) for name in rest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor | None, *_: Any) -> Any:
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        if gradient is None:
+            return (None,) * 7
+        gradient = gradient.float()
+        if ctx.gradients is not None and (gradient == gradient[:1]).all():
+            found, ctx.gradients = ctx.gradients, None
+            parts = found.times(gradient[0] if len(gradient) else gradient.sum())
+        else:
+            with maybe_gather_lm_head_ctx(weight, bias), torch.autocast("cpu", enabled=False):
+                parts = _again(ctx, gradient, hidden, weight, bias, targets, log_z)
+        sources = (hidden, weight, bias)
+        cast = (part if part is None else part.to(s.dtype) for part, s in zip(parts, sources, strict=True))
+        return (*cast, None, None, None, None)
+
+
+def _again(
+    ctx: Any,
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    log_z: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients where each token has a weight of its own: the logits are computed a second time."""
+    gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+    matrix = weight.float()
+    for part, states, logits, scratch in _blocks(hidden, matrix, bias, ctx.shape):
+        p = torch.sub(logits, log_z[part, None], out=scratch).exp_()
+        slope = _slope_(p, targets[part, None], ctx.shape, logits).mul_(gradient[part, None])
+        gradients.add(part, slope, states, matrix)
+    return gradients.all()
+
+
+def _blocks(
+    hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, shape: _Shape
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Blocks of tokens: where they lie, their states, their logits, and room of the same size.
+
+    The memory of the last two is that of the next block too.
+    """
+    size = max(1, LOGITS // len(matrix))
+    rooms = torch.empty(2, min(size, len(hidden)), len(matrix))
+    for begin in range(0, len(hidden), size):
+        states = hidden[begin : begin + size].float()
+        logits, scratch = rooms[:, : len(states)]
+        torch.mm(states, matrix.t(), out=logits)
+        if bias is not None:
+            logits += bias.float()
+        yield slice(begin, begin + len(states)), states, shape.apply_(logits), scratch
+
+
+def _slope_(p: torch.Tensor, target: torch.Tensor, shape: _Shape, logits: torch.Tensor) -> torch.Tensor:
+    """The gradient of log p(target) with respect to the plain logits: 1 at the target, minus p. In place."""
+    p.neg_().scatter_add_(-1, target, torch.ones(len(p), 1))
+    return shape.backward_(p, logits)
+
+
+def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Of each row with its counterpart, with no product of that size in between."""
+    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
