@@ -42,7 +42,6 @@ trainer = make_trainer(
         gradient_accumulation_steps=options.accumulation,
         gradient_checkpointing=not options.no_checkpointing,
         learning_rate=options.lr,
-        optim="adamw_torch",
         max_steps=options.steps,
         logging_steps=1,
         save_strategy="no",

@@ -55,7 +55,6 @@ trainer = SFTTrainer(
         gradient_accumulation_steps=options.accumulation,
         gradient_checkpointing=not options.no_checkpointing,
         learning_rate=options.lr,
-        optim="adamw_torch",
         max_steps=options.steps,
         logging_steps=1,
         save_strategy="no",

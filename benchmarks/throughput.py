@@ -165,6 +165,7 @@ def phalanx_config(options: Namespace, model: Path, batch: Batch, out: Path) -> 
         columns |= {"text_column": "chosen", "rejected_text_column": "rejected"}
     params = {
         "lr": options.lr,
+        "optimizer": "adamw_torch_fused",  # TRL's default
         "warmup_ratio": 0.0,
         "max_steps": options.steps,
         "batch_size": size,
