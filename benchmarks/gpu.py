@@ -40,6 +40,7 @@ import yaml
 from measure import (
     BENCHMARKS,
     GIB,
+    OPTIMIZER,
     Failed,
     Observed,
     alternate,
@@ -208,7 +209,7 @@ def phalanx(job: Job, attention: str, checkpointing: str, out: Path) -> list[str
         "gradient_accumulation": 1,
         "max_steps": job.options.steps,
         "lr": 1e-5,
-        "optimizer": "adamw_torch_fused",  # TRL's default
+        "optimizer": OPTIMIZER,
         "warmup_ratio": 0.0,
         "peft": job.lora,
         "lora_r": RANK,

@@ -28,6 +28,7 @@ REPO = Path(__file__).resolve().parent.parent
 BENCHMARKS = REPO / "benchmarks"
 MODEL = REPO / ".demo" / "SmolLM2-135M-Instruct"
 GIB = 2**30
+OPTIMIZER = "adamw_torch_fused"  # TRL's default, so that all sides of a comparison have one
 LAST_LINES = 300  # of a failed process: the launcher's own traceback follows that of its ranks
 _ERROR = re.compile(r"(\[rank\d+\]: ?)?(error: |[\w.]*Error: )")
 _OF_THE_LAUNCHER = re.compile("ChildFailedError|CalledProcessError")

@@ -20,12 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from measure import BENCHMARKS, MODEL, REPO, launch, need_model, provenance, table
+from measure import BENCHMARKS, MODEL, OPTIMIZER, REPO, launch, need_model, provenance, table
 
 FLAGS = ["--max-steps", "2", "--batch-size", "1", "--gradient-accumulation", "2", "--block-size", "256",
          "--model-max-length", "256", "--packing", "bfd", "--save-strategy", "no", "--valid-split", "none",
          "--logging-steps", "1", "--peft", "false", "--gradient-checkpointing", "--num-processes", "2",
-         "--distributed-backend", "ddp", "--optimizer", "adamw_torch_fused", "--overwrite"]  # fmt: skip
+         "--distributed-backend", "ddp", "--optimizer", OPTIMIZER, "--overwrite"]  # fmt: skip
 
 
 def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: str) -> float:

@@ -36,6 +36,7 @@ import yaml
 from measure import (
     BENCHMARKS,
     MODEL,
+    OPTIMIZER,
     Failed,
     Observed,
     alternate,
@@ -165,7 +166,7 @@ def phalanx_config(options: Namespace, model: Path, batch: Batch, out: Path) -> 
         columns |= {"text_column": "chosen", "rejected_text_column": "rejected"}
     params = {
         "lr": options.lr,
-        "optimizer": "adamw_torch_fused",  # TRL's default
+        "optimizer": OPTIMIZER,
         "warmup_ratio": 0.0,
         "max_steps": options.steps,
         "batch_size": size,

@@ -55,7 +55,8 @@ class Head:
         """hidden: (tokens, width); weight: (vocabulary, width); bias: (vocabulary,); targets: (tokens,).
 
         Returns log p(target), entropy, log of the sum of p squared, mean logit, and whether the target is the
-        likeliest: (tokens,) each, None where it is not in `outputs`. The first alone has a gradient on a CPU.
+        likeliest: (tokens,) each, None where it is not in `outputs`. The first alone has a gradient on a CPU,
+        where the size of a block is LOGITS, not chunk_size.
         """
         if hidden.device.type != "cpu":
             return ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
@@ -97,28 +98,21 @@ class _Gradients:
     ) -> None:
         sources = (hidden, weight, bias)
         self.hidden, self.weight, self.bias = (
-            torch.empty(source.shape) if source is not None and asked else None
+            torch.zeros(source.shape) if source is not None and asked else None
             for source, asked in zip(sources, needed, strict=True)
         )
-        self.blocks = 0
 
     def add(self, part: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         """`logits`: the gradient of the block's logits; `hidden`: its input."""
-        earlier = min(self.blocks, 1)  # 0: what lies in the new memory does not count
-        self.blocks += 1
         if self.hidden is not None:
             torch.mm(logits, weight, out=self.hidden[part])
         if self.weight is not None:
-            torch.addmm(self.weight, logits.t(), hidden, beta=earlier, out=self.weight)
+            self.weight.addmm_(logits.t(), hidden)
         if self.bias is not None:
-            self.bias.copy_(logits.sum(0) if not earlier else self.bias + logits.sum(0))
-
-    def times(self, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return tuple(None if part is None else part.mul_(factor) for part in self.all())
+            self.bias += logits.sum(0)
 
     def all(self) -> tuple[torch.Tensor | None, ...]:
-        parts = (self.hidden, self.weight, self.bias)
-        return parts if self.blocks else tuple(part if part is None else part.zero_() for part in parts)
+        return self.hidden, self.weight, self.bias
 
 
 class _HeadOnCPU(torch.autograd.Function):
@@ -171,7 +165,8 @@ class _HeadOnCPU(torch.autograd.Function):
         gradient = gradient.float()
         if ctx.gradients is not None and (gradient == gradient[:1]).all():
             found, ctx.gradients = ctx.gradients, None
-            parts = found.times(gradient[0] if len(gradient) else gradient.sum())
+            factor = gradient[:1].sum()  # 0 where there is no token
+            parts = tuple(part if part is None else part.mul_(factor) for part in found.all())
         else:
             with maybe_gather_lm_head_ctx(weight, bias), torch.autocast("cpu", enabled=False):
                 parts = _again(ctx, gradient, hidden, weight, bias, targets, log_z)
