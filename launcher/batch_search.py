@@ -34,22 +34,14 @@ def next_smaller(train: TrainConfig) -> tuple[int, int] | None:
     return None
 
 
-def with_smaller_batch(run: Run, checkpoint: Path | None) -> Run | None:
-    """The run of the next attempt; None where there is no smaller batch_size.
-
-    `checkpoint` is the newest one that this start wrote; without one the attempt begins as the first did.
-    """
+def with_smaller_batch(run: Run) -> Run | None:
+    """The run of the next attempt; None where there is no smaller batch_size."""
     smaller = next_smaller(run.train)
     if smaller is None:
         return None
     why = f"auto_find_batch_size ({run.train.batch_size} ran out of memory)"
     names = ("batch_size", "gradient_accumulation")
     changes = {name: Value(value, why, name) for name, value in zip(names, smaller, strict=True)}
-    if checkpoint is not None:
-        why = "auto_find_batch_size (written before memory ran out)"
-        changes["resume"] = Value(str(checkpoint), why, "resume")
-        if run.train.overwrite:
-            changes["overwrite"] = Value(False, why, "overwrite")  # it is done, and contradicts resume
     return replace(run, settings=changed(run.settings, changes))
 
 

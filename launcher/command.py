@@ -31,6 +31,11 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
     return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(folder / "config.json")]
 
 
+def launch_arguments(argv: list[str]) -> list[str]:
+    """What follows `accelerate launch` in such an argv."""
+    return argv[argv.index("accelerate.commands.launch") + 1 :]
+
+
 def cpu_threads(topology: Topology) -> int:
     """Threads a rank: its share of the cores where it computes on them, else one."""
     if topology.on_gpu:
@@ -47,6 +52,8 @@ def build_environment(
         # A single process that sees several GPUs would be wrapped in nn.DataParallel, which TRL refuses.
         environment["CUDA_VISIBLE_DEVICES"] = base.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment["PHALANX_LOG_DIR"] = str(logs)
+    # accelerate leaves it to torchrun for deepspeed, which sets 1: a rank on a CPU would have one thread.
+    environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(topology)))
     environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
     if run.train.token:
         environment["HF_TOKEN"] = run.train.token

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from trainers.config import ALIASES, SWITCHES, ConfigError, Int, TrainConfig, Word
+from trainers.config import ALIASES, SWITCHES, ConfigError, Float, Int, TrainConfig, Word
 from trainers.config_file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
 from trainers.settings import Settings, Value, put, resolve, validate
 
@@ -52,6 +52,26 @@ class LaunchConfig(BaseModel):
     offload: Annotated[Literal["none", "cpu"], BeforeValidator(lambda v: "none" if v is None else v)] = Field(
         "none",
         description="cpu: keep sharded parameters and optimiser state in host memory (fsdp, ZeRO 2 and 3).",
+    )
+    start: Literal["warm", "accelerate"] = Field(
+        "warm",
+        description="warm: one process imports the libraries and forks the ranks, where that is safe. "
+        "accelerate: `accelerate launch` starts them.",
+    )
+    max_restarts: Int = Field(
+        10,
+        ge=0,
+        description="Fresh launches after a failure that one can mend (one machine). Three in a row that "
+        "came no further end the run.",
+    )
+    restart_on_nan: bool = Field(
+        False, description="Start again from the last checkpoint after a NaN or infinite loss or gradient."
+    )
+    hang_timeout: Float | None = Field(
+        None,
+        ge=0,
+        description="Seconds without a sign of life from a rank after which the attempt is killed. Default: "
+        "10 median steps, at least 60. 0: never.",
     )
 
 

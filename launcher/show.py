@@ -10,11 +10,11 @@ import yaml
 
 from launcher import slurm
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.attempt import attempt_folder
 from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, STATIC, resolve_backend
 from launcher.check import preflight
 from launcher.command import build_command
 from launcher.config import Run
-from launcher.supervise import attempt_folder
 from launcher.topology import Topology
 from trainers.config import MODULES
 

@@ -1,155 +1,54 @@
-"""Starts the ranks, shows rank 0, forwards signals, and says which rank failed first and why.
+"""Runs a config to its end: attempt after attempt, each a fresh launch, until one succeeds or none can.
 
+A failure that a fresh launch can mend is followed by another attempt, from the newest checkpoint that
+verifies. Three in a row that came no further end the run, and so does at once what would only fail again.
 With auto_find_batch_size an attempt that ran out of memory is followed by one with a smaller batch_size.
-
-<project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt
-                                  launcher.log rank-N.log rank-N.pid rank-N.error.json
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import IO
 
-import yaml
-
-from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher import attempt
+from launcher.attempt import Outcome, Signals, Watcher
 from launcher.backend import Backend
 from launcher.batch_search import advice, announce, with_smaller_batch
-from launcher.command import ELASTIC, build_command, build_environment
+from launcher.command import build_environment
 from launcher.config import Run
-from launcher.topology import Topology
-from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR
-from trainers.config_file import write_effective
-from trainers.out_of_memory import BatchTooLarge
-from trainers.rank import die_with_parent
-from trainers.run_folder import LAUNCH, checkpoints, claim, resume_checkpoint
+from launcher.diagnosis import Failure, diagnose, read_notes, report
+from launcher.topology import Topology, free_port
+from launcher.warm import Refused, WarmParent
+from launcher.watch import make_beats_folder
+from trainers.config import MODULES, OUT_OF_MEMORY, SAVED
+from trainers.heartbeat import FOLDER as BEATS
+from trainers.manifest import newest_usable, step_of
+from trainers.run_folder import LAUNCH, claim, hold
+from trainers.settings import Value, changed
 
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 10.0  # between a forwarded signal and SIGKILL
-LOG_LINES = 25  # of a failed rank's log that are shown
-# What the other ranks report when one dies: the consequence, not the cause.
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed", re.I
-)
-# torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
-_SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The rank that failed first: its number, the reason in a line, and the exit code that it stands for."""
-
-    rank: int
-    reason: str
-    code: int = RUN_FAILED
-    of_batches: bool = False  # it ran out of memory, and a smaller micro-batch needs less
-
-
-def attempt_folder(run: Run, topology: Topology) -> Path:
-    """The next free `launch/attempt-K`, per machine where there are several (all then agree on K)."""
-    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
-    number = 1
-    while (run.folder / LAUNCH / f"attempt-{number}" / part / "command.txt").exists():
-        number += 1
-    return (run.folder / LAUNCH / f"attempt-{number}" / part).resolve()
-
-
-def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[str]]:
-    """Writes the files of the next attempt; returns their folder and the argv."""
-    folder = attempt_folder(run, topology)
-    folder.mkdir(parents=True, exist_ok=True)
-    deepspeed = build_deepspeed_config(backend)
-    if deepspeed is not None:
-        (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
-    write_effective(run.settings, folder / "config.json")
-    argv = build_command(run, topology, backend, folder)
-    (folder / "command.txt").write_text(shlex.join(argv) + "\n", encoding="utf-8")
-    return folder, argv
+WARM_LOG = "warm.log"  # of the process that imports the libraries
+WITHOUT_PROGRESS = 3  # attempts in a row that came no further
+PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
 
 
 def train(run: Run, topology: Topology, backend: Backend) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
+    lock = None
     if topology.machine_rank == 0:
+        lock = hold(run.folder)
         claim(run.folder, run.train)
-    earlier = _saved(run)
-    tried: list[int] = []
-    with _Forwarder() as signals:
-        while True:
-            folder, code = _attempt(run, topology, backend, signals)
-            if signals.received is not None:
-                print(f"stopped by {signal.Signals(signals.received).name}; logs: {folder}", file=sys.stderr)
-                return 128 + signals.received
-            if code == 0:
-                return 0
-            failure = first_failure(folder)
-            if failure is None or not failure.of_batches:
-                break
-            tried.append(run.train.batch_size)
-            smaller = _smaller(run, earlier, failure)
-            if smaller is None:
-                break
-            run = smaller
-    lines = []
-    if failure is not None and failure.code == OUT_OF_MEMORY:
-        lines = advice(run, backend, topology, tried, failure.of_batches)
-    return report(failure, folder, first_rank(topology), lines)
-
-
-def _attempt(run: Run, topology: Topology, backend: Backend, signals: _Forwarder) -> tuple[Path, int]:
-    """Starts the ranks once, and waits for their end; returns the attempt's folder and the launch's code."""
-    folder, argv = prepare(run, topology, backend)
-    environment = build_environment(run, topology, os.environ, folder, sys.stdout.isatty())
-    with (folder / "launcher.log").open("wb") as log:
-        process = subprocess.Popen(
-            argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
-            preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
-        )
-        signals.watch(process)
-        code = _follow(process, folder / f"rank-{first_rank(topology)}.log", signals)
-        _kill_leftovers(process, folder)
-    shutil.rmtree(folder / ELASTIC, ignore_errors=True)
-    return folder, code
-
-
-def _smaller(run: Run, earlier: dict[Path, int], failure: Failure) -> Run | None:
-    """The next attempt with a smaller micro-batch, said in a line; None where none is left or none asked for.
-
-    It goes on from what this start wrote; a checkpoint that lay there before may be of another config.
-    """
-    if not run.train.auto_find_batch_size:
-        return None
-    written = [path for path, changed in _saved(run).items() if earlier.get(path) != changed]
-    smaller = with_smaller_batch(run, written[-1] if written else None)
-    if smaller is not None:
-        begins = resume_checkpoint(smaller.folder, smaller.train)
-        print(announce(run, smaller, failure.rank, begins), flush=True)
-    return smaller
-
-
-def _saved(run: Run) -> dict[Path, int]:
-    """The finished checkpoints of the run's folder, oldest first, and when each was written."""
-    return {path: (path / "trainer_state.json").stat().st_mtime_ns for path in checkpoints(run.folder)}
+    with Signals() as signals:
+        supervisor = Supervisor(run, topology, backend, signals, lock)
+        try:
+            return supervisor.run_to_end()
+        finally:
+            supervisor.close()
 
 
 def first_rank(topology: Topology) -> int:
@@ -157,130 +56,145 @@ def first_rank(topology: Topology) -> int:
     return topology.machine_rank * topology.local_processes
 
 
-class _Forwarder:
-    """Passes SIGINT and SIGTERM on to the launch.
+@dataclass
+class Supervisor:
+    """The attempts of one start."""
 
-    Kills it when it does not end in time, or is asked twice.
-    """
+    run: Run
+    topology: Topology
+    backend: Backend
+    signals: Signals
+    lock: IO[str] | None
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.received: int | None = None
-        self.deadline = float("inf")
+    def __post_init__(self) -> None:
+        self.parent: WarmParent | None = None
+        self.warm = self.run.launch.start == "warm"
+        self.beats = make_beats_folder()
+        self.tried: list[int] = []  # batch sizes that ran out of memory
+        self.idle = 0  # attempts in a row without progress
+        self.restarts = 0
 
-    def __enter__(self) -> _Forwarder:
-        self.old = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def close(self) -> None:
+        if self.parent is not None:
+            self.parent.close()
+        shutil.rmtree(self.beats, ignore_errors=True)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Takes the launch that signals go to; one that came just before it was there reaches it now."""
-        self.process = process
-        if self.received is not None:
-            process.send_signal(self.received)
-
-    def handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            self.deadline = 0.0
-            return
-        self.received = number
-        self.deadline = time.monotonic() + GRACE_SECONDS
-        if self.process is not None:
-            self.process.send_signal(number)
-
-
-def _follow(process: subprocess.Popen[bytes], log: Path, signals: _Forwarder) -> int:
-    """Copies the log of one rank to the terminal until the launch ends."""
-    stream: BinaryIO | None = None
-    try:
+    def run_to_end(self) -> int:
         while True:
-            ended = process.poll() is not None
-            if stream is None and log.exists():
-                stream = log.open("rb")
-            if stream is not None and (chunk := stream.read()):
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-            if ended:
-                return process.returncode
-            if time.monotonic() > signals.deadline:
-                process.kill()
-            time.sleep(POLL_SECONDS)
-    finally:
-        if stream is not None:
-            stream.close()
+            before = self._reached()
+            outcome = self._attempt()
+            if (code := self._stopped(outcome)) is not None:
+                return code
+            if outcome.code == 0:
+                return 0
+            failure = diagnose(outcome)
+            if not self._prepare_next(failure, before):
+                return self._give_up(failure, outcome)
 
+    def _attempt(self) -> Outcome:
+        """Starts the ranks once, and waits for their end."""
+        if self.topology.num_machines == 1 and not self.run.launch.main_process_port:
+            # A rendezvous of its own: a port that was free at the last attempt need not be now.
+            self.topology = replace(self.topology, main_process_port=free_port())
+        folder, argv = attempt.prepare(self.run, self.topology, self.backend)
+        live = sys.stdout.isatty()
+        environ = build_environment(self.run, self.topology, os.environ, folder, live)
+        environ[BEATS] = str(self.beats)
+        for old in self.beats.iterdir():
+            old.unlink()
+        watcher = Watcher(
+            folder, self.beats, self.run.launch.hang_timeout, first_rank(self.topology), self.signals
+        )
+        if self.warm:
+            try:
+                return watcher.follow(attempt.start(self._warm_parent(environ), argv, environ, folder))
+            except Refused as why:
+                print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
+                self._drop_parent()
+                self.warm = False
+        return watcher.follow(attempt.start(None, argv, environ, folder))
 
-def _kill_leftovers(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """No process stays behind: what the launch left alive is killed. A rank leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    left = [int(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.pid")]
-    left = [pid for pid in left if _is_rank(pid, folder)]
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + GRACE_SECONDS
-    while any(_is_rank(pid, folder) for pid in left) and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
+    def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
+        """The process that forks the ranks; a new one where the last has ended."""
+        if self.parent is None or self.parent.ended:
+            module = f"trainers.{MODULES[self.run.train.trainer]}"
+            deepspeed = self.backend.name == "deepspeed"
+            log = (self.run.folder / LAUNCH / WARM_LOG).resolve()
+            self.parent = WarmParent(module, deepspeed, environ, log, self.lock)
+        return self.parent
 
+    def _drop_parent(self) -> None:
+        if self.parent is not None:
+            self.parent.close()
+        self.parent = None
 
-def _is_rank(pid: int, folder: Path) -> bool:
-    """Whether a pid is still our rank, and not another process that got the number."""
-    try:
-        return str(folder / "config.json").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    # ------------------------------------------------------------------------------------- what next
 
+    def _stopped(self, outcome: Outcome) -> int | None:
+        """The exit code where a signal ended the run; None where none did."""
+        notes = read_notes(outcome.folder, "stopped")
+        received = self.signals.received
+        if received is None or (outcome.code == 0 and not notes):  # it came too late: the run has ended well
+            return None
+        name, saved = signal.Signals(received).name, next((n["saved"] for n in notes if n["saved"]), "")
+        if saved:
+            print(f"stopped by {name}: {saved}; `phalanx train` with --resume goes on", file=sys.stderr)
+            return SAVED
+        print(f"stopped by {name}; nothing was saved; logs: {outcome.folder}", file=sys.stderr)
+        return 128 + received
 
-def first_failure(folder: Path) -> Failure | None:
-    """Which rank failed first.
+    def _reached(self) -> int:
+        """The step of the newest checkpoint."""
+        return step_of(newest_usable(self.run.folder, content=False)[0])
 
-    Memory that ran out is a cause, never a consequence. A rank that was killed from outside comes before the
-    errors that its peers report.
-    """
-    notes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error.json")]
-    notes.sort(key=lambda note: (bool(_PEER_LOST.search(note["message"])), note["time"]))
-    short = [note for note in notes if note["code"] == OUT_OF_MEMORY]
-    if short:
-        return _failure(short[0])
-    summary = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
-    for rank, code in _SUMMARY.findall(summary):
-        number = -int(code)
-        if number > 0 and number not in (signal.SIGTERM, signal.SIGINT):
-            hint = " (out of memory, or killed by hand)" if number == signal.SIGKILL else ""
-            return Failure(int(rank), f"killed by {signal.Signals(number).name}{hint}")
-    return _failure(notes[0]) if notes else None
+    def _prepare_next(self, failure: Failure, before: int) -> bool:
+        """Sets the next attempt up, said in a line; False where there is none."""
+        if failure.of_batches:
+            return self._try_smaller(failure)
+        self.idle = 0 if self._reached() > before else self.idle + 1
+        if not failure.mendable(self.run.launch.restart_on_nan) or self.topology.num_machines > 1:
+            return False
+        if self.restarts >= self.run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
+            return False
+        self.restarts += 1
+        self.run = self._going_on()
+        begins = newest_usable(self.run.folder, content=False)[0] or "the start"
+        count = f"{self.restarts} of at most {self.run.launch.max_restarts}"
+        print(f"{failure.line}; restart {count}, from {begins}", file=sys.stderr, flush=True)
+        self._pause(PAUSES[max(self.idle - 1, 0)])
+        return self.signals.received is None
 
+    def _try_smaller(self, failure: Failure) -> bool:
+        self.tried.append(self.run.train.batch_size)
+        if not self.run.train.auto_find_batch_size:
+            return False
+        smaller = with_smaller_batch(self._going_on())
+        if smaller is None:
+            return False
+        begins = newest_usable(self.run.folder, content=False)[0]
+        print(announce(self.run, smaller, failure.rank or 0, begins), flush=True)
+        self.run = smaller
+        return True
 
-def _failure(note: dict[str, Any]) -> Failure:
-    """What the note of a rank (trainers/rank.py) says."""
-    if note["code"] == USAGE_ERROR:
-        return Failure(note["rank"], note["message"], USAGE_ERROR)
-    first = next(iter(note["message"].strip().splitlines()), "")
-    reason = f"{note['type']}: {first}"
-    return Failure(note["rank"], reason, note["code"], note["type"] == BatchTooLarge.__name__)
+    def _going_on(self) -> Run:
+        """The run of an attempt that goes on from what the earlier ones wrote, where they wrote something."""
+        if newest_usable(self.run.folder, content=False)[0] is None:
+            return self.run
+        why = "a restart"
+        changes = {"resume": Value(True, why, "resume"), "overwrite": Value(False, why, "overwrite")}
+        return replace(self.run, settings=changed(self.run.settings, changes))
 
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.signals.received is None:
+            time.sleep(attempt.POLL_SECONDS)
 
-def report(failure: Failure | None, folder: Path, shown: int, lines: Sequence[str] = ()) -> int:
-    """Prints what went wrong, last things last, and returns the exit code.
-
-    `shown` is the rank whose log the terminal has already; `lines` say what to do.
-    """
-    if failure is not None and failure.code == USAGE_ERROR:
-        print(f"error: {failure.reason}", file=sys.stderr)
-        return USAGE_ERROR
-    log = folder / (f"rank-{failure.rank}.log" if failure else "launcher.log")
-    if log.exists() and (failure is None or failure.rank != shown):
-        print(f"--- end of {log}", file=sys.stderr)
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
-            print(f"    {line}", file=sys.stderr)
-    if failure is not None:
-        print(f"error: rank {failure.rank} failed first: {failure.reason}", file=sys.stderr)
-    else:
-        print("error: the launch failed before a rank could say why; its log is above", file=sys.stderr)
-    for line in (*lines, f"logs of all ranks: {folder}"):
-        print(f"       {line}", file=sys.stderr)
-    return failure.code if failure else RUN_FAILED
+    def _give_up(self, failure: Failure, outcome: Outcome) -> int:
+        lines = []
+        if failure.code == OUT_OF_MEMORY:
+            lines = advice(self.run, self.backend, self.topology, self.tried, failure.of_batches)
+        elif self.idle >= WITHOUT_PROGRESS:
+            lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
+        if self.signals.received is not None:
+            print(f"stopped by {signal.Signals(self.signals.received).name}", file=sys.stderr)
+        return report(failure, outcome.folder, first_rank(self.topology), lines)

@@ -19,6 +19,7 @@ from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trainers.batches import Batches, FlatCollator, PieceRows, plan_batches, row_lengths
+from trainers.checkpoints import Durable
 from trainers.config import TrainConfig
 from trainers.flat import padded
 
@@ -58,7 +59,7 @@ def balance(trainer: Trainer, config: TrainConfig) -> None:
         trainer.eval_collator = CountRows(padding, row)
 
 
-class Padding(Trainer):
+class Padding(Durable):
     """A mixin, named before the trainer of TRL: evaluates padded, where that is asked for."""
 
     pads_evaluation: bool

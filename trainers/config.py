@@ -48,10 +48,17 @@ SWITCHES = {
     "gradient_checkpointing": ("activation_checkpointing", "full", "none"),
     "disable_gradient_checkpointing": ("activation_checkpointing", "none", "full"),  # AutoTrain's
 }
-# Exit codes (docs/exit-codes.md). A run stopped by a signal ends with 128 + its number.
-RUN_FAILED = 1
-USAGE_ERROR = 2
+# Exit codes (docs/exit-codes.md). A run that was stopped before it could save ends with 128 + the signal.
+RUN_FAILED = 1  # an error in the code
+USAGE_ERROR = 2  # a mistake in the config, the flags or the rows
 OUT_OF_MEMORY = 3
+KILLED = 4  # by the system, or by hand
+PEER_LOST = 5  # the connection between ranks broke, and no rank of this machine is to blame
+NOT_FINITE = 6  # NaN or infinite loss or gradient
+DATA_FAILED = 7  # an error while rows were read or collated
+DISK_FAILED = 8  # no space, or an error of input or output
+HUNG = 9
+SAVED = 75  # stopped by a signal, and saved: run me again (sysexits' EX_TEMPFAIL)
 SECRET_FIELDS = frozenset({"token"})
 
 
@@ -143,7 +150,9 @@ class TrainConfig(BaseModel):
         None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
     )
     resume: Annotated[bool | str, BeforeValidator(_flag_word)] = Field(
-        False, description="true: go on from the newest checkpoint of the run. A path: from that checkpoint."
+        False,
+        description="true: go on from the newest checkpoint of the run that verifies, or from the start "
+        "where it wrote none. A path: from that checkpoint.",
     )
     overwrite: bool = Field(False, description="Delete the run that project_name holds and start anew.")
 
@@ -311,7 +320,14 @@ class TrainConfig(BaseModel):
     save_steps: Int | None = Field(
         None, gt=0, description="Steps between checkpoints (save_strategy: steps)."
     )
-    save_total_limit: Int = Field(1, gt=0, description="Checkpoints kept.")
+    save_minutes: Float | None = Field(
+        None, gt=0, description="Minutes between checkpoints, next to those of save_strategy."
+    )
+    save_total_limit: Int = Field(
+        1,
+        gt=0,
+        description="Checkpoints kept; the best one is kept beside them, and one that verifies always.",
+    )
     load_best_model_at_end: bool | None = Field(
         None,
         description="End with the lowest eval_loss. Default: true where every save has its loss.",

@@ -65,6 +65,7 @@ class Prepared:
 
     dataset: Dataset
     summary: Summary
+    key: str  # names the content: rows, tokenizer, template, and what the config says of rows
 
 
 def cache_root() -> Path:
@@ -118,7 +119,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
     summary.blocks = count_packs(config, dataset)
-    return Prepared(dataset, summary)
+    return Prepared(dataset, summary, folder.name)
 
 
 @contextmanager

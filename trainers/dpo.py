@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from trainers.adapters import TokenizedDPOTrainer
 
 
-def build(context: Context) -> DPOTrainer:
+def build(context: Context) -> TokenizedDPOTrainer:
     """The trainer over prompt_ids, chosen_ids and rejected_ids."""
     from trl import DPOConfig
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trl import KTOTrainer
+    from trainers.adapters import TokenizedKTOTrainer
 
 
-def build(context: Context) -> KTOTrainer:
+def build(context: Context) -> TokenizedKTOTrainer:
     """The trainer over prompt_ids, completion_ids, KL_completion_ids and label."""
     from trl import KTOConfig
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from trainers.adapters import MaskedTrainer
 
 
-def build(context: Context) -> Trainer:
+def build(context: Context) -> MaskedTrainer:
     """The trainer over input_ids; which tokens are masked is drawn when a batch is made."""
     from transformers import TrainingArguments
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from trainers.run import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trl.experimental.orpo import ORPOTrainer
+    from trainers.adapters import TokenizedORPOTrainer
 
 
-def build(context: Context) -> ORPOTrainer:
+def build(context: Context) -> TokenizedORPOTrainer:
     """The trainer over prompt_ids, chosen_ids and rejected_ids."""
     from trl.experimental.orpo import ORPOConfig
 

@@ -6,6 +6,7 @@ The launcher sets PHALANX_LOG_DIR; a run by hand has none and writes to the term
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -15,8 +16,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError
-from trainers.out_of_memory import BatchTooLarge, ran_out_of_memory
+from trainers.config import SAVED, USAGE_ERROR, ConfigError
+from trainers.failures import code_of, is_lost_peer
+from trainers.heartbeat import heart
+from trainers.out_of_memory import BatchTooLarge
+from trainers.stopping import STACK_SIGNAL, StopNow, stop
 
 _PR_SET_PDEATHSIG = 1
 # Ranks that were started by hand have nobody who could start them again.
@@ -57,24 +61,29 @@ def after_failure(action: Callable[[], None]) -> None:
 def run_rank(main: Callable[[], int]) -> int:
     """Runs a rank's main function with its output in its own file, and returns its exit code.
 
-    0: trained. 1: failed, with the traceback. 2: a mistake of the user's, in one line. 3: out of memory.
+    0: trained; or stopped by a signal, where a launcher reads rank-N.stopped.json. Else what
+    docs/exit-codes.md says: a mistake of the user's in one line, other errors with their traceback.
     """
     folder = log_folder()
     if folder is not None:
         _redirect(folder / f"rank-{rank()}.log")
+        _dump_stack_on_signal(folder / f"rank-{rank()}.stack")
+        heart.start(rank())
         (folder / f"rank-{rank()}.pid").write_text(str(os.getpid()), encoding="utf-8")
         die_with_parent()
+    stop.listen()
     try:
-        return main()
+        code = main()
+        return _stopped(folder, stop.saved) if stop.saved is not None else code
+    except StopNow as now:
+        return _stopped(folder, "", now.number)
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it, once for all ranks
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except Exception as error:
-        code = OUT_OF_MEMORY if ran_out_of_memory(error) else RUN_FAILED
+        code = code_of(error)
         _note(folder, error, code)
         traceback.print_exc()
         if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher says what to do
@@ -82,6 +91,27 @@ def run_rank(main: Callable[[], int]) -> int:
         for action in _after_failure:
             action()
         return code
+
+
+def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
+    """The end of a rank that was asked to stop; `saved` says what, or is empty.
+
+    torchrun takes every code but 0 for a failure and kills the other ranks, so a launcher reads the file.
+    """
+    number = number or stop.requested
+    if folder is None:
+        print(
+            f"stopped by {signal.Signals(number).name}; {saved or 'nothing was to be saved yet'}", flush=True
+        )
+        return SAVED if saved else 128 + number
+    text = json.dumps({"rank": rank(), "signal": number, "saved": saved})
+    (folder / f"rank-{rank()}.stopped.json").write_text(text, encoding="utf-8")
+    return 0
+
+
+def _dump_stack_on_signal(path: Path) -> None:
+    """The file stays open for the life of the rank: the handler must not open one."""
+    faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
 
 def _redirect(path: Path) -> None:
@@ -108,9 +138,10 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
         return
     note = {
         "rank": rank(),
-        "time": time.time(),
+        "time": time.monotonic(),  # of one machine's ranks; the clock may be set back between two failures
         "code": code,
         "type": type(error).__name__,
         "message": str(error)[:2000],
+        "peer_lost": is_lost_peer(error),
     }
     (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")

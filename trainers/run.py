@@ -18,16 +18,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainers import fsdp
 from trainers.config import RUN_FAILED, ConfigError, TrainConfig
 from trainers.config_file import load_settings
+from trainers.manifest import step_of
 from trainers.out_of_memory import taking_batches
 from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
-from trainers.run_folder import claim, remove_model, resume_checkpoint, step_of, write_record
+from trainers.run_folder import claim, hold, remove_model, versions, write_record
 from trainers.settings import Settings
+from trainers.stopping import stop
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch.nn import Module
     from transformers import PreTrainedTokenizerBase, Trainer
 
+    from trainers.checkpoints import Durable
     from trainers.data import Part, Prepared
     from trainers.trackers import Tracker
 
@@ -48,7 +51,7 @@ class Context:
         return self.data[part].dataset if part in self.data else None
 
 
-Build = Callable[[Context], "Trainer"]
+Build = Callable[[Context], "Durable"]
 Arguments = TypeVar("Arguments")
 
 
@@ -66,29 +69,40 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         raise ConfigError(
             f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started."
         )
-    if log_folder() is None and rank() == 0:
-        claim(folder, config)  # under the launcher it was claimed already
+    if log_folder() is None and rank() == 0:  # under the launcher it was claimed already
+        hold(folder)
+        claim(folder, config)
     _quiet()
     from transformers import set_seed
 
+    from trainers.agreement import check_alike
+    from trainers.pickles import allow_deepspeed, weights_only
     from trainers.trackers import open_tracker
+
+    allow_deepspeed() if "ACCELERATE_USE_DEEPSPEED" in os.environ else weights_only()
 
     set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
-    checkpoint = resume_checkpoint(folder, config)
     with taking_batches() if config.precompute_ref_log_probs else nullcontext():
         trainer = build(context)
     complete(trainer, context)
+    check_alike(trainer.agreement, _of_all_ranks(settings, context))
+    checkpoint, passed = trainer.find_checkpoint()
     facts = _facts(trainer, context)
     tracker = None
     if trainer.is_world_process_zero():
         write_record(folder, settings, facts)
         tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
     with _finished(tracker):
+        for line in passed if trainer.is_world_process_zero() else ():
+            print(f"resume: {line}", flush=True)
         _report(trainer, folder, checkpoint, tracker)
         with taking_batches():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.saved is not None:
+                _leave()
+                return 0
             if (held_out := context.rows("test")) is not None:
                 trainer.eval_dataset = {"test": held_out}
                 trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
@@ -220,7 +234,6 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "eval_on_start": config.eval_on_start and config.validates,
         "save_strategy": config.save_strategy,
         "save_steps": config.save_steps or 500,  # read only with save_strategy: steps, which needs save_steps
-        "save_total_limit": config.save_total_limit,
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
         "greater_is_better": False if config.load_best_model_at_end else None,
@@ -232,13 +245,14 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     }
 
 
-def complete(trainer: Trainer, context: Context) -> None:
+def complete(trainer: Durable, context: Context) -> None:
     """What a trainer that was built lacks before it may start."""
     from trainers.balanced import balance
     from trainers.model import adapt_output
     from trainers.probe import ProbeIsolation
 
     config = context.config
+    trainer.protect(config, context.data["train"].key)
     balance(trainer, config)
     if config.packed != "none":
         trainer.add_callback(ProbeIsolation(trainer))
@@ -258,7 +272,7 @@ def _master_weights(model: Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
+def _facts(trainer: Durable, context: Context) -> dict[str, Any]:
     """What run.json says of this start beyond the config."""
     accelerator = trainer.accelerator
     return {
@@ -273,6 +287,14 @@ def _facts(trainer: Trainer, context: Context) -> dict[str, Any]:
     }
 
 
+def _of_all_ranks(settings: Settings, context: Context) -> dict[str, str]:
+    """What must be the same on every rank."""
+    from trainers.agreement import digest
+
+    data = {f"data ({part})": prepared.key for part, prepared in context.data.items()}
+    return {"config": digest(settings.public()), **data, **versions()}
+
+
 def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
     """What a step holds: packs or rows, or at most so many tokens."""
     micro_batches = ranks * config.gradient_accumulation
@@ -281,18 +303,18 @@ def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
     return {"global_batch": config.batch_size * micro_batches}
 
 
-def _report(trainer: Trainer, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:
+def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:
     from transformers.trainer_callback import PrinterCallback
 
-    from trainers.checkpoints import AgreeOnBest
+    from trainers.boundary import StepBoundary
     from trainers.tracking import Report
 
-    trainer.add_callback(AgreeOnBest())
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         if checkpoint:
             print(f"resume: {checkpoint}", flush=True)
         trainer.add_callback(Report(folder, live_terminal(), step_of(checkpoint), tracker))
+    trainer.add_callback(StepBoundary(trainer, checkpoint))
 
 
 def _save(trainer: Trainer, context: Context) -> None:

@@ -1,26 +1,31 @@
 """The run's folder: what lies where, whether it is free, and the record of the run.
 
 <project_name>/                  final model, tokenizer, run.json, metrics.jsonl
-<project_name>/checkpoint-N/     checkpoints
+<project_name>/checkpoint-N/     checkpoints, each whole; saving/ holds one that is being written
 <project_name>/launch/attempt-K/ what the launcher generated, and each rank's log
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import shutil
+import socket
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainers.config import ConfigError, TrainConfig
+from trainers.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
 from trainers.settings import Settings
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
-CHECKPOINT_PREFIX = "checkpoint-"
 LAUNCH = "launch"
+LOCK = ".lock"
+SAVING = "saving"  # a checkpoint lies in here until it is whole
 TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run
 # Machine 0 marks an attempt; another machine of the same start may have made its own files already.
 LAUNCHED = (f"{LAUNCH}/attempt-*/command.txt", f"{LAUNCH}/attempt-*/machine-0/command.txt")
@@ -58,7 +63,34 @@ def check_free(folder: Path, config: TrainConfig) -> None:
             "Start anew: --overwrite (deletes it). Or give another project_name."
         )
     if config.resume:
-        resume_checkpoint(folder, config)
+        resume_checkpoint(folder, config, content=False)
+
+
+def hold(folder: Path) -> IO[str]:
+    """Keeps the folder for this process, until it ends: two runs in one folder would ruin both.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "just started"
+        raise ConfigError(
+            f"project_name: {folder} is in use: a run is going on there ({owner}). "
+            "Wait for its end, stop it, or give another project_name."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held.append(file)
+    return file
+
+
+_held: list[IO[str]] = []  # a file that is collected is closed, and its lock with it
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
@@ -76,8 +108,10 @@ def claim(folder: Path, config: TrainConfig) -> None:
                 shutil.rmtree(path)
             elif path.name in (RECORD, METRICS, TRACKER):
                 path.unlink()
+        shutil.rmtree(folder / SAVING, ignore_errors=True)
         remove_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    set_aside_later(folder, config)
 
 
 def remove_model(folder: Path) -> None:
@@ -89,41 +123,46 @@ def remove_model(folder: Path) -> None:
             path.unlink()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first: the trainer's state is in them, and no save is under way."""
-    found = []
-    for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
-        number = path.name.removeprefix(CHECKPOINT_PREFIX)
-        if number.isdigit() and (path / "trainer_state.json").is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found)]
+def resume_checkpoint(
+    folder: Path, config: TrainConfig, content: bool = True
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from (None: from the start), and why newer ones were passed over.
 
-
-def resume_checkpoint(folder: Path, config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    Without `content` the files are not read, only their names and sizes are.
 
     Raises:
-        ConfigError: resume was asked for and there is none.
+        ConfigError: resume was asked for, and no run lies here; or the named checkpoint does not verify.
     """
     if not config.resume:
-        return None
+        return None, []
     if isinstance(config.resume, str):
         path = Path(config.resume)
-        named = path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
-        if not (named and (path / "trainer_state.json").is_file()):
+        if not path.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
+            raise ConfigError(f"resume: {path} is not a checkpoint: a folder checkpoint-N of a run.")
+        if why := complaint(path, content):
             raise ConfigError(
-                f"resume: {path} is not a finished checkpoint: checkpoint-N with trainer_state.json in it."
+                f"resume: {path} cannot be used: {why}. resume: true takes the newest that can."
             )
-        return path
-    found = checkpoints(folder)
-    if not found:
-        raise ConfigError(f"resume: there is no finished checkpoint in {folder}. Start without --resume.")
-    return found[-1]
+        return path, []
+    if not holds_run(folder):
+        raise ConfigError(f"resume: there is no run in {folder}. Start without --resume.")
+    return newest_usable(folder, content)
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """The optimiser step that a checkpoint was written at; 0 for a fresh start."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+def set_aside_later(folder: Path, config: TrainConfig) -> None:
+    """After `resume: checkpoint-5`, checkpoint-10 is of a past that is left; it gets another name.
+
+    Else a restart would take it for the newest.
+    """
+    if not isinstance(config.resume, str):
+        return
+    start = Path(config.resume)
+    if start.resolve().parent != folder.resolve():
+        return
+    for path in checkpoint_folders(folder):
+        if step_of(path) > step_of(start):
+            free = next(n for n in count(1) if not (folder / f"set-aside-{n}-{path.name}").exists())
+            path.rename(folder / f"set-aside-{free}-{path.name}")
 
 
 def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:

@@ -1,0 +1,286 @@
+"""One attempt: writes its files, starts the ranks with its own rendezvous, and watches them to their end.
+
+<project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt launcher.log
+                                  rank-N.log rank-N.pid rank-N.stack rank-N.error.json rank-N.stopped.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO, Protocol
+
+import yaml
+
+from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.backend import Backend
+from launcher.command import ELASTIC, build_command, launch_arguments
+from launcher.config import Run
+from launcher.topology import Topology
+from launcher.warm import WarmParent
+from launcher.watch import Hang, find_hang
+from trainers.config_file import write_effective
+from trainers.rank import die_with_parent
+from trainers.run_folder import LAUNCH
+from trainers.stopping import SIGNALS
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 3.0  # for the other ranks to say what they saw, after one failed
+# torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
+_SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended."""
+
+    folder: Path
+    code: int
+    exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, of those not killed by us
+    hang: Hang | None = None
+
+
+def attempt_folder(run: Run, topology: Topology) -> Path:
+    """The next free `launch/attempt-K`, per machine where there are several (all then agree on K)."""
+    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
+    number = 1
+    while (run.folder / LAUNCH / f"attempt-{number}" / part / "command.txt").exists():
+        number += 1
+    return (run.folder / LAUNCH / f"attempt-{number}" / part).resolve()
+
+
+def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[str]]:
+    """Writes the files of the next attempt; returns their folder and the argv."""
+    folder = attempt_folder(run, topology)
+    folder.mkdir(parents=True, exist_ok=True)
+    deepspeed = build_deepspeed_config(backend)
+    if deepspeed is not None:
+        (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
+    write_effective(run.settings, folder / "config.json")
+    argv = build_command(run, topology, backend, folder)
+    (folder / "command.txt").write_text(shlex.join(argv) + "\n", encoding="utf-8")
+    return folder, argv
+
+
+class Launch(Protocol):
+    """Ranks that were started, by either way."""
+
+    def ranks(self) -> dict[int, int]:
+        """The ranks of this machine that are known to run: rank -> pid."""
+
+    def wait(self, seconds: float) -> int | None:
+        """The code of the launch when all ranks are gone; None where some are there after so many seconds."""
+
+    def exits(self) -> dict[int, int]:
+        """Exit codes of the ranks that ended so far, negative where a signal killed one."""
+
+    def kill(self) -> None:
+        """SIGKILL to every rank: a stopped one would not act on SIGTERM."""
+
+
+class AccelerateLaunch:
+    """Ranks started by `accelerate launch`, which is a process of its own above them."""
+
+    def __init__(self, argv: list[str], environ: Mapping[str, str], folder: Path) -> None:
+        self.folder = folder
+        with (folder / "launcher.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                argv,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+                preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
+            )
+
+    def ranks(self) -> dict[int, int]:
+        found = {}
+        for path in self.folder.glob("rank-*.pid"):
+            text = path.read_text(encoding="utf-8")
+            if text and self._is_rank(int(text)):
+                found[int(path.stem.partition("-")[2])] = int(text)
+        return found
+
+    def wait(self, seconds: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        if self.process.returncode is not None:
+            self.kill()  # no process stays behind
+            shutil.rmtree(self.folder / ELASTIC, ignore_errors=True)
+        return self.process.returncode
+
+    def exits(self) -> dict[int, int]:
+        """From torchrun's summary, which is there when it has ended; it ends the other ranks with SIGTERM."""
+        text = (self.folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
+        codes = {int(rank): int(code) for rank, code in _SUMMARY.findall(text)}
+        return {rank: code for rank, code in codes.items() if -code not in (signal.SIGTERM, signal.SIGINT)}
+
+    def kill(self) -> None:
+        left = self.ranks()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in left.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while self.ranks():
+            time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
+
+    def _is_rank(self, pid: int) -> bool:
+        """Whether a pid is still our rank, and not another process that got the number."""
+        try:
+            return str(self.folder / "config.json").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+
+class WarmLaunch:
+    """Ranks that a warm parent has forked."""
+
+    def __init__(self, parent: WarmParent, argv: list[str], environ: Mapping[str, str]) -> None:
+        self.parent = parent
+        self.pids = parent.start(argv, environ)
+        self.codes: dict[int, int] = {}
+
+    def ranks(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in self.pids.items() if rank not in self.codes}
+
+    def wait(self, seconds: float) -> int | None:
+        for answer in self.parent.answers(seconds):
+            self.codes[answer["exited"]["rank"]] = answer["exited"]["code"]
+        if len(self.codes) == len(self.pids):
+            return next((code for code in self.codes.values() if code), 0)
+        return -signal.SIGKILL if self.parent.ended else None
+
+    def exits(self) -> dict[int, int]:
+        return dict(self.codes)
+
+    def kill(self) -> None:
+        for pid in self.ranks().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Signals:
+    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 to the launcher are passed to each rank, once.
+
+    They save and end (trainers/stopping.py). Asked twice with SIGINT or SIGTERM, the ranks are killed.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.twice = False
+        self.passed: set[int] = set()  # pids
+
+    def __enter__(self) -> Signals:
+        self.old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: the ranks save at the end of this step, then stop\n".encode())
+            self.received = number
+        elif number in (signal.SIGINT, signal.SIGTERM):
+            self.twice = True
+
+    def pass_on(self, ranks: Mapping[int, int]) -> None:
+        """Passes what was received to the ranks that have not got it."""
+        for pid in ranks.values() if self.received is not None else ():
+            if pid not in self.passed:
+                self.passed.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self.received or signal.SIGTERM)
+
+
+@dataclass
+class Watcher:
+    """What is looked at while an attempt runs."""
+
+    folder: Path
+    beats: Path
+    hang_timeout: float | None
+    shown: int  # the rank whose log goes to the terminal
+    signals: Signals
+
+    def follow(self, launch: Launch) -> Outcome:
+        """Watches the ranks until all are gone."""
+        deadline = float("inf")
+        exits: dict[int, int] = {}
+        hang = None
+        with _Tail(self.folder / f"rank-{self.shown}.log") as tail:
+            while (code := launch.wait(POLL_SECONDS)) is None:
+                tail.show()
+                now = time.monotonic()
+                if now < deadline:
+                    exits = launch.exits()
+                    if any(exits.values()):
+                        deadline = min(deadline, now + GRACE_SECONDS)
+                self._take_note_of_stops()
+                self.signals.pass_on(launch.ranks())
+                if hang is None and now < deadline:
+                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder)
+                if hang is not None or self.signals.twice or now > deadline:
+                    launch.kill()
+            tail.show()
+        if hang is None and not self.signals.twice and time.monotonic() < deadline:
+            exits = launch.exits()
+        return Outcome(self.folder, code, exits, hang)
+
+    def _take_note_of_stops(self) -> None:
+        """A signal to one rank alone, before the ranks can agree on anything: the others must hear of it."""
+        if self.signals.received is None:
+            for path in self.folder.glob("rank-*.stopped.json"):
+                with contextlib.suppress(ValueError):  # it is being written
+                    self.signals.received = json.loads(path.read_text(encoding="utf-8"))["signal"]
+
+
+class _Tail:
+    """Copies what is new in a log to the terminal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stream: BinaryIO | None = None
+
+    def __enter__(self) -> _Tail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.stream is not None:
+            self.stream.close()
+
+    def show(self) -> None:
+        if self.stream is None and self.path.exists():
+            self.stream = self.path.open("rb")
+        if self.stream is not None and (chunk := self.stream.read()):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def start(parent: WarmParent | None, argv: list[str], environ: Mapping[str, str], folder: Path) -> Launch:
+    """Starts the ranks: forked from the warm parent where there is one, else by `accelerate launch`.
+
+    Raises:
+        Refused: the parent cannot fork them.
+    """
+    if parent is None:
+        return AccelerateLaunch(argv, environ, folder)
+    return WarmLaunch(parent, launch_arguments(argv), environ)

@@ -1,0 +1,93 @@
+"""The launcher's end of trainers/warm.py: the process that imports the libraries once and forks the ranks."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from trainers.rank import die_with_parent
+
+# A fork keeps one thread, and CUDA does not survive it: for the parent alone, never for its ranks.
+PARENT_ONLY = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # so does the jemalloc inside pyarrow
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # "is there a GPU?" is asked of NVML, not of CUDA
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # as a rank sets it before it imports trl (trainers/run.py)
+}
+
+
+class Refused(Exception):
+    """The ranks cannot be forked; the message says why."""
+
+
+class WarmParent:
+    """Imports begin when it is made; start() waits for them."""
+
+    def __init__(
+        self, module: str, deepspeed: bool, environ: Mapping[str, str], log: Path, lock: IO[str] | None
+    ) -> None:
+        """`lock`: what keeps the run's folder; it is free when all that hold it are gone."""
+        ours, theirs = socket.socketpair()
+        argv = [sys.executable, "-m", "trainers.warm", str(theirs.fileno()), module]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*argv, "deepspeed"] if deepspeed else argv,
+                env={**environ, **PARENT_ONLY},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+                pass_fds=(theirs.fileno(), *(() if lock is None else (lock.fileno(),))),
+            )
+        theirs.close()
+        self.socket, self.buffer = ours, b""
+
+    def start(self, argv: list[str], environ: Mapping[str, str]) -> dict[int, int]:
+        """Forks the ranks of this machine, as `accelerate launch ARGV` would start them: rank -> pid.
+
+        Raises:
+            Refused: a fork would not be safe, or the process ended.
+        """
+        request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}})
+        try:
+            self.socket.sendall(request.encode() + b"\n")
+        except OSError:
+            raise Refused("the process that imports the libraries ended") from None
+        while True:
+            for answer in self.answers(None):
+                if "refused" in answer:
+                    raise Refused(answer["refused"])
+                if "started" in answer:
+                    return {int(rank): pid for rank, pid in answer["started"].items()}
+            if self.ended:
+                raise Refused("the process that imports the libraries ended")
+
+    def answers(self, timeout: float | None) -> list[dict[str, Any]]:
+        """What it has said since the last call; waits for a word at most so many seconds."""
+        if not select.select([self.socket], [], [], timeout)[0]:
+            return []
+        try:
+            received = self.socket.recv(1 << 16)
+        except OSError:
+            received = b""
+        if not received:
+            self.process.wait()
+        *lines, self.buffer = (self.buffer + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    @property
+    def ended(self) -> bool:
+        return self.process.returncode is not None
+
+    def close(self) -> None:
+        """It kills what ranks are left, and ends."""
+        self.socket.close()
+        self.process.kill()
+        self.process.wait()

@@ -1,0 +1,109 @@
+"""Watches the heartbeats of this machine's ranks, and names the one that hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.heartbeat import Beat, read_beat
+from trainers.stopping import STACK_SIGNAL
+
+SHORTEST = 60.0  # seconds; the default timeout is never below
+STEPS = 10  # median steps without a beat
+STACK_SECONDS = 2.0  # how long a rank has to write its stack
+_PREFIX = "phalanx-beats-"
+# Where a rank waits for others: the innermost frames of one that does not hang itself.
+_WAITING = re.compile(r"torch/distributed/|torch/autograd/|torch/_tensor\.py|agreement\.py|deepspeed/comm/")
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A rank without a sign of life: how long, where it was, and its Python stack (innermost frame first)."""
+
+    rank: int
+    seconds: float
+    beat: Beat
+    stopped: bool  # by SIGSTOP or a debugger
+    stack: str
+
+    @property
+    def reason(self) -> str:
+        state = "stopped (SIGSTOP, or a debugger)" if self.stopped else "hung"
+        at = f"in phase '{self.beat.phase}' after step {self.beat.step}"
+        return f"{state}: no sign of life for {self.seconds:.0f} s, {at}"
+
+
+def make_beats_folder() -> Path:
+    """A folder on this machine for the beats; those of launchers that were killed are removed."""
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_PREFIX}*"):
+        owner = left.name.removeprefix(_PREFIX).split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+
+
+def find_hang(beats: Path, ranks: Mapping[int, int], timeout: float | None, logs: Path) -> Hang | None:
+    """The rank that hangs, if one has not beaten for `timeout` seconds; `ranks` is rank -> pid.
+
+    The others wait for it and soon do not beat either. It is the one that is stopped, else the one with the
+    fewest beats, else the one whose stack does not wait for others.
+    """
+    now = time.monotonic()
+    last = {rank: beat for rank in ranks if (beat := read_beat(beats / f"rank-{rank}")) is not None}
+    silent = {rank: now - beat.time for rank, beat in last.items()}
+    if not any(silent[rank] > limit(beat, timeout) for rank, beat in last.items()):
+        return None
+    stopped = {rank: _is_stopped(ranks[rank]) for rank in last}
+    stacks = _stacks(ranks, logs)
+    order = sorted(
+        last, key=lambda r: (not stopped[r], last[r].count, bool(_waits(stacks.get(r, ""))), last[r].time)
+    )
+    rank = order[0]
+    return Hang(rank, silent[rank], last[rank], stopped[rank], stacks.get(rank, ""))
+
+
+def limit(beat: Beat, timeout: float | None) -> float:
+    """Seconds that a rank may be silent."""
+    if timeout == 0:
+        return float("inf")
+    return timeout if timeout is not None else max(SHORTEST, STEPS * beat.step_seconds)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return text.rpartition(") ")[2][:1] in ("T", "t")
+
+
+def _stacks(ranks: Mapping[int, int], logs: Path) -> dict[int, str]:
+    """The Python stacks, written by faulthandler inside each rank; a stopped one goes on to do so."""
+    files = {rank: logs / f"rank-{rank}.stack" for rank in ranks}
+    for pid in ranks.values():
+        for number in (STACK_SIGNAL, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    end = time.monotonic() + STACK_SECONDS
+    while time.monotonic() < end and not all(f.exists() and f.stat().st_size for f in files.values()):
+        time.sleep(0.05)
+    return {
+        rank: file.read_text(encoding="utf-8", errors="replace")
+        for rank, file in files.items()
+        if file.exists()
+    }
+
+
+def _waits(stack: str) -> bool:
+    """Whether the main thread waits for other ranks: it is the one that took the signal."""
+    main = stack.partition("Current thread")[2].split("\n\n")[0]
+    return bool(_WAITING.search("\n".join(main.splitlines()[:8])))

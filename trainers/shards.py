@@ -1,0 +1,60 @@
+"""FSDP's part of a checkpoint: each rank writes its own shards with torch.distributed.checkpoint.
+
+    checkpoint-N/shards/   {"model": {name: DTensor}, "optimizer": {...}}, under the names of the parameters
+
+The names do not depend on the number of ranks, so DCP reads the shards on any number of them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from trainers.pickles import SafeReader
+
+SHARDS = "shards"
+
+
+def save(model: Any, optimizer: Any, folder: Path, group: Any, trains_all: bool) -> Future[Any]:
+    """Starts to write; returns when the state is copied, so that training may go on and change it."""
+    weights, moments = get_state_dict(model, optimizer, options=_options(trains_all))
+    writer = dcp.FileSystemWriter(folder / SHARDS, single_file_per_rank=True, sync_files=True)
+    state = {"model": weights, "optimizer": moments}
+    started = dcp.async_save(state, storage_writer=writer, process_group=group)
+    return started if isinstance(started, Future) else started.upload_completion
+
+
+def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
+    """Reads weights and the optimiser's state into what the ranks hold now."""
+    options = _options(trains_all)
+    weights, moments = get_state_dict(model, optimizer, options=options)  # where each value shall go
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+
+
+def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
+    """Reads the weights alone."""
+    weights = get_model_state_dict(model, options=_options(trains_all))
+    dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
+    set_model_state_dict(model, weights, options=_options(trains_all))
+
+
+def _options(trains_all: bool) -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=not trains_all, strict=trains_all)
