@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -11,12 +12,20 @@ from typing import Any
 import pytest
 from fakes import fake_model, machine, write_rows
 from inprocess import write_split
+from ranks import Bench, environment
 
 from launcher import backend, topology
 from launcher.topology import Hardware
 
 # Of the site's environment, what a run would read.
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent in (here / "distributed", here / "faults"):
+            item.add_marker("distributed")
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +42,27 @@ def tiny_masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import build_tiny_masked_model
 
     return build_tiny_masked_model(tmp_path_factory.mktemp("tiny") / "masked")
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path) -> Bench:
+    root = tmp_path_factory.mktemp("bench")
+    data = root / "data"
+    data.mkdir()
+    for split, count in (("train", 40), ("valid", 4)):
+        rows = [
+            {
+                "prompt": f"What is {i} plus {i}?",
+                "completion": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+                "label": i % 3 != 0,
+                "chosen": f"The answer to the question is {2 * i}. " * (1 + i % 3),
+                "rejected": f"Ranks are {i}. " * (1 + i % 4),
+            }
+            for i in range(count)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environ = environment(root / "cache")
+    return Bench(root, tiny_model, tiny_masked_model, environ)
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,6 @@ PARENT_ONLY = {
 # The launcher alone ends this process. A signal to all processes of a job, as SLURM sends one, is for the
 # ranks, and they would die with their parent.
 DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Importing trainers.* leaves these to the first use.
-LAZY = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 _UVM = "/dev/nvidia-uvm"  # open in every process that has started CUDA; NVML does without
 
 
@@ -66,21 +64,26 @@ class Rank:
         for number in DEAF_TO:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        loaded = os.environ.get("OMP_NUM_THREADS")
         os.environ.clear()
         os.environ.update(self.environ)
-        _set_threads()
+        _set_threads(loaded)
         module = importlib.import_module(self.module)
         sys.argv = [str(module.__file__), *self.arguments]
         code: int = module.main(self.arguments)
         return code
 
 
-def _set_threads() -> None:
-    """OpenMP read OMP_NUM_THREADS when torch was loaded, before it was known."""
+def _set_threads(loaded: str | None) -> None:
+    """OpenMP read OMP_NUM_THREADS when torch was loaded; another value is told to torch.
+
+    The launcher starts the parent with the ranks' value, so that MKL too caps it as in a fresh process.
+    """
     import torch
 
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted and wanted != loaded:
+        torch.set_num_threads(int(wanted))
 
 
 class Parent:
@@ -202,8 +205,6 @@ def warm_up(names: Sequence[str]) -> None:
         if any(name.startswith("trainers.") for name in names):
             for module in pkgutil.iter_modules(trainers.__path__):
                 importlib.import_module(f"trainers.{module.name}")
-            for name in LAZY:
-                importlib.import_module(name)
         importlib.import_module("trainers.rank_environment")
     gc.collect()
     gc.freeze()  # the collector leaves these pages alone, and the ranks go on sharing them

@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from ranks import HERE, Bench, Finished, environment
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker("distributed")
-
-
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path) -> Bench:
-    root = tmp_path_factory.mktemp("bench")
-    data = root / "data"
-    data.mkdir()
-    for split, count in (("train", 40), ("valid", 4)):
-        rows = [
-            {
-                "prompt": f"What is {i} plus {i}?",
-                "completion": f"The answer to the question is {2 * i}. " * (1 + i % 3),
-                "label": i % 3 != 0,
-                "chosen": f"The answer to the question is {2 * i}. " * (1 + i % 3),
-                "rejected": f"Ranks are {i}. " * (1 + i % 4),
-            }
-            for i in range(count)
-        ]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environ = environment(root / "cache")
-    return Bench(root, tiny_model, tiny_masked_model, environ)
+from ranks import Bench, Finished
 
 
 @pytest.fixture(scope="session")

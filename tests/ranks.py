@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-REPO = HERE.parent.parent
+REPO = HERE.parent
 CONFIG = """\
 task: llm-sft
 base_model: {model}

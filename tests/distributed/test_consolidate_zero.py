@@ -1,0 +1,132 @@
+"""Real ZeRO checkpoints of two ranks become ordinary folders, value for value.
+
+Run by torchrun, this file is the ranks: it writes every checkpoint that the tests read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import HERE, REPO
+
+sys.path.insert(0, str(REPO / "tests"))
+# name -> ZeRO stage, whether LoRA's weights alone are trained, whether the embedding is the output layer too.
+CELLS = {
+    "zero1-lora": (1, True, False),
+    "zero2": (2, False, True),
+    "zero3": (3, False, False),
+    "zero3-lora": (3, True, False),
+}
+
+
+def write_checkpoint(base: Path, folder: Path, stage: int, lora: bool, tied: bool) -> None:
+    """In a rank: a step of training, DeepSpeed's checkpoint, and beside it the weights as they then are."""
+    import deepspeed
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(base, tie_word_embeddings=tied))
+    config = model.config
+    config.architectures = ["LlamaForCausalLM"]
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", use_dora=stage == 1))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's own: DeepSpeed would compile its Adam for a minute
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(trained, lr=1e-2), config=settings
+    )
+    ids = torch.arange(8).view(1, 8) + torch.distributed.get_rank()
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder), exclude_frozen_parameters=lora)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(weights, folder.with_suffix(".pt"))
+        config.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        if lora:
+            model.peft_config["default"].save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def written(bench, tmp_path_factory) -> Path:
+    """The folder with a checkpoint for each cell, written by two ranks."""
+    folder = tmp_path_factory.mktemp("zero")
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(HERE)]), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*ranks, __file__, str(bench.model), str(folder)],
+        env=bench.environ | paths,
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_zero_checkpoint_becomes_an_ordinary_folder(written, bench, tmp_path, name):
+    """Through the command, in a process of its own, which may load nothing but weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    command = [sys.executable, "-m", "trainers.consolidate", str(written / name), str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--max-shard-size", "200KB"], env=bench.environ, cwd=REPO, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"consolidated: {tmp_path / 'out'} (")
+    expected = torch.load(written / f"{name}.pt", weights_only=True)
+    if CELLS[name][1]:
+        base = AutoModelForCausalLM.from_pretrained(bench.model)
+        found = PeftModel.from_pretrained(base, tmp_path / "out").state_dict()
+        expected = {key: value for key, value in expected.items() if "lora_" in key}
+        assert len(expected) >= 28
+    else:
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+        assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+        assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_rank_whose_file_is_missing_or_broken_is_an_error(written, tmp_path, capsys, monkeypatch):
+    from trainers import consolidate
+
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # it is set for a whole process
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree(written / "zero3", checkpoint)
+    path = checkpoint / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    os.truncate(path, path.stat().st_size // 2)
+    assert consolidate.main([str(checkpoint), str(tmp_path / "out")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    path.unlink()
+    assert consolidate.main([str(checkpoint), str(tmp_path / "out")]) == 2
+    assert "files of 1 ranks, and 2 wrote it" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+if __name__ == "__main__":
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for name, cell in CELLS.items():
+        write_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]) / name, *cell)
+    torch.distributed.destroy_process_group()
+    sys.exit()

@@ -1,0 +1,262 @@
+"""A rank that trainers.warm forks is a rank that `accelerate launch` starts; an unsound fork is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fakes import machine
+
+from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.backend import resolve_backend
+from launcher.command import build_command
+from launcher.config import load_run
+from launcher.topology import free_port, resolve_topology
+
+REPO = Path(__file__).parents[2]
+THREADS = "3"  # of a rank: no machine's own default
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+PROBE = """
+import ctypes, json, os, signal, sys, time
+from pathlib import Path
+
+def main(argv):
+    folder, code, seconds = Path(argv[0]), int(argv[1]), float(argv[2])
+    threads = None
+    if "PROBE_THREADS" in os.environ:
+        import torch
+        threads = torch.get_num_threads()
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    numbers = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+    facts = {
+        "environ": dict(os.environ),
+        "as C sees it": {name: getenv(name.encode()).decode() for name in os.environ},
+        "argv": sys.argv,
+        "path": list(dict.fromkeys(sys.path)),
+        "folder": os.getcwd(),
+        "threads": threads,
+        "leads its session": os.getsid(0) == os.getpid(),
+        "signals": {int(number): str(signal.getsignal(number)) for number in numbers},
+        "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+    }
+    (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(facts))
+    time.sleep(seconds)
+    return code
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+# What only torchrun's agent can give its workers, and why a forked rank does without.
+AGENT = {
+    "TORCHELASTIC_ERROR_FILE": "where the agent looks for a traceback; the launcher has rank-N.error.json",
+    "TORCHELASTIC_SIGNALS_TO_HANDLE": "what the agent itself listens to",
+    "TORCHELASTIC_USE_AGENT_STORE": "the agent holds the store; without one rank 0 makes it",
+}
+TWO = {"num_processes": 2}
+ZERO = {**TWO, "distributed_backend": "deepspeed"}
+CASES = {
+    "single": {},
+    "ddp": {**TWO, "distributed_backend": "ddp"},
+    "fsdp": {**TWO, "distributed_backend": "fsdp"},
+    "zero1": {**ZERO, "zero_stage": 1},
+    "zero2": {**ZERO, "zero_stage": 2},
+    "zero3": {**ZERO, "zero_stage": 3},
+    "machine": {**TWO, "distributed_backend": "ddp", "num_machines": 2, "main_process_ip": "127.0.0.1"},
+}
+
+
+# Where torch is asked for its threads. accelerate gives none to DeepSpeed, and torchrun then gives one.
+COUNTED = ("ddp", "zero1")
+
+
+class Warm:
+    """The launcher's side of one parent."""
+
+    def __init__(self, environ: dict[str, str], *modules: str) -> None:
+        self.environ = environ
+        self.channel, theirs = socket.socketpair()
+        self.channel.settimeout(90)
+        argv = [sys.executable, "-m", "trainers.warm", str(theirs.fileno()), *modules]
+        self.process = subprocess.Popen(
+            argv, cwd=REPO, env=environ, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self.lines = self.channel.makefile()
+        assert self.read()["imported"] > 0
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.lines.readline())
+
+    def start(self, arguments: list[str], **environ: str) -> dict[str, Any]:
+        whole = {name: value for name, value in self.environ.items() if name != "OMP_NUM_THREADS"}
+        request = {"start": {"argv": arguments, "environ": whole | environ}}
+        self.channel.sendall(json.dumps(request).encode() + b"\n")
+        return self.read()
+
+    def finish(self, arguments: list[str], **environ: str) -> dict[int, int]:
+        """Starts ranks and waits for their ends: rank -> exit code."""
+        started = self.start(arguments, **environ)["started"]
+        ends = [self.read()["exited"] for _ in started]
+        return {end["rank"]: end["code"] for end in ends}
+
+    def close(self) -> int:
+        self.lines.close()
+        self.channel.close()
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of the launch and of the parent alike; `probe` is a module that any of their ranks can run."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "probe.py").write_text(PROBE)
+    base = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return {**base, "PYTHONPATH": str(folder), "lower_case": "accelerate adds LOWER_CASE"}
+
+
+@pytest.fixture(scope="module")
+def parent(environ: dict[str, str]) -> Iterator[Warm]:
+    warm = Warm(environ | {"OMP_NUM_THREADS": THREADS}, "probe", "deepspeed")
+    yield warm
+    assert warm.close() == 0
+
+
+@pytest.fixture
+def arguments(work: Path) -> Callable[..., list[str]]:
+    """arguments("ddp", code=0, seconds=0, **flags): what follows `accelerate launch`, its files made."""
+    port = free_port()
+
+    def make(case: str, code: int = 0, seconds: float = 0, **flags: object) -> list[str]:
+        given = {"trainer": "sft", "model": "model", "main_process_port": port, **CASES[case], **flags}
+        run = load_run(None, {name: str(value) for name, value in given.items()})
+        topology = resolve_topology(run.launch, machine(), run.train.project_name, {})
+        chosen = resolve_backend(run, topology)
+        folder = work / f"{case}-{topology.machine_rank}"
+        folder.mkdir(exist_ok=True)
+        deepspeed = folder / "deepspeed.json"
+        deepspeed.write_text(json.dumps(build_deepspeed_config(chosen)))
+        config = build_accelerate_config(chosen, topology, run.launch, deepspeed)
+        (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+        argv = build_command(run, topology, chosen, folder)
+        assert argv[:3] == LAUNCH
+        argv[argv.index("--num_cpu_threads_per_process") + 1] = THREADS
+        return [*argv[3:-2], "probe", str(folder), str(code), str(seconds)]
+
+    return make
+
+
+def facts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """rank -> what its probe saw; the files are gone then."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("[0-9].json")}
+    for rank in found:
+        (folder / f"{rank}.json").unlink()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_forked_rank_is_a_launched_rank(
+    parent: Warm, environ: dict[str, str], arguments: Callable[..., list[str]], work: Path, case: str
+) -> None:
+    several = case == "machine"
+    launches = [arguments(case, machine_rank=rank) for rank in (0, 1)] if several else [arguments(case)]
+    folders = [work / f"{case}-{rank}" for rank in range(len(launches))]
+    extra = {"PROBE_THREADS": "1"} if case in COUNTED else {}  # it costs an import of torch
+    forked: dict[str, Any] = {}
+    for argv, folder in zip(launches, folders, strict=True):
+        assert set(parent.finish(argv, **extra).values()) == {0}
+        forked |= facts_of(folder)
+    running = [subprocess.Popen([*LAUNCH, *argv], cwd=REPO, env=environ | extra) for argv in launches]
+    assert [process.wait(timeout=90) for process in running] == [0] * len(running)
+    launched: dict[str, Any] = {}
+    for folder in folders:
+        launched |= facts_of(folder)
+
+    assert set(forked) == set(launched) == ({"0"} if case == "single" else {"0", "1"})
+    for rank, facts in forked.items():
+        other = launched[rank]
+        assert facts["leads its session"]
+        if case != "single":  # under an agent
+            assert other["environ"]["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+            assert facts["environ"]["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+            assert other["leads its session"]
+            assert facts["environ"]["RANK"] == rank
+        for view in ("environ", "as C sees it"):
+            mine, theirs = ({k: v for k, v in it[view].items() if k not in AGENT} for it in (facts, other))
+            assert mine == theirs
+        for same in ("threads", "argv", "path", "folder", "signals", "blocked", "descriptors"):
+            assert facts[same] == other[same], same
+
+
+def test_a_taken_port_is_not_used(
+    parent: Warm, arguments: Callable[..., list[str]], work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert parent.finish(arguments("ddp", main_process_port=port)) == {0: 0, 1: 0}
+        ports = {facts["environ"]["MASTER_PORT"] for facts in facts_of(work / "ddp-0").values()}
+        assert len(ports) == 1 and ports != {str(port)}
+        refused = parent.start(arguments("machine", machine_rank=0, main_process_port=port))
+        assert f"port `{port}`" in refused["refused"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "import threading, time\nthreading.Thread(target=time.sleep, args=[60], daemon=True).start()",
+            "threads",
+        ),
+        ("opened = open(__file__.replace('unsound.py', 'dev/nvidia-uvm'), 'w')", "CUDA"),
+    ],
+)
+def test_an_unsound_fork_is_refused(
+    environ: dict[str, str], arguments: Callable[..., list[str]], tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "unsound.py").write_text(text)
+    warm = Warm(environ | {"PYTHONPATH": f"{tmp_path}:{environ['PYTHONPATH']}"}, "unsound")
+    assert reason in warm.start(arguments("ddp"))["refused"]
+    assert warm.close() == 0
+
+
+def test_the_life_of_the_ranks(environ: dict[str, str], arguments: Callable[..., list[str]]) -> None:
+    warm = Warm(environ)
+    assert warm.finish(arguments("ddp", code=3)) == {0: 3, 1: 3}
+    lasting = arguments("ddp", seconds=600)
+    pids = warm.start(lasting)["started"]
+    os.kill(pids["1"], signal.SIGKILL)
+    assert warm.read() == {"exited": {"rank": 1, "code": -signal.SIGKILL}}
+    assert "still run" in warm.start(lasting)["refused"]
+    os.kill(pids["0"], signal.SIGTERM)
+    assert warm.read() == {"exited": {"rank": 0, "code": -signal.SIGTERM}}
+
+    again = warm.start(lasting)["started"]
+    warm.process.send_signal(signal.SIGUSR1)  # as SLURM, to every process of a job
+    warm.process.send_signal(signal.SIGTERM)
+    assert warm.close() == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in again.values())
+
+
+def test_ranks_do_not_outlive_their_parent(
+    environ: dict[str, str], arguments: Callable[..., list[str]]
+) -> None:
+    warm = Warm(environ)
+    pids = warm.start(arguments("ddp", seconds=600))["started"].values()
+    watched = [os.pidfd_open(pid) for pid in pids]
+    warm.process.kill()
+    assert warm.close() == -signal.SIGKILL
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], 10)[0]
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""Plants a fault in a real rank: at a chosen rank and step, once. A run finds this file by PYTHONPATH.
+
+PHALANX_FAULT is a JSON object:
+    what    one of FAULTS; or absent
+    rank    the rank that it happens in
+    step    before this optimiser step (1 is the first)
+    once    a file: made when the fault happens, which then does not happen again
+    pause   seconds that each step takes longer, so that a test can act within a run
+"""
+
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def hold_the_interpreter():
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(1000)  # a C function called with the GIL held
+
+
+def run_out_of_memory():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (planted)")
+
+
+def poison(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(float("nan"))
+
+
+def fail():
+    raise RuntimeError("planted fault")
+
+
+def mistake():
+    raise TypeError("planted mistake")
+
+
+FAULTS = {
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+    "hold": lambda _: hold_the_interpreter(),
+    "oom": lambda _: run_out_of_memory(),
+    "nan": poison,
+    "fail": lambda _: fail(),
+    "mistake": lambda _: mistake(),
+}
+
+
+def strike(fault, step, model):
+    """Called before each step, in each rank."""
+    time.sleep(fault.get("pause", 0))
+    mine = fault.get("rank") == int(os.environ.get("RANK", "0")) and fault.get("step") == step
+    if mine and fault.get("what") in FAULTS and not Path(fault["once"]).exists():
+        Path(fault["once"]).touch()
+        FAULTS[fault["what"]](model)
+
+
+def plant_in_boundary(module):
+    begin = module.StepBoundary.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        strike(json.loads(os.environ["PHALANX_FAULT"]), state.global_step + 1, kwargs["model"])
+        return begin(self, args, state, control, **kwargs)
+
+    module.StepBoundary.on_step_begin = on_step_begin
+
+
+def plant_in_batches(module):
+    """`worker`: the collation of the step's batch fails, in a worker process of the data loader."""
+    fault = json.loads(os.environ["PHALANX_FAULT"])
+    call = module.CountRows.__call__
+    seen = [0]
+
+    def collate(self, rows):
+        seen[0] += 1
+        if (
+            fault.get("what") == "worker"
+            and fault["rank"] == int(os.environ["RANK"])
+            and seen[0] == fault["step"]
+        ):
+            raise ValueError("planted in a data worker")
+        return call(self, rows)
+
+    module.CountRows.__call__ = collate
+
+
+class Planter:
+    """Patches a module of ours right after it was imported."""
+
+    where = {"trainers.boundary": plant_in_boundary, "trainers.balanced": plant_in_batches}
+
+    def find_spec(self, name, path, target=None):
+        if name not in self.where:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.where[name](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if "PHALANX_FAULT" in os.environ:
+    sys.meta_path.insert(0, Planter())

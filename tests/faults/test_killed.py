@@ -1,0 +1,75 @@
+"""kill -9, at any moment: the run is started again, and ends with the weights of one that was not killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from planted import alive
+
+NAMED = "rank {} failed first: killed by SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("backend", "rank"),
+    [
+        ("ddp", 0),
+        ("fsdp", 1),
+        ("zero2", 0),
+        pytest.param("ddp", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp", 0, marks=pytest.mark.slow),
+        pytest.param("zero2", 1, marks=pytest.mark.slow),
+        pytest.param("zero3", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_rank_is_named_and_the_run_goes_on(faults, backend, rank):
+    run = faults.run(f"killed-{backend}-{rank}", backend, what="kill", rank=rank, step=7)
+    assert NAMED.format(rank) in run.err
+    assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
+    faults.same_end(run, backend)
+    assert alive(run.folder) == []
+
+
+def test_with_dropout_every_rank_goes_on_with_its_own_random_numbers(faults):
+    lora = ["--peft", "--quantization", "none", "--lora-dropout", "0.3", "--lora-r", "4"]
+    run = faults.run("killed-lora", "ddp", *lora, what="kill", rank=1, step=7)
+    assert "restart 1 of at most 10" in run.err
+    faults.same_end(run, "ddp", *lora)
+
+
+def test_through_accelerate_launch_too(faults):
+    run = faults.run("killed-cold", "ddp", "--start", "accelerate", what="kill", rank=1, step=7)
+    assert NAMED.format(1) in run.err
+    faults.same_end(run, "ddp")
+
+
+@pytest.mark.parametrize("whom", ["launcher", "all"])
+def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom):
+    running = faults.start(f"launcher-{whom}", "ddp", pause=0.3)
+    running.wait_for_step(6)
+    ranks = [running.pid(0), running.pid(1)] if whom == "all" else []
+    for pid in (running.process.pid, *ranks):
+        os.kill(pid, signal.SIGKILL)
+    running.end()
+    end = time.monotonic() + 60
+    while alive(running.folder):
+        assert time.monotonic() < end, alive(running.folder)
+        time.sleep(0.1)
+    run = faults.run(running.folder.name, "ddp", "--resume")
+    assert "resume: " in run.out and "checkpoint-4" in run.out
+    faults.same_end(run, "ddp")
+
+
+def test_before_the_first_checkpoint_it_begins_anew(faults):
+    run = faults.run("killed-early", "ddp", what="kill", rank=0, step=2)
+    assert "restart 1 of at most 10, from the start" in run.err
+    faults.same_end(run, "ddp")
+
+
+def test_without_restarts_the_exit_code_says_killed(faults):
+    run = faults.run("killed-once", "ddp", "--max-restarts", "0", what="kill", rank=1, step=2)
+    assert run.code == 4
+    assert f"error: {NAMED.format(1)}" in run.err
+    assert alive(run.folder) == []

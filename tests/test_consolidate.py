@@ -1,0 +1,357 @@
+"""A checkpoint's shards become an ordinary folder: every value, little memory, and nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from trainers import consolidate as module
+from trainers import pickles
+from trainers.consolidate import consolidate, main
+from trainers.pickles import SafeReader, allow_deepspeed
+
+TINY = 100_000  # bytes; the tiny model has 492,000
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch):
+    """What a command changes for its whole process ends with a test."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+
+
+def shard(folder: Path, model, *, only_trained: bool = False) -> Path:
+    """What FSDP saves, of one rank: the model's state, and an optimiser's that is not only tensors."""
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad} if only_trained else set()
+    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+    save(
+        {"model": state, "optimizer": {"step": 3, "lr": [0.1, None], "moment": torch.ones(4)}},
+        storage_writer=FileSystemWriter(folder / "shards"),
+        no_dist=True,
+    )
+    return folder
+
+
+def checkpoint_of(folder: Path, tiny: Path, **config) -> tuple[Path, object]:
+    """A checkpoint of the whole model, and the model."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(tiny, **config))
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "manifest.json").write_text("{}")
+    return shard(folder, model), model
+
+
+def adapter_of(folder: Path, tiny: Path, **lora) -> tuple[Path, object]:
+    """A checkpoint of LoRA, which holds the trained weights alone, and the model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    reward = lora.get("task_type") == "SEQ_CLS"
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    base = kind.from_pretrained(tiny, **({"num_labels": 1} if reward else {}))
+    if lora.pop("tied", False):
+        base.config.tie_word_embeddings = True
+        base.lm_head.weight = base.model.embed_tokens.weight
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    model = get_peft_model(base, LoraConfig(r=4, **{"target_modules": "all-linear", **lora}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.peft_config["default"].save_pretrained(folder)
+    return shard(folder, model, only_trained=True), model
+
+
+def test_every_weight_comes_back_in_several_files(tmp_path, tiny_model, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    (tmp_path / "out").mkdir()  # it may exist while it is empty
+    assert main([str(folder), str(tmp_path / "out"), "--max-shard-size", "100KB"]) == 0
+    out = tmp_path / "out"
+    files = list(out.glob("model-*.safetensors"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and set(index["weight_map"]) == set(model.state_dict())
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert len(AutoTokenizer.from_pretrained(out)) == model.config.vocab_size
+    assert not {"manifest.json", "trainer_state.json"} & {path.name for path in out.iterdir()}
+    size = sum(path.stat().st_size for path in files)
+    assert capsys.readouterr().out == f"consolidated: {out} (21 tensors, {size} bytes)\n"
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_tied_weight_is_written_once_whatever_name_it_has(tmp_path, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model, tie_word_embeddings=True)
+    for kept in (("model.embed_tokens.weight", "lm_head.weight"), ("lm_head.weight",)):
+        state = model.state_dict()
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} - {*kept}:
+            del state[name]
+        shutil.rmtree(folder / "shards")
+        save({"model": state}, storage_writer=FileSystemWriter(folder / "shards"), no_dist=True)
+        out = tmp_path / f"out-{len(kept)}"
+        assert consolidate(folder, out).tensors == 20
+        again = AutoModelForCausalLM.from_pretrained(out)
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+        assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_half_precision_of_the_config_is_written(tmp_path, tiny_model):
+    folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    consolidate(folder, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[n], value.bfloat16()) for n, value in model.state_dict().items())
+
+
+def test_a_masked_model_keeps_its_class(tmp_path, tiny_masked_model):
+    from transformers import AutoModelForMaskedLM
+
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(tiny_masked_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForMaskedLM.from_pretrained(tiny_masked_model)
+    consolidate(shard(folder, model), tmp_path / "out", TINY)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_experts_that_are_joined_in_memory_are_written_apart(tmp_path, tiny_model):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=384, **small, **heads))
+    model.config.architectures = ["MixtralForCausalLM"]
+    model.config.save_pretrained(folder)
+    consolidate(shard(folder, model), tmp_path / "out", TINY)
+    model.save_pretrained(tmp_path / "ordinary")
+    ordinary = load_file(tmp_path / "ordinary" / "model.safetensors")
+    written = {n: v for f in (tmp_path / "out").glob("*.safetensors") for n, v in load_file(f).items()}
+    assert written.keys() == ordinary.keys()
+    assert all(torch.equal(written[name], value) for name, value in ordinary.items())
+
+
+LORA = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "reward": {"task_type": "SEQ_CLS"},
+    "module": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}},
+    "tied tokens": {"trainable_token_indices": [3, 5], "tied": True},
+    "tied": {"tied": True},
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_is_what_peft_would_have_saved(tmp_path, tiny_model, name):
+    folder, model = adapter_of(tmp_path / "checkpoint-3", tiny_model, **LORA[name])
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    consolidate(folder, tmp_path / "out", TINY)
+    expected = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], value) for key, value in expected.items())
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_adapter_opens_with_peft(tmp_path, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, model = adapter_of(tmp_path / "checkpoint-3", tiny_model)
+    consolidate(folder, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    again = PeftModel.from_pretrained(base, tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_ordinary_files_are_copied(tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "checkpoint-3")
+    consolidate(tmp_path / "checkpoint-3", tmp_path / "out")
+    written, was = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny_model))
+    assert written.keys() == was.keys() and all(torch.equal(written[n], was[n]) for n in was)
+
+
+def test_memory_holds_one_file_of_the_output(tmp_path, tiny_model, monkeypatch):
+    """Counts the bytes that are alive whenever more are asked for."""
+    import weakref
+
+    live: dict[int, int] = {}
+    most = 0
+    plain = module._allocate
+
+    def counted(like):
+        nonlocal most
+        tensor = plain(like)
+        key = id(tensor)
+        live[key] = tensor.nbytes
+        weakref.finalize(tensor, live.pop, key)
+        most = max(most, sum(live.values()))
+        return tensor
+
+    monkeypatch.setattr(module, "_allocate", counted)
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    made = consolidate(folder, tmp_path / "out", TINY)
+    assert 0 < most <= TINY < made.bytes / 4
+    assert not live
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *argv) -> str:
+    """The error of a call that must end with 2 and leave nothing behind."""
+    out = Path(argv[1])
+    before = sorted(out.parent.rglob("*"))
+    assert main([str(word) for word in argv]) == 2
+    assert sorted(out.parent.rglob("*")) == before
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert text.startswith("error: ")
+    return text
+
+
+def test_a_taken_output_is_refused(tmp_path, tiny_model, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    assert "not empty" in refused(capsys, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_missing_or_short_shard_is_named(tmp_path, tiny_model, capsys, cut):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    path = next((folder / "shards").glob("*.distcp"))
+    if cut:
+        os.truncate(path, path.stat().st_size - 1000)
+    else:
+        path.unlink()
+    assert path.name in refused(capsys, folder, tmp_path / "out")
+
+
+def test_a_damaged_shard_is_an_error_of_one_line(tmp_path, tiny_model, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    path = next((folder / "shards").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+    assert "cannot be read" in refused(capsys, folder, tmp_path / "out")
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path, tiny_model, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    shutil.rmtree(folder / "shards")
+    assert "no weights" in refused(capsys, folder, tmp_path / "out")
+    (folder / "config.json").unlink()
+    assert "config.json is missing" in refused(capsys, folder, tmp_path / "out")
+    assert "is no folder" in refused(capsys, tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path, tiny_model, capsys):
+    from transformers import LlamaConfig
+
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    config = LlamaConfig.from_pretrained(folder, num_hidden_layers=3, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    assert "lacks model.layers.2" in refused(capsys, folder, tmp_path / "out")
+
+
+def test_a_full_disk_is_known_before(tmp_path, tiny_model, monkeypatch, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    assert "free" in refused(capsys, folder, tmp_path / "out")
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, tiny_model, monkeypatch):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+
+    def broken(_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(module, "check_saved", broken)
+    assert main([str(folder), str(tmp_path / "out")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+class Malice:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_an_index_that_holds_code_is_refused(tmp_path, tiny_model, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    mark = tmp_path / "ran"
+    index = folder / "shards" / ".metadata"
+    metadata = FileSystemReader(folder / "shards").read_metadata()
+    metadata.planner_data = Malice(mark)
+    index.write_bytes(pickle.dumps(metadata))
+    assert ".system, which no index" in refused(capsys, folder, tmp_path / "out")
+    assert not mark.exists()
+    with pytest.raises(pickle.UnpicklingError):
+        SafeReader(folder / "shards").read_metadata()
+    assert not mark.exists()
+
+
+def test_an_optimiser_that_holds_code_is_refused(tmp_path):
+    """DCP unpickles what is no tensor; resuming reads it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    save({"step": Malice(tmp_path / "ran")}, storage_writer=FileSystemWriter(tmp_path / "s"), no_dist=True)
+    with pytest.raises(CheckpointException, match=r"posix\.system"):
+        load({"step": 0}, storage_reader=SafeReader(tmp_path / "s"), no_dist=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_is_read_as_torch_reads_it(tmp_path, tiny_model):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    ours = SafeReader(folder / "shards").read_metadata()
+    theirs = FileSystemReader(folder / "shards").read_metadata()
+    ours.storage_meta = theirs.storage_meta
+    assert ours == theirs
+
+
+def test_names_that_the_index_may_hold_exist():
+    import importlib
+
+    for name, members in pickles.INDEX.items():
+        if name != "pathlib._local":  # Python 3.13's
+            assert all(hasattr(importlib.import_module(name), member) for member in members)
+
+
+def test_deepspeed_may_load_its_own_classes_and_no_code(tmp_path):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    allow_deepspeed()
+    scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2)
+    torch.save({"loss_scaler": scaler}, tmp_path / "scaler.pt")
+    loaded = torch.load(tmp_path / "scaler.pt", weights_only=False)["loss_scaler"]
+    assert vars(loaded) == vars(scaler)
+    torch.save({"loss_scaler": Malice(tmp_path / "ran")}, tmp_path / "code.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "code.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()

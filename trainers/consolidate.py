@@ -1,0 +1,249 @@
+"""Makes an ordinary Hugging Face folder of a checkpoint: `python -m trainers.consolidate CHECKPOINT OUTPUT`.
+
+It needs no GPU, and memory for one file of the output, so a model that was trained over many machines is put
+together on any one that has the disk for it. The values stay those that were saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers.config import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.saved import ADAPTER, VOCABULARIES, check_saved, read_object
+from trainers.stored import LATEST, SHARDS, Source, open_shards
+
+TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+MARGIN = 64 * 2**20  # bytes of disk beside the weights: tokenizer, headers, index
+
+
+@dataclass
+class Written:
+    """What was made, and where."""
+
+    folder: Path
+    tensors: int
+    bytes: int  # of its weight files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: written. 1: what was written does not open. 2: a mistake of the user's. One line says which."""
+    parser = argparse.ArgumentParser(prog="trainers.consolidate", description=__doc__.split(":")[0])
+    parser.add_argument("checkpoint", type=Path, help="checkpoint-N of a run")
+    parser.add_argument("output", type=Path, help="folder to make; it may exist if it is empty")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file (500MB, 5GB). Default: 5GB")
+    options = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # deprecations in the libraries are for their authors
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers is not imported yet
+    try:
+        made = consolidate(options.checkpoint, options.output, options.max_shard_size)
+    except (ConfigError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(error, ConfigError) else RUN_FAILED
+    print(f"consolidated: {made.folder} ({made.tensors} tensors, {made.bytes} bytes)")
+    return 0
+
+
+def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB") -> Written:
+    """Writes a checkpoint's model, or its adapter, to `output`: whole and opened again, or not at all.
+
+    max_shard_size is that of a file of the output; an adapter is one file, since peft reads no other.
+
+    Raises:
+        ConfigError: there is no whole checkpoint, the output is taken, or the disk too full.
+        RuntimeError: what was written does not open as the model that config.json describes.
+    """
+    if not checkpoint.is_dir():
+        raise ConfigError(f"{checkpoint} is no folder.")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty. Give another folder.")
+    adapter = (checkpoint / ADAPTER).is_file()
+    model = _model(checkpoint, adapter)
+    source = open_shards(checkpoint)
+    part = output.absolute().with_name(f"{output.absolute().name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if source is None:
+            _copy_weights(checkpoint, part, adapter)
+        else:
+            _write(source, _names(source, model, adapter), model, adapter, part, max_shard_size)
+        settings = (ADAPTER,) if adapter else ("config.json", "generation_config.json")
+        for pattern in (*settings, *TOKENIZER):
+            for path in checkpoint.glob(pattern):
+                shutil.copyfile(path, part / path.name)
+        check_saved(part)
+        _check_opens(part, model, adapter)
+        tensors = len(_shapes(part))
+        size = sum(path.stat().st_size for path in part.glob("*.safetensors"))
+        os.replace(part, output)  # over an empty folder too
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return Written(output, tensors, size)
+
+
+def _model(checkpoint: Path, adapter: bool) -> Any:
+    """The model without values, of config.json: it knows its weights' names, shapes, and which are tied.
+
+    Raises:
+        ConfigError: transformers has no such model.
+    """
+    import transformers
+
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint} is no checkpoint: config.json is missing.")
+    name = (read_object(path).get("architectures") or ["(none named)"])[0]
+    if not hasattr(transformers, name):
+        raise ConfigError(f"{path}: transformers has no model {name}, and code of a model's own is not run.")
+    with torch.device("meta"):
+        model = getattr(transformers, name)(transformers.AutoConfig.from_pretrained(checkpoint))
+        if adapter:
+            from peft import PeftConfig, get_peft_model
+
+            model = get_peft_model(model, PeftConfig.from_pretrained(str(checkpoint)), low_cpu_mem_usage=True)
+    return model
+
+
+def _saved(model: Any, adapter: bool, values: dict[str, Any]) -> dict[str, Any]:
+    """The values by the names that save_pretrained gives them, without those that it leaves out."""
+    if adapter:
+        from peft.utils import get_peft_model_state_dict
+
+        # The frozen embedding of a vocabulary that grew is the base model's, and in no checkpoint.
+        return dict(get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False))
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def _names(source: Source, model: Any, adapter: bool) -> dict[str, str]:
+    """Saved name -> stored name of each weight.
+
+    Raises:
+        ConfigError: the checkpoint lacks a weight of the model, or has another one, or one of another shape.
+    """
+    weights = model.state_dict()
+    names: dict[str, str] = _saved(model, adapter, {name: name for name in weights})
+    if not adapter:
+        for alias, name in model.all_tied_weights_keys.items():
+            if name not in source.stored and alias in source.stored:  # one tensor, under its other name
+                names[name] = alias
+    for stored in names.values():
+        if stored not in source.stored:
+            raise ConfigError(f"the checkpoint lacks {stored} of {type(model).__name__}.")
+        if source.stored[stored].shape != weights[stored].shape:
+            raise ConfigError(
+                f"{stored} is {tuple(source.stored[stored].shape)} in the checkpoint, and by its config.json "
+                f"{tuple(weights[stored].shape)}."
+            )
+    if unknown := sorted(source.stored.keys() - weights.keys()):
+        raise ConfigError(f"the checkpoint has {unknown[0]}, which {type(model).__name__} has not.")
+    return names
+
+
+def _write(
+    source: Source, names: dict[str, str], model: Any, adapter: bool, part: Path, max_size: int | str
+) -> None:
+    """One file after another; nothing of one is left in memory when the next is begun."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    half = model.config.dtype if not adapter else None
+    empty = {name: _cast(source.stored[stored], half) for name, stored in names.items()}
+    total = sum(tensor.nbytes for tensor in empty.values())
+    _make(part, total)
+    stem = "adapter_model" if adapter else "model"
+    split = split_torch_state_dict_into_shards(
+        empty,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=total if adapter else max_size,
+    )
+    placed: dict[str, str] = {}
+    for file, members in split.filename_to_tensors.items():
+        values = {name: _allocate(empty[name]) for name in members}
+        source.fill({names[name]: value for name, value in values.items()})
+        if not adapter:  # some models join in memory what their published form has apart
+            values = {name: t.contiguous() for name, t in revert_weight_conversion(model, values).items()}
+        save_file(values, part / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(values, file)
+        del values
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (part / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _copy_weights(checkpoint: Path, part: Path, adapter: bool) -> None:
+    """What is an ordinary folder's already: DDP's, and one process's."""
+    stem = "adapter_model" if adapter else "model"
+    files = sorted(checkpoint.glob(f"{stem}*.safetensors*"))
+    if not files:
+        raise ConfigError(f"{checkpoint} has no weights: no {SHARDS}/, no {LATEST}, no {stem}.safetensors.")
+    _make(part, sum(path.stat().st_size for path in files))
+    for path in files:
+        shutil.copyfile(path, part / path.name)
+
+
+def _make(part: Path, weights: int) -> None:
+    """Makes the folder, or raises ConfigError where there is no room for weights of so many bytes."""
+    there = next(folder for folder in part.parents if folder.is_dir())
+    needed, free = weights + MARGIN, shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(f"{needed / 1e9:.2f} GB are needed, and {there} has {free / 1e9:.2f} GB free.")
+    part.mkdir(parents=True)
+
+
+def _allocate(like: torch.Tensor) -> torch.Tensor:
+    """The one place where memory for weights is taken."""
+    return torch.empty(like.shape, dtype=like.dtype)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor in the half precision that config.json promises; else as it was stored."""
+    half = dtype in (torch.bfloat16, torch.float16) and tensor.is_floating_point()
+    return tensor.to(dtype) if half else tensor
+
+
+def _check_opens(folder: Path, model: Any, adapter: bool) -> None:
+    """Opens the folder as its reader will, without reading values.
+
+    Raises:
+        RuntimeError: a weight of the model is missing, one too many, or of another shape.
+    """
+    if adapter:
+        expected, found = _saved(model, True, model.state_dict()), _shapes(folder)
+        wrong = [n for n, t in expected.items() if n not in found or found[n] != [*t.shape]]
+    else:
+        _, info = type(model).from_pretrained(folder, device_map="meta", output_loading_info=True)
+        wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
+    if wrong:
+        raise RuntimeError(
+            f"what was written is broken: {wrong[0]} ({len(wrong)} in all) is not as the model has it."
+        )
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The weights in a folder's files, of their headers."""
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            found |= {name: file.get_slice(name).get_shape() for name in names}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
