@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ import yaml
 
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.backend import Backend
-from launcher.command import ELASTIC, build_command, launch_arguments
+from launcher.command import ELASTIC, build_command
 from launcher.config import Run
 from launcher.topology import Topology
 from launcher.warm import WarmParent
@@ -132,11 +132,8 @@ class AccelerateLaunch:
 
     def kill(self) -> None:
         left = self.ranks()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in left.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for pid in (self.process.pid, *left.values()):
+            _kill_session(pid)
         while self.ranks():
             time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
 
@@ -151,9 +148,11 @@ class AccelerateLaunch:
 class WarmLaunch:
     """Ranks that a warm parent has forked."""
 
-    def __init__(self, parent: WarmParent, argv: list[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, parent: WarmParent, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
+    ) -> None:
         self.parent = parent
-        self.pids = parent.start(argv, environ)
+        self.pids = parent.start(argv, environ, given_up)
         self.codes: dict[int, int] = {}
 
     def ranks(self) -> dict[int, int]:
@@ -171,8 +170,14 @@ class WarmLaunch:
 
     def kill(self) -> None:
         for pid in self.ranks().values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _kill_session(pid)
+
+
+def _kill_session(pid: int) -> None:
+    """A rank leads a session of its own, in which its data workers are."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
 
 
 class Signals:
@@ -273,14 +278,3 @@ class _Tail:
         if self.stream is not None and (chunk := self.stream.read()):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
-
-
-def start(parent: WarmParent | None, argv: list[str], environ: Mapping[str, str], folder: Path) -> Launch:
-    """Starts the ranks: forked from the warm parent where there is one, else by `accelerate launch`.
-
-    Raises:
-        Refused: the parent cannot fork them.
-    """
-    if parent is None:
-        return AccelerateLaunch(argv, environ, folder)
-    return WarmLaunch(parent, launch_arguments(argv), environ)

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": "dry run: the effective config, the backend and why, the files and the command",
     "llm": "AutoTrain's flag form: phalanx llm --train --model ... --project-name ...",
     "schema": "print the JSON schema of a config file, for editors",
+    "consolidate": "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named",
 }
 
 
@@ -57,7 +58,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"phalanx {version('phalanx')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, text in COMMANDS.items():
-        config = "" if name in ("llm", "schema") else " config.yaml"
+        config = {"train": " config.yaml", "show": " config.yaml", "consolidate": " RUN|CHECKPOINT"}.get(
+            name, ""
+        )
         sub = commands.add_parser(
             name,
             help=text,
@@ -69,6 +72,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             continue
         if name in ("train", "show"):
             sub.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+        if name == "consolidate":
+            sub.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints")
+            sub.add_argument("--output", type=Path, help="folder to write (default: CHECKPOINT-model)")
         if name == "llm":
             sub.add_argument(
                 "--train", action="store_true", help="train; the only thing this command does here"
@@ -128,6 +134,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
     if command == "schema":
         print(json.dumps(json_schema(), indent=2))
         return 0
+    if command == "consolidate":
+        from launcher import consolidate
+
+        return consolidate.run(options["source"], options.get("output"))
     as_json = options.pop("as_json", False)
     if command == "llm":
         if not options.pop("train"):
@@ -156,10 +166,11 @@ def _located(run: Run, message: str) -> str:
 
 
 def _train(run: Run, layout: Topology) -> int:
-    from launcher import backend, check, supervise
+    from launcher import backend, check, resume, supervise
 
     chosen = backend.resolve_backend(run, layout)
     check.preflight(run, layout)
+    run = resume.fitted(run, layout, chosen)
     for note in run.settings.notes:
         print(f"note: {note}")
     where = "GPU" if layout.on_gpu else "CPU"

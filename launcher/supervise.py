@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from launcher import attempt
-from launcher.attempt import Outcome, Signals, Watcher
+from launcher.attempt import AccelerateLaunch, Outcome, Signals, WarmLaunch, Watcher
 from launcher.backend import Backend
 from launcher.batch_search import advice, announce, with_smaller_batch
-from launcher.command import build_environment
+from launcher.command import build_environment, launch_arguments
 from launcher.config import Run
 from launcher.diagnosis import Failure, diagnose, read_notes, report
 from launcher.topology import Topology, free_port
-from launcher.warm import Refused, WarmParent
+from launcher.warm import GivenUp, Refused, WarmParent
 from launcher.watch import make_beats_folder
-from trainers.config import MODULES, OUT_OF_MEMORY, SAVED
+from trainers.config import MODULES, OUT_OF_MEMORY, RUN_FAILED, SAVED
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
 from trainers.run_folder import LAUNCH, claim, hold
@@ -107,12 +107,21 @@ class Supervisor:
         )
         if self.warm:
             try:
-                return watcher.follow(attempt.start(self._warm_parent(environ), argv, environ, folder))
+                return watcher.follow(
+                    WarmLaunch(
+                        self._warm_parent(environ), launch_arguments(argv), environ, self._asked_to_stop
+                    )
+                )
+            except GivenUp:
+                return Outcome(folder, RUN_FAILED)
             except Refused as why:
                 print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
                 self._drop_parent()
                 self.warm = False
-        return watcher.follow(attempt.start(None, argv, environ, folder))
+        return watcher.follow(AccelerateLaunch(argv, environ, folder))
+
+    def _asked_to_stop(self) -> bool:
+        return self.signals.received is not None
 
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
         """The process that forks the ranks; a new one where the last has ended."""
@@ -162,7 +171,7 @@ class Supervisor:
         count = f"{self.restarts} of at most {self.run.launch.max_restarts}"
         print(f"{failure.line}; restart {count}, from {begins}", file=sys.stderr, flush=True)
         self._pause(PAUSES[max(self.idle - 1, 0)])
-        return self.signals.received is None
+        return not self._asked_to_stop()
 
     def _try_smaller(self, failure: Failure) -> bool:
         self.tried.append(self.run.train.batch_size)
@@ -186,7 +195,7 @@ class Supervisor:
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.signals.received is None:
+        while time.monotonic() < end and not self._asked_to_stop():
             time.sleep(attempt.POLL_SECONDS)
 
     def _give_up(self, failure: Failure, outcome: Outcome) -> int:

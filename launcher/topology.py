@@ -136,6 +136,11 @@ def resolve_topology(
         )
     job = environ.get("SLURM_JOB_ID") or f"{project_name}:{address}"
     port = launch.main_process_port or (shared_port(job) if machines > 1 else free_port())
+    if machines == 1 and not is_free(port):
+        raise ConfigError(
+            f"launch.main_process_port: {port} is in use on this machine. Give another one, or leave it out: "
+            "a free one is found."
+        )
     if machines > 1 and rank == 0 and not launch.main_process_port and not is_free(port):
         raise ConfigError(
             f"launch.main_process_port: {port}, derived from the job, is in use. Give another one."

@@ -7,23 +7,19 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from trainers.rank import die_with_parent
 
-# A fork keeps one thread, and CUDA does not survive it: for the parent alone, never for its ranks.
-PARENT_ONLY = {
-    "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # so does the jemalloc inside pyarrow
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # "is there a GPU?" is asked of NVML, not of CUDA
-    "TRL_EXPERIMENTAL_SILENCE": "1",  # as a rank sets it before it imports trl (trainers/run.py)
-}
-
 
 class Refused(Exception):
     """The ranks cannot be forked; the message says why."""
+
+
+class GivenUp(Exception):
+    """Nobody wants the ranks any more."""
 
 
 class WarmParent:
@@ -34,11 +30,11 @@ class WarmParent:
     ) -> None:
         """`lock`: what keeps the run's folder; it is free when all that hold it are gone."""
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m", "trainers.warm", str(theirs.fileno()), module]
+        argv = [sys.executable, "-u", "-m", "trainers.warm", str(theirs.fileno()), module]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*argv, "deepspeed"] if deepspeed else argv,
-                env={**environ, **PARENT_ONLY},
+                env=dict(environ),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -47,14 +43,21 @@ class WarmParent:
                 pass_fds=(theirs.fileno(), *(() if lock is None else (lock.fileno(),))),
             )
         theirs.close()
-        self.socket, self.buffer = ours, b""
+        self.socket, self.buffer, self.imported = ours, b"", False
 
-    def start(self, argv: list[str], environ: Mapping[str, str]) -> dict[int, int]:
+    def start(
+        self, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
+    ) -> dict[int, int]:
         """Forks the ranks of this machine, as `accelerate launch ARGV` would start them: rank -> pid.
 
         Raises:
             Refused: a fork would not be safe, or the process ended.
+            GivenUp: `given_up` became true before the imports ended.
         """
+        while not self.imported and not self.ended:
+            self.imported = any("imported" in answer for answer in self.answers(0.1))
+            if given_up():
+                raise GivenUp
         request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}})
         try:
             self.socket.sendall(request.encode() + b"\n")

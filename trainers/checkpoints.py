@@ -23,7 +23,7 @@ from transformers import Trainer
 
 from trainers import shards
 from trainers.agreement import Agreement
-from trainers.config import TrainConfig
+from trainers.config import ConfigError, TrainConfig
 from trainers.failures import disk_is_full
 from trainers.finite import FiniteWatch
 from trainers.heartbeat import heart
@@ -37,6 +37,7 @@ from trainers.manifest import (
     complaint,
     entry_of,
     faults,
+    misfit,
     read_manifest,
 )
 from trainers.rank import rank, world_size
@@ -187,6 +188,7 @@ class Durable(Trainer):
         if self.config.peft:
             model.peft_config["default"].save_pretrained(folder)
             model = model.get_base_model()
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # as save_pretrained does
         model.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -384,14 +386,20 @@ class Durable(Trainer):
         if not config.resume:
             return None, []
         if isinstance(config.resume, str):
-            return resume_checkpoint(self.run_folder, config)
+            return self._fitting(resume_checkpoint(self.run_folder, config)[0]), []
         passed: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
             if why is None:
-                return folder, passed
+                return self._fitting(folder), passed
             passed.append(f"passed over {folder}: {why}")
         return None, passed
+
+    def _fitting(self, folder: Path | None) -> Path | None:
+        """The launcher has seen to it that a checkpoint fits; ranks started by hand may not."""
+        if folder is not None and (why := misfit(read_manifest(folder).layout, self.layout())):
+            raise ConfigError(f"resume: {folder}: {why}")
+        return folder
 
     def _complaint(self, folder: Path) -> str | None:
         """Why a checkpoint cannot be used, found by all ranks together."""

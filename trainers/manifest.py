@@ -36,6 +36,49 @@ class Layout:
     def global_batch(self) -> int:
         return self.world_size * self.batch_size * self.gradient_accumulation
 
+    @property
+    def batch_in_words(self) -> str:
+        parts = f"{self.world_size} ranks x batch_size {self.batch_size}"
+        return f"{self.global_batch} ({parts} x gradient_accumulation {self.gradient_accumulation})"
+
+    @property
+    def kind(self) -> str:
+        """What reads its files: one process and ddp each have all of the state."""
+        if self.backend == "deepspeed":
+            return f"ZeRO {self.zero_stage}"
+        return "ddp" if self.backend == "none" else self.backend
+
+    @property
+    def wanted(self) -> str:
+        """The keys that ask for it."""
+        stage = f" and zero_stage: {self.zero_stage}" if self.zero_stage else ""
+        return f"distributed_backend: {self.backend}{stage}"
+
+
+def misfit(then: Layout, now: Layout) -> str | None:
+    """Why a run that is spread as `now` cannot go on from a checkpoint of `then`, and what to do; or None.
+
+    FSDP's shards are read on any number of ranks, and so is what each rank has whole; ZeRO's are not.
+    """
+    if now.kind != then.kind:
+        return (
+            f"it was written by {then.kind}, which {now.kind} cannot read. Go on with {then.wanted}, or "
+            "begin a run from its weights (phalanx consolidate)."
+        )
+    if now.world_size == then.world_size:
+        return None
+    if then.backend == "deepspeed":
+        return (
+            f"it holds ZeRO's shards of {then.world_size} ranks, which {now.world_size} cannot read. Go on "
+            f"with num_processes: {then.world_size}, or begin a run from its weights (phalanx consolidate)."
+        )
+    if now.global_batch != then.global_batch:
+        return (
+            f"a step of it held {then.batch_in_words}, and one of this run holds {now.batch_in_words}. "
+            "Choose batch_size and gradient_accumulation so that they are the same: data goes on by steps."
+        )
+    return None
+
 
 @dataclass(frozen=True)
 class FileEntry:

@@ -53,6 +53,7 @@ class Rank:
     module: str
     arguments: list[str]
     environ: dict[str, str]
+    left_by_imports: dict[str, str]  # what its own imports would set where it is not set
     parent: int
 
     def run(self) -> int:
@@ -64,9 +65,10 @@ class Rank:
         for number in DEAF_TO:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
         loaded = os.environ.get("OMP_NUM_THREADS")
         os.environ.clear()
-        os.environ.update(self.environ)
+        os.environ.update(self.left_by_imports | self.environ)
         _set_threads(loaded)
         module = importlib.import_module(self.module)
         sys.argv = [str(module.__file__), *self.arguments]
@@ -91,6 +93,7 @@ class Parent:
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
+        self.left_by_imports: dict[str, str] = {}
         self.channel.set_inheritable(False)
         self.unread = b""
         self.ranks: dict[int, tuple[int, int]] = {}  # pidfd -> global rank, pid
@@ -140,15 +143,18 @@ class Parent:
         parent, pids = os.getpid(), {}
         sys.stdout.flush()
         sys.stderr.flush()
+        # Ignored, a signal to a rank just forked would be lost; blocked, it waits for the rank to listen.
+        signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
         for number, environment in planned.environments.items():
             pid = os.fork()
             if pid == 0:
                 self._leave()
-                return Rank(planned.module, planned.arguments, environment, parent)
+                return Rank(planned.module, planned.arguments, environment, self.left_by_imports, parent)
             pids[number] = pid
             descriptor = os.pidfd_open(pid)
             self.ranks[descriptor] = number, pid
             self.poll.register(descriptor, select.POLLIN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
         self.send(started=pids)
         return None
 
@@ -195,10 +201,14 @@ def unsafe() -> str | None:
     return None
 
 
-def warm_up(names: Sequence[str]) -> None:
-    """Imports these modules; with one of trainers, all that a run of any trainer imports."""
+def warm_up(names: Sequence[str]) -> dict[str, str]:
+    """Imports these modules; with one of trainers, all that a run of any trainer imports.
+
+    Returns what the imports put into the environment.
+    """
     import torch
 
+    before = dict(os.environ)
     with patch.object(torch.cuda, "get_device_capability", _capability):
         for name in names:
             importlib.import_module(name)
@@ -208,6 +218,10 @@ def warm_up(names: Sequence[str]) -> None:
         importlib.import_module("trainers.rank_environment")
     gc.collect()
     gc.freeze()  # the collector leaves these pages alone, and the ranks go on sharing them
+    left = {name: value for name, value in os.environ.items() if name not in before}
+    if "deepspeed" in sys.modules:  # it sets this one too, and found it set
+        left["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return left
 
 
 def _capability(device: Any = None) -> tuple[int, int]:
@@ -225,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= PARENT_ONLY
     began = time.monotonic()
     parent = Parent(socket.socket(fileno=int(descriptor)))
-    warm_up(names)
+    parent.left_by_imports = warm_up(names)
     parent.send(imported=round(time.monotonic() - began, 2))
     rank = parent.serve()
     return rank.run() if rank else 0

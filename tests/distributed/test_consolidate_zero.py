@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import HERE, REPO
+from ranks import REPO
 
 sys.path.insert(0, str(REPO / "tests"))
 # name -> ZeRO stage, whether LoRA's weights alone are trained, whether the embedding is the output layer too.
@@ -67,7 +67,10 @@ def written(bench, tmp_path_factory) -> Path:
     """The folder with a checkpoint for each cell, written by two ranks."""
     folder = tmp_path_factory.mktemp("zero")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = {"PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(HERE)]), "DS_ACCELERATOR": "cpu"}
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(Path(__file__).parent)]),
+        "DS_ACCELERATOR": "cpu",
+    }
     done = subprocess.run(
         [*ranks, __file__, str(bench.model), str(folder)],
         env=bench.environ | paths,

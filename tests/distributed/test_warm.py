@@ -65,6 +65,9 @@ AGENT = {
     "TORCHELASTIC_USE_AGENT_STORE": "the agent holds the store; without one rank 0 makes it",
 }
 TWO = {"num_processes": 2}
+# What libraries set when they are imported: in a launched rank too, but the probe imports none.
+IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK": "deepspeed", "TORCHINDUCTOR_CACHE_DIR": "torch._inductor"}
+DIFFERENT = AGENT | IMPORTS
 ZERO = {**TWO, "distributed_backend": "deepspeed"}
 CASES = {
     "single": {},
@@ -193,22 +196,27 @@ def test_a_forked_rank_is_a_launched_rank(
             assert other["leads its session"]
             assert facts["environ"]["RANK"] == rank
         for view in ("environ", "as C sees it"):
-            mine, theirs = ({k: v for k, v in it[view].items() if k not in AGENT} for it in (facts, other))
+            mine, theirs = (
+                {k: v for k, v in it[view].items() if k not in DIFFERENT} for it in (facts, other)
+            )
             assert mine == theirs
+        if case.startswith("zero"):
+            assert facts["environ"]["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
         for same in ("threads", "argv", "path", "folder", "signals", "blocked", "descriptors"):
             assert facts[same] == other[same], same
 
 
-def test_a_taken_port_is_not_used(
-    parent: Warm, arguments: Callable[..., list[str]], work: Path, capfd: pytest.CaptureFixture[str]
+def test_a_port_taken_meanwhile_is_not_used(
+    parent: Warm, arguments: Callable[..., list[str]], work: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert parent.finish(arguments("ddp", main_process_port=port)) == {0: 0, 1: 0}
+    port = free_port()
+    ddp = arguments("ddp", main_process_port=port)
+    machine_0 = arguments("machine", machine_rank=0, main_process_port=port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert parent.finish(ddp) == {0: 0, 1: 0}
         ports = {facts["environ"]["MASTER_PORT"] for facts in facts_of(work / "ddp-0").values()}
         assert len(ports) == 1 and ports != {str(port)}
-        refused = parent.start(arguments("machine", machine_rank=0, main_process_port=port))
-        assert f"port `{port}`" in refused["refused"]
+        assert f"port `{port}`" in parent.start(machine_0)["refused"]
 
 
 @pytest.mark.parametrize(

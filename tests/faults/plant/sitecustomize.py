@@ -73,6 +73,16 @@ def plant_in_boundary(module):
         return begin(self, args, state, control, **kwargs)
 
     module.StepBoundary.on_step_begin = on_step_begin
+    predict = module.StepBoundary.on_prediction_step
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """`evaluation`: it happens within the evaluation of this step."""
+        fault = json.loads(os.environ["PHALANX_FAULT"])
+        if fault.get("evaluation") == state.global_step:
+            strike({**fault, "step": 0}, 0, None)
+        return predict(self, args, state, control, **kwargs)
+
+    module.StepBoundary.on_prediction_step = on_prediction_step
 
 
 def plant_in_batches(module):
@@ -97,17 +107,16 @@ def plant_in_batches(module):
 class Planter:
     """Patches a module of ours right after it was imported."""
 
-    where = {"trainers.boundary": plant_in_boundary, "trainers.balanced": plant_in_batches}
-
     def find_spec(self, name, path, target=None):
-        if name not in self.where:
+        plant = {"trainers.boundary": plant_in_boundary, "trainers.balanced": plant_in_batches}.get(name)
+        if plant is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            self.where[name](module)
+            plant(module)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -1,0 +1,95 @@
+"""Signals: seen by one rank, agreed on by all at a step boundary, saved; a resume ends as if none came."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from planted import alive
+
+SAVED = 75
+
+
+def resumed(faults, running, backend, *flags):
+    """The run that goes on after a stop: to the same end."""
+    stopped = running.end()
+    assert stopped.code == SAVED, stopped.out + stopped.err
+    assert alive(stopped.folder) == []
+    step = max(int(path.name.rpartition("-")[2]) for path in stopped.folder.glob("checkpoint-*"))
+    assert f"saved at step {step}" in stopped.err and step < 12
+    run = faults.run(stopped.folder.name, backend, "--resume", *flags)
+    assert f"resume: {stopped.folder.name}/checkpoint-{step}" in run.out
+    faults.same_end(run, backend, *flags)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("backend", "number"),
+    [
+        ("ddp", signal.SIGTERM),
+        ("fsdp", signal.SIGUSR1),
+        pytest.param("ddp", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("zero2", signal.SIGUSR2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher(faults, backend, number):
+    running = faults.start(f"signal-{backend}-{number.name}", backend, pause=0.3)
+    running.wait_for_step(5)
+    running.process.send_signal(number)
+    resumed(faults, running, backend)
+
+
+def test_a_signal_to_one_rank_alone(faults):
+    running = faults.start("signal-rank", "zero2", what="term", rank=1, step=6)
+    resumed(faults, running, "zero2")
+
+
+def test_a_signal_to_every_process(faults):
+    """As a scheduler sends it."""
+    running = faults.start("signal-all", "ddp", pause=0.3)
+    running.wait_for_step(5)
+    for pid in (running.process.pid, running.pid(0), running.pid(1)):
+        os.kill(pid, signal.SIGTERM)
+    resumed(faults, running, "ddp")
+
+
+def test_within_an_evaluation(faults):
+    """It is broken off, and made up for on resume."""
+    flags = ["--eval-strategy", "steps", "--eval-steps", "4", "--per-device-eval-batch-size", "1"]
+    running = faults.start("signal-evaluation", "ddp", *flags, what="term", rank=1, evaluation=8)
+    run = resumed(faults, running, "ddp", *flags)
+    whole = faults.uninterrupted("ddp", *flags)
+    scores = [(e["step"], e["eval_loss"]) for e in run.metrics if "eval_loss" in e]
+    assert scores == [(e["step"], e["eval_loss"]) for e in whole.metrics if "eval_loss" in e]
+    assert [step for step, _ in scores] == [4, 8, 12]
+
+
+def test_before_the_first_step_nothing_is_saved(faults):
+    running = faults.start("signal-early", "ddp", pause=0.3)
+    running.wait_for(lambda: (running.attempt / "rank-1.pid").exists())
+    running.process.send_signal(signal.SIGTERM)
+    stopped = running.end()
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; nothing was saved" in stopped.err
+    assert alive(stopped.folder) == [] and not list(stopped.folder.glob("checkpoint-*"))
+
+
+def test_while_the_libraries_are_imported(faults):
+    running = faults.start("signal-import", "ddp")
+    running.wait_for(lambda: (running.attempt / "command.txt").exists())
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end().code == 128 + signal.SIGTERM
+    assert alive(running.folder) == []
+
+
+def test_a_second_interrupt_kills_at_once(faults):
+    running = faults.start("signal-twice", "ddp", pause=30)
+    running.wait_for(lambda: (running.attempt / "rank-1.pid").exists())
+    running.wait_for(lambda: "example" in (running.attempt / "rank-0.log").read_text())
+    running.process.send_signal(signal.SIGINT)
+    running.wait_for(lambda: True)
+    running.process.send_signal(signal.SIGINT)
+    stopped = running.end()
+    assert stopped.code == 128 + signal.SIGINT
+    assert alive(stopped.folder) == []
