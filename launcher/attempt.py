@@ -160,7 +160,9 @@ class WarmLaunch:
 
     def wait(self, seconds: float) -> int | None:
         for answer in self.parent.answers(seconds):
-            self.codes[answer["exited"]["rank"]] = answer["exited"]["code"]
+            rank = answer["exited"]["rank"]
+            self.codes[rank] = answer["exited"]["code"]
+            _kill_session(self.pids[rank])  # what it started
         if len(self.codes) == len(self.pids):
             return next((code for code in self.codes.values() if code), 0)
         return -signal.SIGKILL if self.parent.ended else None
@@ -173,11 +175,17 @@ class WarmLaunch:
             _kill_session(pid)
 
 
-def _kill_session(pid: int) -> None:
-    """A rank leads a session of its own, in which its data workers are."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-        os.killpg(pid, signal.SIGKILL)
+def _kill_session(leader: int) -> None:
+    """A rank leads a session: its data workers are in it, and compilers, which have groups of their own."""
+    members = [leader]
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text(encoding="utf-8").rpartition(") ")[2].split()
+            if int(fields[3]) == leader:
+                members.append(int(path.parent.name))
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class Signals:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from launcher.config import Run
-from launcher.memory import size_of_model
+from launcher.memory import predict_disk, size_of_model
 from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import check_split, find_split
+from trainers.manifest import checkpoint_folders, in_words
 from trainers.run_folder import check_free
 
 
@@ -23,6 +25,7 @@ def preflight(run: Run, topology: Topology) -> None:
     check_model(run.train)
     check_data(run.train)
     check_hub(run.train)
+    check_disk(run.folder, run.train)
     if topology.machine_rank == 0:  # the other machines find what machine 0 has just made
         check_free(run.folder, run.train)
 
@@ -43,6 +46,25 @@ def check_model(train: TrainConfig) -> None:
             f"base_model: {folder} holds no weights. Expected *.safetensors or pytorch_model*.bin."
         )
     size_of_model(train.model)  # refuses weights that are not what their name says
+
+
+def check_disk(folder: Path, train: TrainConfig) -> None:
+    """The run's file system must have room for a checkpoint and the final model, as predicted."""
+    parameters = size_of_model(train.model)
+    if parameters is None:
+        return
+    there = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.is_dir())
+    free = shutil.disk_usage(there).free
+    if train.overwrite:  # they are deleted first
+        files = [path for old in checkpoint_folders(folder) for path in old.rglob("*") if path.is_file()]
+        free += sum(path.stat().st_size for path in files)
+    checkpoint, model = predict_disk(parameters, train)
+    if checkpoint + model > free:
+        raise ConfigError(
+            f"project_name: a checkpoint of this run takes about {in_words(checkpoint)} and its final model "
+            f"{in_words(model)} (predicted), and {there} has {in_words(free)} left. Make room, or give a "
+            "project_name on another disk."
+        )
 
 
 def check_hub(train: TrainConfig) -> None:

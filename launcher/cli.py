@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trainers.config import ALIASES, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.config import ALIASES, DISK_FAILED, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.failures import disk_is_full
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -126,6 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return USAGE_ERROR
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        print(f"error: {error.filename or 'the run folder'}: {error.strerror}. Make room.", file=sys.stderr)
+        return DISK_FAILED
 
 
 def _run(command: str, options: dict[str, Any]) -> int:

@@ -57,7 +57,7 @@ CLASSES = {
         False,
         "The traceback names the row or the file; docs/data.md says what rows may be.",
     ),
-    DISK_FAILED: ("disk", True, "Make room, or lower save_total_limit; then go on with --resume."),
+    DISK_FAILED: ("disk", False, "Make room, or lower save_total_limit; then go on with --resume."),
     HUNG: (
         "hung",
         True,

@@ -71,6 +71,17 @@ def predict_bytes_per_rank(parameters: int, config: TrainConfig) -> int:
     return int(parameters * (models * base + 0.02 * ADAM_BYTES))
 
 
+def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the final model, both at least: float32 weights, and Adam's two moments.
+
+    The state of other optimisers is not counted. An adapter is taken to be 0.2 % of the weights.
+    """
+    trained = 0.002 * parameters if config.peft else parameters
+    moments = 8 if config.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
+    saves = config.save_strategy != "no" or config.save_minutes is not None
+    return int(trained * (4 + moments)) if saves else 0, int(trained * 4)
+
+
 def _holds_reference(config: TrainConfig) -> bool:
     """Whether a frozen second model stays in memory: with an adapter, the base model is the reference."""
     kept = config.trainer in REFERENCE_TRAINERS and not config.precompute_ref_log_probs

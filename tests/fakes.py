@@ -1,4 +1,4 @@
-"""What tests invent: hardware, a model folder that only looks like one, rows; the command in-process."""
+"""What tests invent: hardware, a model folder and checkpoints that only look like some, rows; the command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from launcher import supervise
 from launcher.cli import main
 from launcher.topology import Gpu, Hardware
+from trainers.manifest import CHECKPOINT_PREFIX, Layout, Manifest, entry_of
 
 GIB = 2**30
 
@@ -30,6 +31,19 @@ def fake_model(folder: Path, parameters: int = 1000) -> Path:
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
     header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 0]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
+    """A checkpoint that verifies, of two small files; unless told otherwise, of two ranks of ddp."""
+    folder = run / f"{CHECKPOINT_PREFIX}{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"the weights")
+    (folder / "trainer_state.json").write_bytes(b"{}")
+    files = [entry_of(folder, path) for path in sorted(folder.iterdir())]
+    position = {"epoch": 0.5, "data_seed": 42, "evaluation_due": False}
+    layout = layout or Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
+    Manifest(step, layout, position, {"torch": "2.10"}, "the rows", files).write(folder)
     return folder
 
 

@@ -295,10 +295,20 @@ def test_environment(resolve: Resolve) -> None:
     run, topology, _ = resolve(token="hf_secret")
     base = {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     made = build_environment(run, topology, base, HERE, live_terminal=False)
-    assert made == {**base, "PHALANX_LOG_DIR": str(HERE), "PHALANX_LIVE": "0", "HF_TOKEN": "hf_secret"}
+    ours = {"PHALANX_LOG_DIR": str(HERE), "PHALANX_LIVE": "0", "OMP_NUM_THREADS": "8"}
+    assert made == {**base, **ours, "HF_TOKEN": "hf_secret"}
     assert build_environment(run, topology, base, HERE, live_terminal=True)["PHALANX_LIVE"] == "1"
     assert base == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     assert "HF_TOKEN" not in build_environment(resolve()[0], topology, base, HERE, live_terminal=False)
+
+
+def test_threads_that_were_asked_for_stay(resolve: Resolve) -> None:
+    run, topology, _ = resolve(num_processes=4)
+    threads = [
+        build_environment(run, topology, base, HERE, live_terminal=False)["OMP_NUM_THREADS"]
+        for base in ({}, {"OMP_NUM_THREADS": "5"})
+    ]
+    assert threads == ["2", "5"]
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "0"), ("2,3", "2")])

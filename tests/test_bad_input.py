@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes import fake_model, listing, machine, run_command, write_rows
+from fakes import fake_checkpoint, fake_model, listing, machine, run_command, write_rows
 
 from launcher.topology import Hardware
 
@@ -478,15 +478,36 @@ def test_folder_that_holds_another_run(refuse: Refuse, work: Path, left: str) ->
 
 
 def test_resume_without_a_checkpoint(refuse: Refuse) -> None:
-    refuse(
-        GOOD, "flag --resume", "no finished checkpoint in run", "Start without --resume", flags=("--resume",)
-    )
+    refuse(GOOD, "flag --resume", "there is no run in run", "Start without --resume", flags=("--resume",))
 
 
 def test_resume_from_an_unfinished_checkpoint(refuse: Refuse, work: Path) -> None:
     (work / "run" / "checkpoint-5").mkdir(parents=True)
-    refuse(GOOD, "no finished checkpoint in run", flags=("--resume",))
-    refuse(params("resume: run/checkpoint-5"), "c.yaml:14", "not a finished checkpoint", "trainer_state.json")
+    refuse(
+        params("resume: run/checkpoint-5"),
+        "c.yaml:14",
+        "run/checkpoint-5 cannot be used: it has no manifest.json, so its save did not end",
+        "resume: true takes the newest that can",
+    )
+
+
+def test_resume_from_a_checkpoint_that_lost_a_file(refuse: Refuse, work: Path) -> None:
+    (fake_checkpoint(work / "run", 5) / "model.safetensors").unlink()
+    refuse(params("resume: run/checkpoint-5"), "c.yaml:14", "model.safetensors is missing")
+
+
+def test_resume_from_what_is_no_checkpoint(refuse: Refuse) -> None:
+    refuse(
+        params("resume: model"), "c.yaml:14", "model is not a checkpoint", "a folder checkpoint-N of a run"
+    )
+
+
+def test_resume_of_a_run_whose_only_checkpoint_is_unfinished_begins_anew(
+    work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "run" / "checkpoint-5").mkdir(parents=True)
+    (work / "c.yaml").write_text(GOOD)
+    assert run_command(["show", "c.yaml", "--resume"], monkeypatch) == 0
 
 
 # ------------------------------------------------------------------------------------------ the model

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import machine
+from fakes import fake_checkpoint, machine
 
-from launcher import supervise
+from launcher import attempt
+from launcher.attempt import Outcome
 from launcher.backend import resolve_backend
 from launcher.batch_search import advice, announce, next_smaller, with_smaller_batch
 from launcher.cli import main
 from launcher.config import Run, load_run
-from launcher.supervise import first_failure
+from launcher.diagnosis import diagnose
 from launcher.topology import Hardware, resolve_topology
-from trainers import rank
+from trainers import rank, run_folder
 from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError, TrainConfig
 from trainers.config_file import load_settings, write_effective
 from trainers.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
@@ -149,7 +150,7 @@ def asked(work: Path) -> Callable[..., Run]:
 
 def test_the_next_attempt_differs_by_its_batch_alone(asked: Callable[..., Run], tmp_path: Path) -> None:
     run = asked(gradient_accumulation=2, auto_find_batch_size=True, valid_split="train", lr=0.5)
-    new = with_smaller_batch(run, None)
+    new = with_smaller_batch(run)
     assert new is not None
     before, after = run.settings.public(), new.settings.public()
     assert {name: after[name] for name in after if after[name] != before[name]} == {
@@ -171,7 +172,7 @@ def test_the_next_attempt_differs_by_its_batch_alone(asked: Callable[..., Run], 
 
 
 def test_an_evaluation_batch_that_was_asked_for_stays(asked: Callable[..., Run]) -> None:
-    new = with_smaller_batch(asked(valid_split="train", per_device_eval_batch_size=16), None)
+    new = with_smaller_batch(asked(valid_split="train", per_device_eval_batch_size=16))
     assert new is not None and new.train.per_device_eval_batch_size == 16
 
 
@@ -179,21 +180,20 @@ def test_the_token_is_kept(asked: Callable[..., Run], monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_TOKEN", "secret")
     run = asked(push_to_hub=True, username="me")
     monkeypatch.delenv("HF_TOKEN")
-    new = with_smaller_batch(run, None)
+    new = with_smaller_batch(run)
     assert new is not None and new.train.token == "secret"
 
 
-def test_it_goes_on_from_a_checkpoint(asked: Callable[..., Run]) -> None:
-    run = asked(overwrite=True)
-    new = with_smaller_batch(run, Path("run/checkpoint-3"))
+def test_the_line_says_where_the_next_attempt_begins(asked: Callable[..., Run]) -> None:
+    run = asked()
+    new = with_smaller_batch(run)
     assert new is not None
-    assert (new.train.resume, new.train.overwrite) == ("run/checkpoint-3", False)
     assert announce(run, new, 1, Path("run/checkpoint-3")) == (
         "rank 1 ran out of memory with batch_size 8: trying batch_size 4 and gradient_accumulation 8 "
         "(the same global batch), from run/checkpoint-3"
     )
-    again = with_smaller_batch(new, None)
-    assert again is not None and again.train.resume == "run/checkpoint-3"
+    again = with_smaller_batch(new)
+    assert again is not None
     assert announce(new, again, 0, None).endswith("from the start")
 
 
@@ -248,17 +248,15 @@ def test_advice(
 
 
 def note(folder: Path, rank: int, time: float, code: int, kind: str, message: str) -> None:
-    entry = {"rank": rank, "time": time, "code": code, "type": kind, "message": message}
+    entry = {"rank": rank, "time": time, "code": code, "type": kind, "message": message, "peer_lost": False}
     (folder / f"rank-{rank}.error.json").write_text(json.dumps(entry))
 
 
 def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
     """The rank that lost its peer may be killed by its own watchdog, and note an error of any text."""
-    (tmp_path / "launcher.log").write_text("  rank      : 0 (local_rank: 0)\n  exitcode  : -6 (pid: 4711)\n")
     note(tmp_path, 0, 1.0, RUN_FAILED, "RuntimeError", "a collective timed out")
     note(tmp_path, 1, 2.0, OUT_OF_MEMORY, "BatchTooLarge", CUDA)
-    failure = first_failure(tmp_path)
-    assert failure is not None
+    failure = diagnose(Outcome(tmp_path, 1, exits={0: -signal.SIGABRT, 1: 1}))
     assert (failure.rank, failure.code, failure.of_batches) == (1, OUT_OF_MEMORY, True)
     assert failure.reason == f"BatchTooLarge: {CUDA}"
 
@@ -266,20 +264,21 @@ def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- the attempts
 
 # Stands for the ranks. Above `fits` rows rank 1 notes an error; `codes` are its exit codes, by attempt.
-# `step`: each attempt leaves a checkpoint there. `hold`: seconds that one which fits takes.
-LAUNCH = """
-import json, pathlib, sys, time
+# `step`: the first attempt leaves a checkpoint there. `hold`: seconds that one which fits takes.
+LAUNCH = f"""
+import json, os, pathlib, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 fits, codes, kind, step, hold = json.loads(sys.argv[1])
-folder = pathlib.Path(sys.argv[2])
+folder = pathlib.Path(sys.argv[2]).parent
 config = json.loads((folder / "config.json").read_text())["config"]
-state = pathlib.Path(config["project_name"], f"checkpoint-{step}", "trainer_state.json")
-if step and not state.exists():
-    state.parent.mkdir(parents=True)
-    state.write_text("{}")
+(folder / "rank-0.pid").write_text(str(os.getpid()))
+if step and not pathlib.Path(config["project_name"], f"checkpoint-{{step}}").exists():
+    from fakes import fake_checkpoint
+    fake_checkpoint(pathlib.Path(config["project_name"]), step)
 if config["batch_size"] > fits:
     attempt = int(folder.name.rpartition("-")[2])
-    code = codes[min(attempt, len(codes)) - 1]
-    note = {"rank": 1, "time": time.time(), "code": code, "type": kind, "message": "CUDA out of memory."}
+    note = {{"rank": 1, "time": time.monotonic(), "code": codes[min(attempt, len(codes)) - 1], "type": kind,
+             "message": "CUDA out of memory.", "peer_lost": False}}
     (folder / "rank-1.error.json").write_text(json.dumps(note))
     sys.exit(1)
 (folder / "rank-0.log").write_text("rank 0 speaks\\n")
@@ -302,9 +301,16 @@ def launched(
         hold: float = 0.0,
     ) -> int:
         stands_for = [sys.executable, "-c", LAUNCH, json.dumps([fits, codes, kind, step, hold])]
-        monkeypatch.setattr(supervise, "build_command", lambda *given: [*stands_for, str(given[-1])])
+        monkeypatch.setattr(
+            attempt, "build_command", lambda *given: [*stands_for, str(given[-1] / "config.json")]
+        )
         argv = ["llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run", *flags]
-        return main([*argv, "--data-path", "data", "--num-processes", "2", "--distributed-backend", "ddp"])
+        argv += ["--data-path", "data", "--num-processes", "2", "--distributed-backend", "ddp"]
+        try:
+            return main([*argv, "--start", "accelerate"])
+        finally:
+            while run_folder._held:
+                run_folder._held.pop().close()  # the process of a real start ends here
 
     return train
 
@@ -336,7 +342,7 @@ def test_it_searches_until_it_fits(launched: Callable[..., int], capfd: pytest.C
 def test_it_gives_up_at_the_smallest(launched: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert launched(*SEARCH, fits=0) == OUT_OF_MEMORY
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == "error: rank 1 failed first: BatchTooLarge: CUDA out of memory."
+    assert lines[0] == "error: rank 1 failed first (out of memory): BatchTooLarge: CUDA out of memory."
     assert lines[1].strip() == "auto_find_batch_size tried batch_size 8, 4, 2 and 1; 1 is the smallest."
     assert lines[2].strip().startswith("What needs less memory: a block_size below 1024; peft: true; ")
     assert lines[3].strip().startswith("logs of all ranks: ") and lines[3].endswith("run/launch/attempt-4")
@@ -359,25 +365,34 @@ def test_no_batch_is_blamed_for_loading(
     assert not Path("run/launch/attempt-2").exists()
 
 
-def test_the_next_attempt_goes_on_from_what_this_start_wrote(launched: Callable[..., int]) -> None:
+def test_the_next_attempt_goes_on_from_what_this_start_wrote(
+    launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert launched(*SEARCH, fits=2, step=5) == 0
-    assert [config_of(n)["resume"] for n in (1, 2, 3)] == [False, "run/checkpoint-5", "run/checkpoint-5"]
+    assert [config_of(n)["resume"] for n in (1, 2, 3)] == [False, True, True]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(lines) == 2 and all(line.endswith("from run/checkpoint-5") for line in lines)
 
 
-def test_a_checkpoint_that_lay_there_before_is_not_gone_on_from(launched: Callable[..., int]) -> None:
+def test_a_checkpoint_of_a_past_that_was_left_is_not_gone_on_from(
+    launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     for step in (3, 6):
-        state = Path(f"run/checkpoint-{step}/trainer_state.json")
-        state.parent.mkdir(parents=True)
-        state.write_text("{}")
+        fake_checkpoint(Path("run"), step)
     assert launched(*SEARCH, "--resume", "run/checkpoint-3", fits=4) == 0
-    assert [config_of(n)["resume"] for n in (1, 2)] == ["run/checkpoint-3"] * 2
+    assert [config_of(n)["resume"] for n in (1, 2)] == ["run/checkpoint-3", True]
+    assert "(the same global batch), from run/checkpoint-3\n" in capfd.readouterr().out
+    assert sorted(path.name for path in Path("run").glob("*checkpoint-*")) == [
+        "checkpoint-3",
+        "set-aside-1-checkpoint-6",
+    ]
 
 
 def test_overwrite_deletes_once(launched: Callable[..., int]) -> None:
     assert launched(*SEARCH, fits=8) == 0
     assert launched(*SEARCH, "--overwrite", fits=2, step=5) == 0
     assert [config_of(n)["batch_size"] for n in (1, 2, 3)] == [8, 4, 2]
-    assert (config_of(3)["resume"], config_of(3)["overwrite"]) == ("run/checkpoint-5", False)
+    assert (config_of(3)["resume"], config_of(3)["overwrite"]) == (True, False)
 
 
 def test_another_error_ends_the_search(
@@ -392,13 +407,13 @@ def test_another_error_ends_the_search(
 def test_a_signal_between_two_attempts_stops_the_run(
     launched: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepare = supervise.prepare
+    prepare = attempt.prepare
 
     def interrupted(run: Run, *rest: Any) -> Any:
         if run.train.batch_size == 4:
             signal.raise_signal(signal.SIGINT)
         return prepare(run, *rest)
 
-    monkeypatch.setattr(supervise, "prepare", interrupted)
+    monkeypatch.setattr(attempt, "prepare", interrupted)
     assert launched(*SEARCH, fits=4, hold=60) == 128 + signal.SIGINT
     assert "stopped by SIGINT" in capfd.readouterr().err

@@ -24,6 +24,7 @@ from tiny import build_tiny_model
 from trainers import attention, rules, run
 from trainers.balanced import Balanced
 from trainers.batches import row_lengths
+from trainers.boundary import StepBoundary
 from trainers.config import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
 from trainers.settings import Settings
 
@@ -172,6 +173,7 @@ SAMPLES: dict[str, Sample] = {
     "eval_on_start": Sample(VALID, True),
     "save_strategy": Sample({}, "epoch"),
     "save_steps": Sample({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}, 1),
+    "save_minutes": Sample({}, 1e-9),
     "save_total_limit": Sample({"save_strategy": "steps", "save_steps": 1}, 2),
     "load_best_model_at_end": Sample(EVERY_STEP, False),
     # peft and quantisation
@@ -215,7 +217,7 @@ TRAINED = (
 # Fields that are compared by what a few steps log, evaluate and save.
 HAPPENED = (
     "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
-    "save_total_limit", "activation_checkpointing",
+    "save_minutes", "save_total_limit", "activation_checkpointing",
 )  # fmt: skip
 
 # Fields that act outside of what a trainer is built from -> the test that shows it.
@@ -340,7 +342,8 @@ def facts(built: Built) -> dict[str, Any]:
             for name in ("padding_side", "pad_token", "eos_token", "chat_template", "model_max_length")
         }
         | {"length": len(tokenizer)},
-        "trainer": [type(trainer).__name__, plain(vars(trainer))],
+        # data_key names the cache of the rows, which also depends on fields that do not act; they are above.
+        "trainer": [type(trainer).__name__, plain(vars(trainer) | {"data_key": None})],
         "collator": [type(trainer.data_collator).__name__, attributes(trainer.data_collator)],
     }
 
@@ -362,6 +365,8 @@ def snapshot(
 def trained_facts(built: Built) -> dict[str, Any]:
     folder = built.context.folder
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)  # as the launcher does, which claims it
+    built.trainer.add_callback(StepBoundary(built.trainer, None))
     built.trainer.train()
     history = built.trainer.state.log_history
     return {

@@ -37,6 +37,7 @@ from trainers.manifest import (
     complaint,
     entry_of,
     faults,
+    in_words,
     misfit,
     read_manifest,
 )
@@ -245,7 +246,7 @@ class Durable(Trainer):
         background = self._written is not None
         if self._written is not None:
             try:
-                self._written.result()
+                shards.finish(self._written)
             except Exception as error:
                 if not disk_is_full(error):
                     raise
@@ -351,9 +352,7 @@ class Durable(Trainer):
         needed, free = self._predicted_bytes(), shutil.disk_usage(self.run_folder).free
         enough = self.agreement.first(needed <= free)
         if not enough:
-            self._say(
-                f"it needs about {needed / 1e9:.2f} GB, and {self.run_folder} has {free / 1e9:.2f} GB left"
-            )
+            self._say(f"it needs about {in_words(needed)}, and {self.run_folder} has {in_words(free)} left")
         return enough
 
     def _say(self, why: str) -> None:

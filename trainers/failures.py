@@ -70,14 +70,10 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and its causes; torch.distributed.checkpoint keeps those of all ranks in `failures`."""
+    """An error and its causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
-        others = getattr(error, "failures", None)
-        for other in others.values() if isinstance(others, dict) else ():
-            found += [part for part in (other if isinstance(other, tuple) else (other,))
-                      if isinstance(part, BaseException)]  # fmt: skip
         error = error.__cause__
     return found
 

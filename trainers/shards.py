@@ -7,11 +7,14 @@ The names do not depend on the number of ranks, so DCP reads the shards on any n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -34,12 +37,23 @@ def save(model: Any, optimizer: Any, folder: Path, group: Any, trains_all: bool)
     return started if isinstance(started, Future) else started.upload_completion
 
 
+def finish(writing: Future[Any]) -> None:
+    """Waits until all ranks have written.
+
+    Raises:
+        ShardError: one could not.
+    """
+    with _as_errors():
+        writing.result()
+
+
 def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
     """Reads weights and the optimiser's state into what the ranks hold now."""
     options = _options(trains_all)
     weights, moments = get_state_dict(model, optimizer, options=options)  # where each value shall go
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
+    with _as_errors():
+        dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
     set_state_dict(
         model,
         optimizer,
@@ -52,8 +66,23 @@ def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
 def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
     """Reads the weights alone."""
     weights = get_model_state_dict(model, options=_options(trains_all))
-    dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
+    with _as_errors():
+        dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
     set_model_state_dict(model, weights, options=_options(trains_all))
+
+
+class ShardError(RuntimeError):
+    """A rank could not write or read its shards; the cause is what its library said."""
+
+
+@contextmanager
+def _as_errors() -> Iterator[None]:
+    """torch's CheckpointException, raised on every rank, is no Exception, so no handler would see it."""
+    try:
+        yield
+    except CheckpointException as error:
+        number, (cause, _) = next(iter(error.failures.items()))
+        raise ShardError(f"rank {number}: {type(cause).__name__}: {cause}") from cause
 
 
 def _options(trains_all: bool) -> StateDictOptions:

@@ -5,6 +5,7 @@ PHALANX_FAULT is a JSON object:
     rank    the rank that it happens in
     step    before this optimiser step (1 is the first)
     once    a file: made when the fault happens, which then does not happen again
+    always  true: it happens again and again
     pause   seconds that each step takes longer, so that a test can act within a run
 """
 
@@ -43,6 +44,12 @@ def mistake():
     raise TypeError("planted mistake")
 
 
+def set_the_clock_back():
+    """For this process; the machine's own clock is not a test's to set."""
+    clock = time.time
+    time.time = lambda: clock() - 7200
+
+
 FAULTS = {
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
@@ -53,6 +60,7 @@ FAULTS = {
     "nan": poison,
     "fail": lambda _: fail(),
     "mistake": lambda _: mistake(),
+    "clock": lambda _: set_the_clock_back(),
 }
 
 
@@ -60,7 +68,7 @@ def strike(fault, step, model):
     """Called before each step, in each rank."""
     time.sleep(fault.get("pause", 0))
     mine = fault.get("rank") == int(os.environ.get("RANK", "0")) and fault.get("step") == step
-    if mine and fault.get("what") in FAULTS and not Path(fault["once"]).exists():
+    if mine and fault.get("what") in FAULTS and (fault.get("always") or not Path(fault["once"]).exists()):
         Path(fault["once"]).touch()
         FAULTS[fault["what"]](model)
 
@@ -104,11 +112,36 @@ def plant_in_batches(module):
     module.CountRows.__call__ = collate
 
 
+def plant_in_checkpoints(module):
+    """`no-check`: no rank looks for free space before it saves."""
+    if json.loads(os.environ["PHALANX_FAULT"]).get("what") == "no-check":
+        module.Durable._has_room = lambda self: True
+
+
+def plant_in_run(module):
+    """`versions`: a rank has another version of torch."""
+    fault, versions = json.loads(os.environ["PHALANX_FAULT"]), module.versions
+
+    def planted():
+        mine = fault.get("what") == "versions" and fault["rank"] == int(os.environ["RANK"])
+        return versions() | ({"torch": "1.0.0"} if mine else {})
+
+    module.versions = planted
+
+
+PLANTS = {
+    "trainers.boundary": plant_in_boundary,
+    "trainers.balanced": plant_in_batches,
+    "trainers.checkpoints": plant_in_checkpoints,
+    "trainers.run": plant_in_run,
+}
+
+
 class Planter:
     """Patches a module of ours right after it was imported."""
 
     def find_spec(self, name, path, target=None):
-        plant = {"trainers.boundary": plant_in_boundary, "trainers.balanced": plant_in_batches}.get(name)
+        plant = PLANTS.get(name)
         if plant is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

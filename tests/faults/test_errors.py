@@ -1,0 +1,80 @@
+"""Errors in a rank: the class is named, its exit code is its own, and what a restart mends is tried again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from planted import EVERY, alive
+
+
+def checkpoints(run):
+    return sorted(int(path.name.rpartition("-")[2]) for path in run.folder.glob("checkpoint-*"))
+
+
+def test_an_exception_in_a_data_worker(faults):
+    run = faults.run("worker", "ddp", "--dataloader-num-workers", "1", what="worker", rank=1, step=5)
+    assert run.code == 7
+    assert "error: rank 1 failed first (data): ValueError: Caught ValueError in DataLoader worker" in run.err
+    assert "planted in a data worker" in run.err and "restart" not in run.err
+    assert alive(run.folder) == []
+
+
+def test_memory_that_runs_out(faults):
+    run = faults.run("memory", "ddp", what="oom", rank=1, step=5)
+    assert run.code == 3
+    assert "error: rank 1 failed first (out of memory): BatchTooLarge: CUDA out of memory." in run.err
+    assert "restart" not in run.err
+
+
+def test_an_error_that_passes_is_survived(faults):
+    run = faults.run("passing", "ddp", what="fail", rank=1, step=7)
+    assert "rank 1 failed first: RuntimeError: planted fault; restart 1 of at most 10, from" in run.err
+    faults.same_end(run, "ddp")
+
+
+def test_a_mistake_in_the_code_is_not_tried_again(faults):
+    run = faults.run("mistake", "ddp", what="mistake", rank=0, step=7)
+    assert run.code == 1
+    assert "error: rank 0 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
+
+
+def test_three_attempts_without_progress_end_the_run(faults):
+    run = faults.run("stuck", "ddp", what="fail", rank=1, step=3, always=True)
+    assert run.code == 1
+    assert run.err.count("; restart ") == 2  # three attempts
+    assert "3 attempts in a row came no further; it is not tried again." in run.err
+    assert alive(run.folder) == []
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_nan_stops_every_rank_at_the_same_step(faults, backend):
+    run = faults.run(f"nan-{backend}", backend, what="nan", rank=1, step=EVERY)  # a step that would be saved
+    assert run.code == 6
+    assert f"(NaN): NotFinite: the loss or the gradient norm is NaN or infinite at step {EVERY}" in run.err
+    assert checkpoints(run) == [] and not (run.folder / "model.safetensors").exists()
+    attempt = run.folder / "launch" / "attempt-1"
+    for rank in (0, 1):
+        assert f"at step {EVERY}" in json.loads((attempt / f"rank-{rank}.error.json").read_text())["message"]
+    written = json.loads((attempt / f"not-finite-step-{EVERY}-rank-1.json").read_text())
+    assert written["batches"][0]["loss"] == "nan" and "What is" in written["batches"][0]["text"][0]
+
+
+def test_nan_by_choice_goes_on_from_before(faults):
+    run = faults.run("nan-again", "ddp", "--restart-on-nan", "true", what="nan", rank=1, step=7)
+    assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
+    faults.same_end(run, "ddp")
+
+
+def test_ranks_that_differ_are_named(faults):
+    run = faults.run("differ", "ddp", what="versions", rank=1)
+    assert run.code == 2
+    assert "error: the ranks do not run the same thing: rank 1 has torch 1.0.0, and rank 0 has 2." in run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("backend", ["ddp"])
+def test_a_clock_that_is_set_back_changes_nothing(faults, backend):
+    run = faults.run("clock", backend, "--hang-timeout", "60", what="clock", rank=1, step=3)
+    faults.same_end(run, backend)
+    assert checkpoints(run) == [8, 12] and "restart" not in run.err

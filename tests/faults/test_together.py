@@ -1,0 +1,66 @@
+"""Two runs at once, a port that is taken, and a run that goes on with another number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+
+import pytest
+from planted import EVERY
+from ranks import BACKENDS
+
+
+def test_two_runs_on_one_machine(faults):
+    running = [faults.start(f"both-{number}", "ddp") for number in (1, 2)]
+    for one in running:
+        faults.same_end(one.end(), "ddp")
+
+
+def test_two_runs_in_one_folder(faults):
+    first = faults.start("shared", "ddp", pause=0.2)
+    first.wait_for_step(1)
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        second = faults.run("shared", "ddp", *flags)
+        assert second.code == 2
+        assert "error: " in second.err
+        if flags:
+            assert (
+                f"project_name: shared is in use: a run is going on there (process {first.process.pid}"
+                in second.err
+            )
+    faults.same_end(first.end(), "ddp")
+
+
+def test_a_port_that_is_taken(faults):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = faults.run("port", "ddp", "--main-process-port", port)
+    assert run.code == 2
+    assert f"launch.main_process_port: {port} is in use on this machine." in run.err
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_fewer_ranks_go_on_with_the_same_global_batch(faults, bench, backend):
+    whole = faults.uninterrupted(backend)
+    name = f"fewer-{backend}"
+    shutil.copytree(whole.folder, bench.root / name)
+    shutil.rmtree(bench.root / name / "checkpoint-12")
+    run = faults.run(name, backend, "--resume", "--num-processes", "1")
+    assert run.code == 0, run.out + run.err
+    assert "note: gradient_accumulation: 4, since checkpoint-8 was written by 2 ranks" in run.out
+    assert run.record["world_size"] == 1 and run.record["global_batch"] == 4
+    assert run.losses == pytest.approx(whole.losses, abs=1e-4)
+
+
+def test_zero_on_other_ranks_and_another_backend_are_refused_before_the_ranks(faults, bench):
+    whole = faults.uninterrupted("zero2")
+    shutil.copytree(whole.folder, bench.root / "other")
+    run = faults.run("other", "zero2", "--resume", "--num-processes", "1")
+    assert run.code == 2
+    assert "it holds ZeRO's shards of 2 ranks, which 1 cannot read. Go on with num_processes: 2" in run.err
+    run = bench.train("other", *BACKENDS["fsdp"], "--save-steps", str(EVERY), "--resume")
+    assert run.code == 2
+    assert "it was written by ZeRO 2, which fsdp cannot read" in run.err

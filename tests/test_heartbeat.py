@@ -1,0 +1,414 @@
+"""Heartbeats: what a rank writes and when, and which rank the launcher then says hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launcher import watch
+from launcher.watch import find_hang, limit, make_beats_folder
+from trainers import heartbeat
+from trainers.heartbeat import FOLDER, STEP, Beat, Heart, read_beat
+
+PATIENCE = 20.0  # a limit, not a measurement
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------------------- what is written
+
+
+@pytest.fixture
+def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heart]:
+    """Rank 3's, whose thread beats a hundred times a second; it is not started yet."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
+    made = Heart()
+    yield made
+    made.steady.clear()  # its thread sleeps for good
+
+
+@pytest.fixture
+def last(tmp_path: Path) -> Callable[[], Beat]:
+    """`last()`: what the launcher reads of rank 3."""
+
+    def read() -> Beat:
+        found: list[Beat | None] = []
+        wait_for(lambda: bool(found.append(read_beat(tmp_path / "rank-3")) or found[-1]))
+        assert found[-1] is not None
+        return found[-1]
+
+    return read
+
+
+def test_before_its_first_beat_a_rank_has_said_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rank-3"
+    assert read_beat(path) is None
+    path.write_bytes(b"")
+    assert read_beat(path) is None
+    path.write_bytes(bytes(64))
+    assert read_beat(path) is None
+
+
+def test_a_start_is_the_first_beat(heart: Heart, last: Callable[[], Beat]) -> None:
+    before = time.monotonic()
+    heart.start(3)
+    beat = last()
+    assert before <= beat.time <= time.monotonic()
+    assert (beat.step, beat.step_seconds, beat.phase) == (0, 0.0, "start")
+    assert beat.count >= 1
+
+
+def test_a_step_is_a_beat_that_says_how_far_the_rank_is(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    heart.stepped(1)
+    heart.stepped(2)
+    first = last()
+    heart.beat()
+    assert (first.step, first.phase) == (2, STEP)
+    assert last().count > first.count
+
+
+def test_without_a_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    heart = Heart()
+    heart.start(3)
+    heart.stepped(1)
+    with heart.during("save"):
+        heart.beat()
+    assert heart.file is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phase_of_a_long_name_is_cut(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    heart.enter("x" * 100)
+    assert last().phase == "x" * 32
+
+
+def test_the_thread_beats_where_there_are_no_steps(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    for phase in ("start", "save", "end"):
+        heart.enter(phase)
+        count = last().count
+        wait_for(lambda: last().count > count + 3)  # noqa: B023
+        assert last().phase == phase
+
+
+def test_in_the_steps_the_main_thread_alone_beats(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    heart.stepped(1)
+    time.sleep(0.1)  # a beat of the thread may have been on its way
+    count = last().count
+    time.sleep(0.3)
+    assert last().count == count
+    heart.beat()
+    assert last().count == count + 1
+
+
+def test_a_phase_within_another_ends_where_it_began(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    heart.stepped(1)
+    with heart.during("evaluate"):
+        heart.enter(STEP)  # a batch was evaluated
+        with heart.during("save"):
+            assert last().phase == "save"
+        assert last().phase == STEP
+    assert last().phase == STEP
+    assert not heart.steady.is_set()
+
+
+def test_a_phase_that_fails_ends_too(heart: Heart, last: Callable[[], Beat]) -> None:
+    heart.start(3)
+    heart.stepped(1)
+    with pytest.raises(OSError), heart.during("save"):
+        raise OSError
+    assert last().phase == STEP
+
+
+def test_the_seconds_of_a_step_are_a_median_without_what_lies_between_steps(
+    heart: Heart, last: Callable[[], Beat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    heart.start(3)
+    step = 0
+
+    def steps(*seconds: float) -> None:
+        nonlocal now, step
+        for passed in seconds:
+            now += passed
+            step += 1
+            heart.stepped(step)
+
+    steps(500.0)  # the first holds loading and compiling
+    assert last().step_seconds == 0.0
+    steps(1.0, 1.0, 9.0, 2.0)
+    assert last().step_seconds == 1.5
+    for phase in ("save", "evaluate"):
+        with heart.during(phase):
+            now += 600.0
+        steps(3.0)
+    assert list(heart.recent) == [1.0, 1.0, 9.0, 2.0]
+    steps(2.0)
+    assert last().step_seconds == 2.0
+
+
+def test_a_clock_that_is_set_back_changes_nothing(
+    heart: Heart, last: Callable[[], Beat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heart.start(3)
+    heart.stepped(1)
+    before = last()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    heart.stepped(2)
+    heart.stepped(3)
+    after = last()
+    assert before.time <= after.time <= time.monotonic()
+    assert 0 <= after.step_seconds < PATIENCE
+    assert find_hang(tmp_path, {3: os.getpid()}, 60.0, tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------- who hangs
+
+# A rank, as far as the watcher sees it: it writes its stack when asked, and waits where it is told to:
+# for others (in a frame of torch.distributed), by itself, or among many threads.
+RANK = """
+import sys, threading, time
+from pathlib import Path
+from trainers.rank import _dump_stack_on_signal
+
+_dump_stack_on_signal(Path(sys.argv[1]))
+code = "import time\\ndef stay():\\n    print('here', flush=True)\\n    time.sleep(600)\\n"
+files = {"others": "/lib/torch/distributed/distributed_c10d.py", "itself": "/lib/transformers/trainer.py"}
+exec(compile(code, files[sys.argv[2]], "exec"))
+stay()
+"""
+# As faulthandler writes it when the processor is wanted elsewhere: in two parts.
+SLOW_RANK = """
+import os, signal, sys, time
+from trainers.stopping import STACK_SIGNAL
+
+def write(number, frame):
+    with open(sys.argv[1], "w") as file:
+        for part in ("Thread 0x1 (most recent call first):\\n", "\\nCurrent thread 0x2\\n  in culprit\\n"):
+            file.write(part)
+            file.flush()
+            time.sleep(0.3)
+
+signal.signal(STACK_SIGNAL, write)
+print("here", flush=True)
+while True:
+    time.sleep(600)
+"""
+
+
+class Ranks:
+    """Processes that stand for ranks, and the beats that a test writes for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *where: str, script: str = RANK) -> dict[int, int]:
+        """One rank for each place; rank -> pid."""
+        for rank, place in enumerate(where):
+            argv = [sys.executable, "-c", script, str(self.folder / f"rank-{rank}.stack"), place]
+            self.started.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
+        for process in self.started:
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+        return {rank: process.pid for rank, process in enumerate(self.started)}
+
+    def beat(self, rank: int, ago: float = 100.0, count: int = 50, step: int = 6, phase: str = STEP) -> None:
+        """The last beat of a rank, so many seconds ago."""
+        raw = heartbeat._LAYOUT.pack(time.monotonic() - ago, count, step, 0.5, phase.encode())
+        (self.folder / f"rank-{rank}").write_bytes(raw)
+
+    def find(self, pids: dict[int, int], timeout: float | None = None) -> watch.Hang | None:
+        return find_hang(self.folder, pids, timeout, self.folder)
+
+    def named(self, pids: dict[int, int]) -> int:
+        found = self.find(pids)
+        assert found is not None
+        return found.rank
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    made = Ranks(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+def test_nobody_hangs_while_all_beat(ranks: Ranks) -> None:
+    pids = ranks.start("others", "itself")
+    ranks.beat(0, ago=59.0)
+    ranks.beat(1, ago=1.0)
+    assert ranks.find(pids) is None
+    assert (ranks.folder / "rank-0.stack").read_text() == "", "nobody is asked for a stack"
+
+
+def test_a_rank_that_never_beat_is_still_starting(ranks: Ranks) -> None:
+    assert ranks.find(ranks.start("itself")) is None
+
+
+def test_a_stopped_rank_is_named_whatever_its_beats(ranks: Ranks) -> None:
+    pids = ranks.start("itself", "others")
+    os.kill(pids[1], signal.SIGSTOP)
+    wait_for(lambda: watch._is_stopped(pids[1]))
+    ranks.beat(0, count=50, ago=80.0)
+    ranks.beat(1, count=51, ago=75.0)
+    hang = ranks.find(pids)
+    assert hang is not None
+    assert (hang.rank, hang.stopped) == (1, True)
+    assert hang.reason == (
+        "stopped (SIGSTOP, or a debugger): no sign of life for 75 s, in phase 'step' after step 6"
+    )
+    assert "in stay" in hang.stack, "it went on, to say where it was"
+
+
+def test_the_rank_that_came_least_far_is_named(ranks: Ranks) -> None:
+    pids = ranks.start("others", "others", "itself")
+    ranks.beat(0, count=51)
+    ranks.beat(1, count=48, step=5, ago=64.0)
+    ranks.beat(2, count=51)
+    hang = ranks.find(pids)
+    assert hang is not None
+    assert (hang.rank, hang.stopped, hang.beat.step) == (1, False, 5)
+    assert hang.reason == "hung: no sign of life for 64 s, in phase 'step' after step 5"
+
+
+def test_of_ranks_that_came_equally_far_the_one_that_does_not_wait_for_others_is_named(
+    ranks: Ranks,
+) -> None:
+    pids = ranks.start("others", "itself", "others")
+    for rank in pids:
+        ranks.beat(rank, ago=90.0 - rank)
+    hang = ranks.find(pids)
+    assert hang is not None and hang.rank == 1
+    assert "in stay" in hang.stack and "torch/distributed" not in hang.stack
+
+
+def test_a_rank_that_gives_signs_of_life_does_not_hang(ranks: Ranks) -> None:
+    """Rank 0 waits for the other in a phase in which its thread beats, and has started later."""
+    pids = ranks.start("others", "itself")
+    ranks.beat(0, ago=0.1, count=20, phase="save")
+    ranks.beat(1, ago=90.0, count=50)
+    assert ranks.named(pids) == 1
+
+
+def test_beats_of_the_thread_do_not_make_a_rank_come_far(ranks: Ranks) -> None:
+    """Two hearts that took the same steps. The second loaded for longer; in step 7 the first waits for it."""
+    counts = []
+    for beats_of_thread in (4, 9):
+        heart = Heart()
+        heart.file = memoryview(bytearray(64))  # type: ignore[assignment]
+        heart.enter("start")
+        for _ in range(beats_of_thread):
+            heart.beat()
+        for step in range(1, 7):
+            heart.beat()  # a micro-batch
+            heart.stepped(step)
+        counts.append(heart.count)
+    pids = ranks.start("others", "itself")
+    for rank in pids:
+        ranks.beat(rank, count=counts[rank])
+    assert ranks.named(pids) == 1
+
+
+def test_a_stack_that_is_being_written_is_waited_for(ranks: Ranks) -> None:
+    pids = ranks.start("slow", script=SLOW_RANK)
+    ranks.beat(0)
+    hang = ranks.find(pids)
+    assert hang is not None and "in culprit" in hang.stack
+
+
+def test_a_rank_that_is_gone_does_not_stop_the_search(ranks: Ranks) -> None:
+    pids = ranks.start("itself", "others")
+    ranks.started[1].kill()
+    ranks.started[1].wait()
+    ranks.beat(0, count=50)
+    ranks.beat(1, count=51)
+    assert ranks.named(pids) == 0
+
+
+@pytest.mark.parametrize(
+    ("frames", "waits"),
+    [
+        (["/lib/torch/distributed/distributed_c10d.py"], True),
+        (["/lib/torch/autograd/graph.py"], True),
+        (["/lib/torch/_tensor.py"], True),
+        (["/work/trainers/agreement.py"], True),
+        (["/lib/deepspeed/comm/torch.py"], True),
+        (["/lib/torch/utils/data/dataloader.py"], False),
+        ([f"/lib/transformers/{n}.py" for n in range(8)] + ["/lib/torch/distributed/run.py"], False),
+    ],
+)
+def test_who_waits_for_others_by_its_stack(frames: list[str], waits: bool) -> None:
+    other = 'Thread 0x1 (most recent call first):\n  File "/lib/torch/distributed/x.py", line 1 in f\n\n'
+    lines = "\n".join(f'  File "{frame}", line 1 in f' for frame in frames)
+    assert watch._waits(f"{other}Current thread 0x2 (most recent call first):\n{lines}\n") == waits
+
+
+@pytest.mark.parametrize(
+    ("timeout", "step_seconds", "seconds"),
+    [
+        (None, 0.0, 60.0),
+        (None, 0.5, 60.0),
+        (None, 30.0, 300.0),
+        (4.0, 30.0, 4.0),
+        (0.0, 30.0, float("inf")),
+    ],
+)
+def test_how_long_a_rank_may_be_silent(timeout: float | None, step_seconds: float, seconds: float) -> None:
+    assert limit(Beat(0.0, 1, 1, step_seconds, STEP), timeout) == seconds
+
+
+@pytest.mark.parametrize(("timeout", "found"), [(None, False), (4.0, True), (0.0, False)])
+def test_the_timeout_can_be_set(ranks: Ranks, timeout: float | None, found: bool) -> None:
+    pids = ranks.start("itself")
+    ranks.beat(0, ago=30.0)
+    assert (ranks.find(pids, timeout) is not None) == found
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+def test_the_folders_of_launchers_that_are_gone_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"phalanx-beats-{gone.pid}-abc", f"phalanx-beats-{os.getppid()}-abc", "of-somebody-else"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-0").write_bytes(b"")
+    made = make_beats_folder()
+    assert made.parent == tmp_path and list(made.iterdir()) == []
+    assert made.name.startswith(f"phalanx-beats-{os.getpid()}-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [made.name, f"phalanx-beats-{os.getppid()}-abc", "of-somebody-else"]
+    )
+
+
+def test_two_starts_of_one_process_have_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = make_beats_folder()
+    assert first != make_beats_folder()
+    assert first.exists()

@@ -1,0 +1,400 @@
+"""What makes a folder a checkpoint, which one a run goes on from, and who may go on in a run's folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import fake_checkpoint, machine
+
+from launcher.backend import resolve_backend
+from launcher.config import Run, load_run
+from launcher.resume import fitted
+from launcher.topology import resolve_topology
+from trainers import manifest, run_folder
+from trainers.config import ConfigError, TrainConfig
+from trainers.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Layout,
+    Manifest,
+    checkpoint_folders,
+    complaint,
+    entry_of,
+    misfit,
+    newest_usable,
+    read_manifest,
+    step_of,
+)
+from trainers.run_folder import hold, resume_checkpoint, set_aside_later
+
+DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
+FSDP = replace(DDP, backend="fsdp", shards=2)
+ZERO2 = replace(DDP, backend="deepspeed", zero_stage=2, shards=2)
+ONE = replace(DDP, backend="none", world_size=1, gradient_accumulation=8)
+WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return fake_checkpoint(tmp_path, 5)
+
+
+# ----------------------------------------------------------------------------- a manifest, written and read
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    written = Manifest(
+        step=7,
+        layout=replace(ZERO2, world_size=8, shards=8),
+        position={"epoch": 1.25, "data_seed": 42, "evaluation_due": True},
+        versions={"torch": "2.10.0"},
+        data="abc",
+        files=[FileEntry("shards/__0_0.distcp", 12, "0" * 32), FileEntry("é.json", 0, "f" * 32)],
+    )
+    written.write(tmp_path)
+    assert read_manifest(tmp_path) == written
+    assert written.bytes == 12
+
+
+def test_an_entry_is_the_path_the_size_and_the_hash(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    path = tmp_path / "shards" / "a"
+    path.write_bytes(b"")
+    # XXH3's own value for no bytes at all.
+    assert entry_of(tmp_path, path) == FileEntry("shards/a", 0, "99aa06d3014798d86001c324468d497f")
+
+
+def test_a_file_longer_than_a_block_is_hashed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(os.urandom(1000))
+    whole = manifest.hash_file(path)
+    monkeypatch.setattr(manifest, "HASH_BLOCK", 64)
+    assert manifest.hash_file(path) == whole
+
+
+# ----------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_a_whole_checkpoint_has_no_complaint(checkpoint: Path, content: bool) -> None:
+    assert complaint(checkpoint, content) is None
+
+
+def cut(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def rewrite(checkpoint: Path, **changes: Any) -> None:
+    """Puts other values into the manifest."""
+    raw = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**raw, **changes}))
+
+
+def lose_both(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).unlink()
+    (checkpoint / STATE).unlink()
+
+
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / MANIFEST).unlink(), "it has no manifest.json, so its save did not end"),
+        (lambda c: cut(c / MANIFEST, 40), "its manifest.json cannot be read: "),
+        (lambda c: (c / MANIFEST).write_bytes(b"\xff\xfe"), "its manifest.json cannot be read: "),
+        (lambda c: cut(c / MANIFEST, 0), "its manifest.json cannot be read: "),
+        (lambda c: (c / MANIFEST).write_text("{}"), "its manifest.json is damaged: 'format'"),
+        (lambda c: (c / MANIFEST).write_text("[]"), "its manifest.json is damaged: "),
+        (lambda c: rewrite(c, files=[{"path": WEIGHTS}]), "its manifest.json is damaged: "),
+        (lambda c: rewrite(c, files=None), "its manifest.json is damaged: "),
+        (lambda c: rewrite(c, layout={"backend": "ddp"}), "its manifest.json is damaged: "),
+        (
+            lambda c: rewrite(c, format=FORMAT + 1),
+            f"its manifest.json has format {FORMAT + 1}; this version reads {FORMAT}",
+        ),
+        (lambda c: (c / WEIGHTS).unlink(), "model.safetensors is missing"),
+        (lambda c: cut(c / WEIGHTS, 3), "model.safetensors has 3 bytes instead of 11"),
+        (lambda c: (c / WEIGHTS).write_bytes(b"the weights, longer"), "model.safetensors has 19 bytes"),
+        (lose_both, "model.safetensors is missing (and 1 more)"),
+    ],
+)
+def test_damage_is_told(checkpoint: Path, damage: Callable[[Path], Any], said: str, content: bool) -> None:
+    damage(checkpoint)
+    found = complaint(checkpoint, content)
+    assert str(found).startswith(said)
+    assert len(str(found).splitlines()) == 1
+
+
+def test_a_flipped_bit_is_found_by_reading_the_files(checkpoint: Path) -> None:
+    raw = bytearray((checkpoint / WEIGHTS).read_bytes())
+    raw[4] ^= 1
+    (checkpoint / WEIGHTS).write_bytes(raw)
+    assert complaint(checkpoint, content=False) is None
+    assert complaint(checkpoint, content=True) == "model.safetensors has changed since it was written"
+
+
+def test_a_file_that_the_disk_no_longer_gives_is_damage(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path, sync: bool = False) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(manifest, "hash_file", unreadable)
+    assert "model.safetensors" in str(complaint(checkpoint, content=True))
+
+
+def test_a_file_beside_those_of_the_manifest_does_no_harm(checkpoint: Path) -> None:
+    (checkpoint / "notes.txt").write_text("mine")
+    assert complaint(checkpoint, content=True) is None
+
+
+# ------------------------------------------------------------------------------------- which checkpoint
+
+
+def test_checkpoints_are_folders_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-9", "saving/checkpoint-11", "checkpoint-5-model",
+                 "set-aside-1-checkpoint-12", "checkpoint-", "checkpoint-x"):  # fmt: skip
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "checkpoint-13").write_text("a file")
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_the_step_of_a_checkpoint(tmp_path: Path) -> None:
+    assert step_of(tmp_path / "checkpoint-12") == 12
+    assert step_of(None) == 0
+
+
+def test_the_newest_that_verifies_is_taken_and_each_newer_one_said(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 20):
+        fake_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-20" / MANIFEST).unlink()
+    (tmp_path / "checkpoint-10" / WEIGHTS).unlink()
+    (tmp_path / "checkpoint-2" / WEIGHTS).unlink()  # older: nobody asks
+    assert newest_usable(tmp_path, content=True) == (
+        tmp_path / "checkpoint-4",
+        [
+            f"passed over {tmp_path}/checkpoint-20: it has no manifest.json, so its save did not end",
+            f"passed over {tmp_path}/checkpoint-10: model.safetensors is missing",
+        ],
+    )
+
+
+def test_content_that_changed_is_passed_over_where_it_is_read(tmp_path: Path) -> None:
+    for step in (4, 10):
+        fake_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-10" / WEIGHTS).write_bytes(b"THE WEIGHTS")
+    assert newest_usable(tmp_path, content=False) == (tmp_path / "checkpoint-10", [])
+    found, passed = newest_usable(tmp_path, content=True)
+    assert found == tmp_path / "checkpoint-4" and len(passed) == 1
+
+
+def test_none_may_verify(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+    found, passed = newest_usable(checkpoint.parent, content=True)
+    assert found is None and len(passed) == 1
+
+
+def resuming(resume: bool | str) -> TrainConfig:
+    return TrainConfig(resume=resume)
+
+
+def test_without_resume_nothing_is_looked_for(checkpoint: Path) -> None:
+    assert resume_checkpoint(checkpoint.parent, resuming(False)) == (None, [])
+
+
+def test_there_is_nothing_to_resume_where_no_run_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^resume: there is no run in .*Start without --resume"):
+        resume_checkpoint(tmp_path, resuming(True))
+
+
+def test_a_run_that_wrote_no_checkpoint_begins_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert resume_checkpoint(tmp_path, resuming(True)) == (None, [])
+
+
+def test_resume_takes_the_newest_that_verifies(checkpoint: Path) -> None:
+    newer = fake_checkpoint(checkpoint.parent, 6)
+    (newer / WEIGHTS).write_bytes(b"THE WEIGHTS")
+    found, passed = resume_checkpoint(checkpoint.parent, resuming(True))
+    assert found == checkpoint
+    assert passed == [f"passed over {newer}: model.safetensors has changed since it was written"]
+
+
+def test_a_checkpoint_that_is_named_is_taken_from_anywhere(checkpoint: Path, tmp_path: Path) -> None:
+    assert resume_checkpoint(tmp_path / "other", resuming(str(checkpoint))) == (checkpoint, [])
+
+
+def test_a_checkpoint_that_is_named_must_verify(checkpoint: Path) -> None:
+    older = fake_checkpoint(checkpoint.parent, 3)
+    (checkpoint / WEIGHTS).write_bytes(b"THE WEIGHTS")
+    with pytest.raises(ConfigError) as error:
+        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint)))
+    assert str(error.value) == (
+        f"resume: {checkpoint} cannot be used: model.safetensors has changed since it was written. "
+        "resume: true takes the newest that can."
+    )
+    assert resume_checkpoint(checkpoint.parent, resuming(str(older))) == (older, [])
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a checkpoint: a folder checkpoint-N of a run"):
+        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent)))
+
+
+def test_a_checkpoint_that_is_not_there_is_not_said_to_be_unfinished(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent / "checkpoint-500")))
+    assert "save did not end" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ the past that is left
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_after_the_one_that_is_named_get_another_name(tmp_path: Path) -> None:
+    for step in (3, 5, 10):
+        fake_checkpoint(tmp_path, step)
+    set_aside_later(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-5", "set-aside-1-checkpoint-10"]
+    assert complaint(tmp_path / "set-aside-1-checkpoint-10", content=True) is None
+    fake_checkpoint(tmp_path, 10)
+    set_aside_later(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
+    assert names(tmp_path)[2:] == ["set-aside-1-checkpoint-10", "set-aside-2-checkpoint-10"]
+
+
+@pytest.mark.parametrize("resume", [True, False, "elsewhere/checkpoint-1"])
+def test_else_no_checkpoint_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool | str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_checkpoint(Path("elsewhere"), 1)
+    fake_checkpoint(Path("run"), 10)
+    set_aside_later(Path("run"), resuming(resume))
+    assert names(tmp_path / "run") == ["checkpoint-10"]
+
+
+# ----------------------------------------------------------------------------------- one run in one folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainers.run_folder import hold
+hold(Path(sys.argv[1]))
+print("it is mine", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which holds the run's folder."""
+    monkeypatch.setattr(run_folder, "_held", [])  # what this test holds ends with it
+    argv = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "it is mine\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused(other: subprocess.Popen[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"run is in use: .*\(process {other.pid} on .*another project_na"):
+        hold(tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"\(process {other.pid} on "):
+        hold(tmp_path / "run")  # to be refused leaves the owner's name
+
+
+def test_the_folder_is_free_when_its_process_is_gone(other: subprocess.Popen[str], tmp_path: Path) -> None:
+    other.kill()
+    other.wait()
+    hold(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) -> None:
+    hold(tmp_path / "second")
+
+
+# --------------------------------------------------------------------------------------- on other ranks
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (DDP, DDP, None),
+        (DDP, ONE, None),  # each rank has all of the state, and the global batch is the same
+        (ONE, DDP, None),
+        (FSDP, replace(FSDP, world_size=4, gradient_accumulation=2, shards=4), None),
+        (FSDP, replace(FSDP, world_size=1, gradient_accumulation=8, shards=1), None),
+        (ZERO2, ZERO2, None),
+        (DDP, FSDP, "it was written by ddp, which fsdp cannot read. Go on with distributed_backend: ddp, or "
+                    "begin a run from its weights (phalanx consolidate)."),
+        (ONE, FSDP, "it was written by ddp, which fsdp cannot read. Go on with distributed_backend: none,"),
+        (FSDP, DDP, "it was written by fsdp, which ddp cannot read. Go on with distributed_backend: fsdp,"),
+        (FSDP, ZERO2, "it was written by fsdp, which ZeRO 2 cannot read."),
+        (ZERO2, replace(ZERO2, zero_stage=3),
+         "it was written by ZeRO 2, which ZeRO 3 cannot read. Go on with distributed_backend: deepspeed and "
+         "zero_stage: 2, or begin"),
+        (ZERO2, replace(ZERO2, world_size=4, gradient_accumulation=2, shards=4),
+         "it holds ZeRO's shards of 2 ranks, which 4 cannot read. Go on with num_processes: 2, or begin"),
+        (DDP, replace(DDP, world_size=3),
+         "a step of it held 16 (2 ranks x batch_size 2 x gradient_accumulation 4), and one of this run holds "
+         "24 (3 ranks x batch_size 2 x gradient_accumulation 4). Choose batch_size and gradient_acc"),
+        (FSDP, replace(FSDP, world_size=4, shards=4), "a step of it held 16 (2 ranks x "),
+    ],
+)  # fmt: skip
+def test_which_layouts_go_on_from_which(then: Layout, now: Layout, said: str | None) -> None:
+    why = misfit(then, now)
+    assert why is None if said is None else str(why).startswith(said)
+
+
+@pytest.fixture
+def asked(work: Path, packages: object) -> Callable[..., Run]:
+    """`asked(ranks=4)`: the run that resumes `run` with these flags, as it is started."""
+
+    def make(ranks: int, **flags: Any) -> Run:
+        given = {"trainer": "sft", "model": "model", "project_name": "run", "resume": True,
+                 "num_processes": ranks, "batch_size": 2, "gradient_accumulation": 4, **flags}  # fmt: skip
+        run = load_run(None, {name: str(value) for name, value in given.items()})
+        topology = resolve_topology(run.launch, machine(), "run", {})
+        return fitted(run, topology, resolve_backend(run, topology))
+
+    return make
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_other_ranks_keep_the_global_batch(asked: Callable[..., Run], ranks: int, accumulation: int) -> None:
+    fake_checkpoint(Path("run"), 5)
+    backend = "none" if ranks == 1 else "ddp"
+    run = asked(ranks, distributed_backend=backend)
+    assert run.train.gradient_accumulation == accumulation
+    notes = [note for note in run.settings.notes if note.startswith("gradient_accumulation: ")]
+    assert bool(notes) == (ranks != 2)
+    if ranks != 2:
+        why = "resume (checkpoint-5 was written by 2 ranks and the global batch is kept)"
+        assert run.settings.sources["gradient_accumulation"] == why
+
+
+def test_ranks_that_cannot_keep_the_global_batch_are_refused(asked: Callable[..., Run]) -> None:
+    fake_checkpoint(Path("run"), 5)
+    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: a step of it held 16 \(2 ranks"):
+        asked(3, distributed_backend="ddp")
+
+
+def test_another_backend_is_refused(asked: Callable[..., Run]) -> None:
+    fake_checkpoint(Path("run"), 5)
+    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: it was written by ddp, which fsdp"):
+        asked(2, distributed_backend="fsdp")

@@ -1,0 +1,370 @@
+"""The policy of a run's attempts: what is tried again and from where, when it is given up, what it ends with.
+
+In place of an attempt a few lines stand: they leave the checkpoints and the words of ranks that ended so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import fake_checkpoint, machine
+
+from launcher import supervise
+from launcher.attempt import Outcome, Signals
+from launcher.backend import resolve_backend
+from launcher.config import load_run
+from launcher.supervise import PAUSES, WITHOUT_PROGRESS, Supervisor
+from launcher.topology import resolve_topology
+from launcher.watch import Hang
+from trainers.config import (
+    DATA_FAILED,
+    DISK_FAILED,
+    HUNG,
+    KILLED,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    PEER_LOST,
+    RUN_FAILED,
+    SAVED,
+    USAGE_ERROR,
+)
+from trainers.heartbeat import STEP, Beat
+from trainers.manifest import MANIFEST
+from trainers.run_folder import LAUNCH
+
+
+@dataclass
+class Ends:
+    """How an attempt ends: its code, what rank 1 says, and the checkpoint that it leaves."""
+
+    code: int = 1
+    saves: int = 0  # the step of a checkpoint
+    whole: bool = True  # it verifies
+    kind: str = ""  # the error that rank 1 notes
+    of: int = RUN_FAILED  # its class
+    exits: dict[int, int] = field(default_factory=dict)
+    hang: Hang | None = None
+    stopped: str | None = None  # what the ranks say that they saved, where a signal stopped them
+    received: int | None = None  # a signal that comes meanwhile
+
+
+WELL = Ends(0)
+
+
+def killed(saves: int = 0) -> Ends:
+    return Ends(saves=saves, exits={0: 1, 1: -signal.SIGKILL})
+
+
+def fails(kind: str, code: int = RUN_FAILED, saves: int = 0) -> Ends:
+    return Ends(saves=saves, kind=kind, of=code, exits={1: 1})
+
+
+HANGS = Ends(hang=Hang(1, 75.0, Beat(0.0, 50, 6, 0.5, STEP), False, ""))
+
+
+@dataclass
+class Done:
+    """What came of a run."""
+
+    code: int
+    configs: list[tuple[bool | str, bool]]  # resume and overwrite, of each attempt
+    pauses: list[float]
+    err: list[str]
+
+    @property
+    def attempts(self) -> int:
+        return len(self.configs)
+
+
+class Life:
+    """A run whose attempts end as a test says."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.patch, self.capsys = patch, capsys
+        self.signals = Signals()
+        self.after_pause: Callable[[], None] = lambda: None
+
+    def supervisor(self, **flags: Any) -> Supervisor:
+        given = {"trainer": "sft", "model": "model", "project_name": "run", "num_processes": 2,
+                 "distributed_backend": "ddp", **flags}  # fmt: skip
+        run = load_run(None, {name: str(value) for name, value in given.items()})
+        topology = resolve_topology(run.launch, machine(), "run", {})
+        return Supervisor(run, topology, resolve_backend(run, topology), self.signals, None)
+
+    def __call__(self, *ends: Ends, machines: int = 1, **flags: Any) -> Done:
+        """Runs the attempts in turn; one more than there are ends fails the test."""
+        done = Done(0, [], [], [])
+        left = iter(ends)
+
+        def attempt(supervisor: Supervisor) -> Outcome:
+            done.configs.append((supervisor.run.train.resume, supervisor.run.train.overwrite))
+            end = next(left, None)
+            assert end is not None, "an attempt too many"
+            return self._leave(end, len(done.configs))
+
+        def pause(supervisor: Supervisor, seconds: float) -> None:
+            done.pauses.append(seconds)
+            self.after_pause()
+
+        self.patch.setattr(Supervisor, "_attempt", attempt)
+        self.patch.setattr(Supervisor, "_pause", pause)
+        supervisor = self.supervisor(**flags)
+        supervisor.topology = replace(supervisor.topology, num_machines=machines)
+        try:
+            done.code = supervisor.run_to_end()
+        finally:
+            supervisor.close()
+        assert next(left, None) is None, "an attempt too few"
+        done.err = self.capsys.readouterr().err.splitlines()
+        return done
+
+    def _leave(self, end: Ends, number: int) -> Outcome:
+        folder = Path("run", LAUNCH, f"attempt-{number}").resolve()
+        folder.mkdir(parents=True)
+        if end.saves:
+            saved = fake_checkpoint(Path("run"), end.saves)
+            if not end.whole:
+                (saved / MANIFEST).unlink()
+        if end.kind:
+            note = {"rank": 1, "time": 1.0, "code": end.of, "type": end.kind, "message": "planted"}
+            (folder / "rank-1.error.json").write_text(json.dumps({**note, "peer_lost": end.of == PEER_LOST}))
+        if end.stopped is not None:
+            for rank, saved in ((0, ""), (1, end.stopped)):
+                text = json.dumps({"rank": rank, "signal": signal.SIGTERM, "saved": saved})
+                (folder / f"rank-{rank}.stopped.json").write_text(text)
+        if end.received is not None:
+            self.signals.received = end.received
+        return Outcome(folder, end.code, end.exits, end.hang)
+
+
+@pytest.fixture
+def life(
+    work: Path, packages: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Life]:
+    def make() -> Path:
+        (work / "beats").mkdir()
+        return work / "beats"
+
+    monkeypatch.setattr(supervise, "make_beats_folder", make)
+    yield Life(monkeypatch, capsys)
+    assert not (work / "beats").exists(), "close() removes the beats"
+
+
+# ------------------------------------------------------------------------------- again, and from where
+
+
+def test_a_run_that_ends_well_is_one_attempt(life: Life) -> None:
+    done = life(WELL)
+    assert (done.code, done.configs, done.err) == (0, [(False, False)], [])
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(life: Life) -> None:
+    done = life(killed(saves=4), WELL)
+    assert (done.code, done.configs) == (0, [(False, False), (True, False)])
+    assert done.err == [
+        "rank 1 failed first: killed by SIGKILL (host memory ran out, or by hand); restart 1 of at most 10, "
+        "from run/checkpoint-4"
+    ]
+
+
+def test_without_a_checkpoint_it_begins_at_the_start(life: Life) -> None:
+    done = life(killed(), WELL)
+    assert done.configs == [(False, False), (False, False)]
+    assert done.err[0].endswith("restart 1 of at most 10, from the start")
+
+
+def test_a_checkpoint_that_does_not_verify_is_passed_over(life: Life, work: Path) -> None:
+    fake_checkpoint(work / "run", 4)
+    (fake_checkpoint(work / "run", 8) / MANIFEST).unlink()
+    assert life(killed(), WELL, resume=True).err[0].endswith("from run/checkpoint-4")
+
+
+def test_what_was_to_be_overwritten_is_so_once(life: Life) -> None:
+    assert life(killed(saves=4), WELL, overwrite=True).configs == [(False, True), (True, False)]
+
+
+def test_a_checkpoint_that_was_named_is_where_the_first_attempt_begins(life: Life, work: Path) -> None:
+    fake_checkpoint(work / "other", 3)
+    done = life(killed(), killed(saves=5), WELL, resume="other/checkpoint-3")
+    assert [resume for resume, _ in done.configs] == ["other/checkpoint-3", "other/checkpoint-3", True]
+
+
+def test_the_settings_say_why_they_changed(life: Life) -> None:
+    supervisor = life.supervisor()
+    fake_checkpoint(Path("run"), 4)
+    run = supervisor._going_on()
+    assert {name: run.settings.sources[name] for name in ("resume", "overwrite", "lr")} == {
+        "resume": "a restart",
+        "overwrite": "a restart",
+        "lr": "default",
+    }
+    supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (killed(), KILLED),
+        (HANGS, HUNG),
+        (fails("RuntimeError"), RUN_FAILED),
+        (fails("RuntimeError", PEER_LOST), PEER_LOST),
+    ],
+)
+def test_a_failure_that_passes_is_tried_again(life: Life, end: Ends, code: int) -> None:
+    assert life(end, max_restarts=0).code == code
+    shutil.rmtree("run")
+    assert life(end, WELL).code == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (fails("ConfigError", USAGE_ERROR), USAGE_ERROR),
+        (fails("TypeError"), RUN_FAILED),
+        (fails("KeyError"), RUN_FAILED),
+        (fails("OutOfMemoryError", OUT_OF_MEMORY), OUT_OF_MEMORY),
+        (fails("NotFinite", NOT_FINITE), NOT_FINITE),
+        (fails("ValueError", DATA_FAILED), DATA_FAILED),
+        (fails("OSError", DISK_FAILED), DISK_FAILED),
+    ],
+)
+def test_what_would_only_fail_again_ends_at_once(life: Life, end: Ends, code: int) -> None:
+    done = life(replace(end, saves=4))  # even with progress
+    assert (done.code, done.attempts, done.pauses) == (code, 1, [])
+    assert not any("restart" in line for line in done.err)
+
+
+def test_nan_is_tried_again_by_choice_alone(life: Life) -> None:
+    done = life(fails("NotFinite", NOT_FINITE, saves=4), WELL, restart_on_nan=True)
+    assert (done.code, done.configs[1]) == (0, (True, False))
+
+
+def test_several_machines_are_not_started_again(life: Life) -> None:
+    """Each has a launcher of its own, and none knows when the others are ready."""
+    done = life(killed(saves=4), machines=2)
+    assert (done.code, done.attempts) == (KILLED, 1)
+
+
+# ------------------------------------------------------------------------------------- giving up
+
+
+def test_three_attempts_without_progress_end_the_run(life: Life) -> None:
+    done = life(killed(), killed(), killed())
+    assert (done.code, done.attempts) == (KILLED, WITHOUT_PROGRESS)
+    assert "       3 attempts in a row came no further; it is not tried again." in done.err
+    assert done.err[-1].endswith("run/launch/attempt-3"), "the logs of the last"
+
+
+def test_a_checkpoint_that_was_there_is_no_progress(life: Life, work: Path) -> None:
+    fake_checkpoint(work / "run", 8)
+    assert life(killed(), killed(), killed(), resume=True).attempts == WITHOUT_PROGRESS
+
+
+def test_a_checkpoint_that_does_not_verify_is_no_progress(life: Life) -> None:
+    ends = (replace(killed(saves=step), whole=False) for step in (4, 8, 12))
+    assert life(*ends).attempts == WITHOUT_PROGRESS
+
+
+def test_failures_of_several_kinds_count_together(life: Life) -> None:
+    assert life(killed(), HANGS, fails("RuntimeError")).code == RUN_FAILED
+
+
+def test_progress_resets_the_count(life: Life) -> None:
+    done = life(killed(), killed(), killed(saves=4), killed(), killed(), WELL)
+    assert (done.code, done.attempts) == (0, 6)
+    assert "restart 5 of at most 10" in done.err[-1]
+
+
+def test_no_restart_may_be_wanted(life: Life) -> None:
+    done = life(killed(saves=4), max_restarts=0)
+    assert (done.code, done.attempts) == (KILLED, 1)
+    assert done.err[0].startswith("error: rank 1 failed first: killed by SIGKILL")
+
+
+def test_restarts_are_counted_over_the_whole_run(life: Life) -> None:
+    done = life(killed(saves=1), killed(saves=2), killed(saves=3), max_restarts=2)
+    assert (done.code, done.attempts) == (KILLED, 3)
+    assert [line.partition("; ")[2] for line in done.err[:2]] == [
+        "restart 1 of at most 2, from run/checkpoint-1",
+        "restart 2 of at most 2, from run/checkpoint-2",
+    ]
+
+
+def test_a_pause_comes_before_an_attempt_that_may_come_no_further(life: Life) -> None:
+    done = life(killed(), killed(), killed(saves=4), killed(), WELL)
+    assert done.pauses == [PAUSES[0], PAUSES[1], PAUSES[0], PAUSES[0]]
+    assert PAUSES[0] < PAUSES[1]
+
+
+def test_smaller_batches_are_not_counted_as_restarts(life: Life) -> None:
+    short = fails("BatchTooLarge", OUT_OF_MEMORY)
+    done = life(short, killed(saves=4), short, WELL, batch_size=8, auto_find_batch_size=True, max_restarts=1)
+    assert (done.code, done.attempts) == (0, 4)
+    assert [resume for resume, _ in done.configs] == [False, False, True, True]
+    assert [line.partition("; ")[2] for line in done.err] == ["restart 1 of at most 1, from run/checkpoint-4"]
+
+
+# ------------------------------------------------------------------------------------- stopping
+
+
+def test_a_run_that_was_stopped_and_saved_ends_with_its_own_code(life: Life) -> None:
+    done = life(Ends(0, saves=7, stopped="saved at step 7", received=signal.SIGTERM))
+    assert (done.code, done.attempts) == (SAVED, 1)
+    assert done.err == ["stopped by SIGTERM: saved at step 7; `phalanx train` with --resume goes on"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_run_that_was_stopped_before_it_could_save_ends_with_the_signal(life: Life, number: int) -> None:
+    done = life(Ends(0, stopped="", received=number))
+    assert (done.code, done.attempts) == (128 + number, 1)
+    assert done.err[0].startswith(f"stopped by {signal.Signals(number).name}; nothing was saved; logs: ")
+
+
+def test_ranks_that_a_second_signal_killed_are_not_started_again(life: Life) -> None:
+    done = life(replace(killed(saves=4), code=-signal.SIGKILL, received=signal.SIGINT))
+    assert (done.code, done.attempts) == (128 + signal.SIGINT, 1)
+
+
+def test_a_signal_that_comes_too_late_leaves_a_run_that_ended_well(life: Life) -> None:
+    done = life(replace(WELL, received=signal.SIGTERM))
+    assert (done.code, done.err) == (0, [])
+
+
+def test_a_signal_between_two_attempts_stops_the_run(life: Life) -> None:
+    life.after_pause = lambda: setattr(life.signals, "received", signal.SIGTERM)
+    done = life(killed(saves=4))
+    assert done.attempts == 1
+    assert any(line.startswith("stopped by SIGTERM") for line in done.err)
+
+
+def test_a_signal_between_two_attempts_ends_as_one_within_an_attempt_does(life: Life) -> None:
+    life.after_pause = lambda: setattr(life.signals, "received", signal.SIGTERM)
+    assert life(killed()).code == 128 + signal.SIGTERM
+
+
+def test_a_signal_ends_a_pause(life: Life) -> None:
+    supervisor = life.supervisor()
+    threading.Timer(0.2, lambda: setattr(life.signals, "received", signal.SIGTERM)).start()
+    began = time.monotonic()
+    supervisor._pause(60.0)
+    assert 0.1 < time.monotonic() - began < 30.0
+    supervisor.close()
+
+
+def test_a_pause_lasts_as_long_as_it_should(life: Life) -> None:
+    supervisor = life.supervisor()
+    began = time.monotonic()
+    supervisor._pause(0.0)
+    assert time.monotonic() - began < 0.1
+    supervisor._pause(0.3)
+    assert time.monotonic() - began >= 0.3
+    supervisor.close()
