@@ -75,6 +75,7 @@ class Kill:
     """Seconds from the kill; None where it did not come."""
 
     rank: int
+    at_save: bool  # the last step was to be saved, and no step had ended since
     noticed: float | None
     first_step: float | None
     named: bool  # the launcher named the rank that was killed
@@ -227,8 +228,9 @@ class Side:
 
     def repair(self) -> None:
         """Where several attempts died before a step the newest checkpoint was cut short; phalanx skips it."""
-        if self.kind == "torchrun" and self.steps and self.attempt - self.steps[-1].attempt > 1:
-            shutil.rmtree(max(self.folder.glob("run/checkpoint-*"), key=lambda path: int(path.name[11:])))
+        saved = sorted(self.folder.glob("run/checkpoint-*"), key=lambda path: int(path.name[11:]))
+        if self.kind == "torchrun" and saved and self.attempt - self.steps[-1].attempt > 1:
+            shutil.rmtree(saved[-1])
 
     def take(self, count: int) -> None:
         """Waits until the newest attempt has taken so many steps."""
@@ -244,12 +246,12 @@ class Side:
         pid = int(max(files, key=lambda path: path.stat().st_mtime_ns).read_text())
         if not self.owns(pid):
             return None
-        at = time.monotonic()
+        at, at_save = time.monotonic(), self.steps[-1].number % self.save_steps == 0
         os.kill(pid, signal.SIGKILL)
         recovered = self.until(lambda: self.steps[-1].attempt > attempt)
         noticed, named = self.named[told] if len(self.named) > told else (None, None)
         first = self.steps[-1].at - at if recovered else None
-        return Kill(rank, None if noticed is None else noticed - at, first, named == rank)
+        return Kill(rank, at_save, None if noticed is None else noticed - at, first, named == rank)
 
 
 def command(kind: str, folder: Path, model: Path, save_steps: int) -> list[str]:
@@ -352,7 +354,10 @@ def kills_row(kind: str, turns: Sequence[Sequence[Kill]]) -> list[str]:
     kills = [kill for turn in turns for kill in turn]
     back = [kill.first_step for kill in kills if kill.first_step is not None]
     noticed = [kill.noticed for kill in kills if kill.noticed is not None]
-    cells = [f"{len(back)} of {len(kills)}", f"{sum(kill.named for kill in kills)} of {len(kills)}"]
+    saves = [kill for kill in kills if kill.at_save]
+    back_from_saves = sum(kill.first_step is not None for kill in saves)
+    cells = [f"{len(back)} of {len(kills)}", f"{back_from_saves} of {len(saves)}"]
+    cells += [f"{sum(kill.named for kill in kills)} of {len(kills)}"]
     cells += [f"{spread(values, '.2f')} s" if values else "never" for values in (noticed, back)]
     if kind not in GOALS:
         return [SIDES[kind], *cells, ""]
@@ -383,7 +388,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--minutes", type=int, default=5, help=f"of a turn; goodput has {GOODPUT_TURNS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-steps", type=int, default=2, help="from save to save, where ranks are killed")
-    parser.add_argument("--seldom", type=int, default=20, help="the same for goodput")
+    parser.add_argument("--seldom", type=int, default=10, help="the same for goodput")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds that a side may take no step")
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, with commas between")
     parser.add_argument("--json", type=Path)
@@ -413,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stalls = {backend: partial(parts.stall, backend) for backend in BACKENDS if "stall" in chosen}
         for name, kinds, turns, row, head in (
             ("kills", killed, min(KILL_TURNS, options.kills), kills_row,
-             ["killed", "recovered", "right rank named", "noticed after", "first step after", "goals"]),
+             ["killed", "recovered", "at a save", "named", "noticed after", "first step after", "goals"]),
             ("goodput", good, GOODPUT_TURNS, goodput_row,
              ["one kill a minute", "goodput", "steps kept", "median step", "kills", "starts by hand"]),
             ("stall", stalls, STALL_TURNS, stall_row,

@@ -131,8 +131,11 @@ class AccelerateLaunch:
         return {rank: code for rank, code in codes.items() if -code not in (signal.SIGTERM, signal.SIGINT)}
 
     def kill(self) -> None:
-        left = self.ranks()
-        for pid in (self.process.pid, *left.values()):
+        if self.process.returncode is None:
+            _kill(self.process.pid)
+        _kill_session(self.process.pid)
+        for pid in self.ranks().values():
+            _kill(pid)
             _kill_session(pid)
         while self.ranks():
             time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
@@ -172,20 +175,22 @@ class WarmLaunch:
 
     def kill(self) -> None:
         for pid in self.ranks().values():
+            _kill(pid)
             _kill_session(pid)
 
 
 def _kill_session(leader: int) -> None:
     """A rank leads a session: its data workers are in it, and compilers, which have groups of their own."""
-    members = [leader]
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text(encoding="utf-8").rpartition(") ")[2].split()
             if int(fields[3]) == leader:
-                members.append(int(path.parent.name))
-    for pid in members:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+                _kill(int(path.parent.name))
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Signals:

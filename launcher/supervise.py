@@ -20,6 +20,7 @@ from launcher import attempt
 from launcher.attempt import AccelerateLaunch, Outcome, Signals, WarmLaunch, Watcher
 from launcher.backend import Backend
 from launcher.batch_search import advice, announce, with_smaller_batch
+from launcher.batons import extensions_cache, remove_left_locks
 from launcher.command import build_environment, launch_arguments
 from launcher.config import Run
 from launcher.diagnosis import Failure, diagnose, read_notes, report
@@ -70,6 +71,7 @@ class Supervisor:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
         self.beats = make_beats_folder()
+        self.began = time.time()
         self.tried: list[int] = []  # batch sizes that ran out of memory
         self.idle = 0  # attempts in a row without progress
         self.restarts = 0
@@ -100,6 +102,8 @@ class Supervisor:
         live = sys.stdout.isatty()
         environ = build_environment(self.run, self.topology, os.environ, folder, live)
         environ[BEATS] = str(self.beats)
+        for lock in remove_left_locks(extensions_cache(environ), self.began):
+            print(f"note: {lock}, which a killed process left, is removed; the ranks would wait for it.")
         for old in self.beats.iterdir():
             old.unlink()
         watcher = Watcher(

@@ -216,6 +216,7 @@ def test_unknown_key(refuse: Refuse, text: str, words: list[str]) -> None:
         ("block_size: long", ["params.block_size", "'long' is not a whole number"]),
         ("block_size: []", ["params.block_size", "is not a whole number"]),
         ("save_strategy: steps", ["save_strategy", "save_steps: 100"]),
+        ("save_minutes: 0", ["params.save_minutes", "greater than 0"]),
     ],
 )
 def test_value(refuse: Refuse, line: str, words: list[str]) -> None:
@@ -231,6 +232,13 @@ def test_value(refuse: Refuse, line: str, words: list[str]) -> None:
         (section("launch", "num_processes: 0"), ["launch.num_processes", "greater than 0"]),
         (section("launch", "zero_stage: 4"), ["launch.zero_stage", "less than or equal to 3"]),
         (section("launch", "sharding: all"), ["launch.sharding", "'all' does not exist", "'hybrid_shard'"]),
+        (
+            section("launch", "start: cold"),
+            ["launch.start", "'cold' does not exist", "'warm' or 'accelerate'"],
+        ),
+        (section("launch", "max_restarts: -1"), ["launch.max_restarts", "greater than or equal to 0"]),
+        (section("launch", "restart_on_nan: maybe"), ["launch.restart_on_nan", "true or false"]),
+        (section("launch", "hang_timeout: -1"), ["launch.hang_timeout", "greater than or equal to 0"]),
         (section("launch", "offload: disk"), ["launch.offload", "Allowed: 'none' or 'cpu'"]),
         (section("launch", "main_process_port: 80"), ["launch.main_process_port", "greater than 1023"]),
         (section("launch", "main_process_ip: 'a b'"), ["launch.main_process_ip", "'a b'"]),

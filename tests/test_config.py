@@ -582,6 +582,13 @@ def test_a_parameter_without_effect_is_said(name, value, why):
     assert why in next(note for note in settings.notes if note.startswith(name))
 
 
+@pytest.mark.parametrize(("minutes", "idle"), [(None, True), (30, False)])
+def test_checkpoints_by_the_clock_are_counted_too(minutes, idle):
+    values = {"trainer": "sft", "save_strategy": "no", "save_total_limit": 3, "save_minutes": minutes}
+    settings = resolve({key: Value(entry, "f:1", key) for key, entry in values.items()})
+    assert any(note.startswith("save_total_limit: has no effect") for note in settings.notes) == idle
+
+
 def test_a_run_in_wandb_is_named_by_the_config_then_the_environment_then_the_folder(read, monkeypatch):
     text = sft("log: wandb")
     assert read(text).train.run_name == "project-name"

@@ -324,6 +324,23 @@ def test_a_note_that_a_full_disk_cut_off_does_not_stop_the_diagnosis(tmp_path: P
     assert diagnosed(tmp_path, {0: 1}).rank == 0
 
 
+def test_a_rank_that_cannot_write_its_note_ends_with_the_code_of_its_error(tmp_path: Path) -> None:
+    """The disk is full: of the errors to be noted, this is the likeliest one not to be."""
+    (tmp_path / "rank-0.error.json").symlink_to("/dev/full")
+    script = """
+import errno, sys
+from trainers.rank import run_rank
+
+def fail():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+sys.exit(run_rank(fail))
+"""
+    environ = {**os.environ, "PHALANX_LOG_DIR": str(tmp_path), "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, check=False)
+    assert done.returncode == DISK_FAILED
+
+
 def test_the_exits_that_torchrun_tells(tmp_path: Path) -> None:
     """Its own words for two ranks that failed; those that it ended itself are left out."""
     summary = """

@@ -140,6 +140,22 @@ def test_a_phase_that_fails_ends_too(heart: Heart, last: Callable[[], Beat]) -> 
     assert last().phase == STEP
 
 
+def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as it takes, and no step ends meanwhile."""
+    from transformers import Trainer
+
+    from trainers import checkpoints
+
+    phases = []
+    monkeypatch.setattr(checkpoints, "heart", Heart())
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: phases.append(checkpoints.heart.phase))
+    trainer = object.__new__(checkpoints.Durable)
+    trainer._pending, trainer.is_fsdp_enabled = None, False
+    checkpoints.heart.stepped(1)
+    trainer._load_best_model()
+    assert len(phases) == 1 and phases[0] != STEP
+
+
 def test_the_seconds_of_a_step_are_a_median_without_what_lies_between_steps(
     heart: Heart, last: Callable[[], Beat], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,36 +195,38 @@ class Durable(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
         with self._tolerating():
             if self.is_deepspeed_enabled:
-                self._tolerate_in_deepspeed()
-            if not self.is_fsdp_enabled:
+                self._save_deepspeed(folder)
+            elif self.is_fsdp_enabled:
+                group = self.agreement.background
+                self._written = shards.save(self.model, self.optimizer, folder, group, self._trains_all)
+            else:
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
-            self._written = shards.save(
-                self.model, self.optimizer, Path(output_dir), self.agreement.background, self._trains_all
-            )
             if rank() == 0:
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)  # type: ignore[union-attr]
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)  # type: ignore[union-attr]
 
     def _save_rng_state(self, output_dir: str) -> None:
         with self._tolerating():
             super()._save_rng_state(output_dir)
 
-    def _tolerate_in_deepspeed(self) -> None:
-        """DeepSpeed waits for all ranks after it has written, so a full disk must not leave it before."""
-        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    def _save_deepspeed(self, folder: Path) -> None:
+        """DeepSpeed's shards. It waits for all ranks after it has written, so no rank may leave it before.
 
+        That is why a full disk is borne in each of its writes, and what rank 0 alone writes comes after:
+        `latest`, which a load looks for. The scripts that it copies are what `phalanx consolidate` does.
+        """
         engine: Any = self.model_wrapped
-        tolerating = self._tolerating
-
-        class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]
-            def save(self, state_dict: Any, path: str) -> None:
-                with tolerating():
-                    super().save(state_dict, path)
-
-        if type(engine.checkpoint_engine) is TorchCheckpointEngine:
-            engine.checkpoint_engine = Tolerant(engine._config)
+        engine.checkpoint_engine = tolerant_engine(engine, self._tolerating)
+        engine._copy_recovery_script = lambda _: None
+        tag = f"global_step{self._saving_step}"
+        engine.save_checkpoint(
+            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=not self._trains_all
+        )
+        if rank() == 0:
+            (folder / "latest").write_text(tag, encoding="utf-8")
 
     def _name_best(self) -> None:
         """transformers asks each rank whether the folder of the best step exists; rank 0 says it for all.
@@ -428,6 +430,18 @@ class Durable(Trainer):
             super()._load_best_model()
             return
         shards.load_weights(self.model, Path(str(self.state.best_model_checkpoint)), self._trains_all)
+
+
+def tolerant_engine(engine: Any, tolerating: Callable[[], AbstractContextManager[None]]) -> Any:
+    """DeepSpeed's writer of files, within `tolerating`."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]
+        def save(self, state_dict: Any, path: str) -> None:
+            with tolerating():
+                super().save(state_dict, path)
+
+    return Tolerant(engine._config)
 
 
 def _plain(result: tuple[list[FileEntry], Exception | None]) -> tuple[list[FileEntry], str | None]:
