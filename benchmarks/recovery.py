@@ -12,9 +12,10 @@ Two ranks on the CPU train a cut model in float32. The parts, in this order:
 
 Noticed: the line that names the failed rank; both launchers print it when the other ranks are gone.
 First step: the first that ends in a later attempt than the killed one, whatever its number. Both are seconds
-from the kill. Not recovered: the launch ended, or took no step for --patience seconds. It is then started
-again by hand, torchrun's without its newest checkpoint where several attempts died before a step.
-Goodput: steps that were kept x the median step without a save / wall time, from the end of the first step.
+from the kill. At a save: the last step before the kill was one to be saved. Not recovered: the launch ended,
+or took no step for two minutes. It is then started again by hand, torchrun's without its newest checkpoint
+where several attempts died before a step. Goodput: steps that were kept x the median step without a save /
+wall time, from the end of the first step. A save waits: by how much its step is longer than the others.
 The sides take turns, each turn a fresh run; the moments and ranks of a turn are the same for all.
 """
 
@@ -52,6 +53,8 @@ BACKENDS = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed_zero2"}  # -> file
 PARTS = (*SIDES, "goodput", "stall")
 RANKS, LENGTH, LR, KEPT = 2, 128, 2e-5, 2
 ENDLESS = 100_000  # steps, and restarts: more than there will be
+OFTEN, SELDOM = 2, 10  # steps from save to save: of a run that is killed in every few steps, and of goodput
+PATIENCE = 120.0  # seconds that a launch may take no step
 TICK = 0.01  # seconds between two looks at the logs
 TRIES = 5  # starts by hand in a row after which a side is given up
 KILL_TURNS, GOODPUT_TURNS, STALL_TURNS = 4, 2, 3
@@ -143,26 +146,46 @@ def share_of(turn: int, turns: int, whole: int) -> int:
 # ---------------------------------------------------------------------------------- a run that is killed
 
 
+def belongs(pid: int | str, mark: Path) -> bool:
+    """Whether a process was started with `mark` for its TMPDIR, itself or by an ancestor."""
+    with suppress(OSError):
+        return f"TMPDIR={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
+
+
+def end_all(mark: Path) -> None:
+    """Kills all processes that belong to `mark`, and waits until they are gone."""
+    while left := [int(path.name) for path in Path("/proc").glob("[0-9]*") if belongs(path.name, mark)]:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(TICK)
+
+
 class Side:
     """A launch in a folder of its own, watched through the files that it writes."""
 
-    def __init__(self, kind: str, folder: Path, model: Path, save_steps: int, patience: float) -> None:
-        self.kind, self.folder, self.patience = kind, folder, patience
+    def __init__(self, kind: str, folder: Path, model: Path, save_steps: int) -> None:
+        self.kind, self.folder, self.model, self.save_steps = kind, folder, model, save_steps
         self.mark = folder / "tmp"  # TMPDIR of all its processes
-        self.mark.mkdir(parents=True)
-        self.model, self.save_steps = model, save_steps
+        self.mark.mkdir()
         self.logs: list[TextIO] = []  # of rank 0, one for each attempt
         self.steps: list[Step] = []
         self.named: list[tuple[float, int]] = []  # when the launcher named a rank, and which
-        self.starts = 0
+        self.starts = self.before = 0  # starts, and attempts before the last of them
         self.since = 0.0  # when it was started or took its last step
 
     @property
     def attempt(self) -> int:
         return len(self.logs) - 1
 
+    @property
+    def taken(self) -> int:
+        """Steps of the newest attempt."""
+        return sum(step.attempt == self.attempt >= self.before for step in self.steps)
+
     def start(self) -> None:
-        self.starts, self.since = self.starts + 1, time.monotonic()
+        self.starts, self.before, self.since = self.starts + 1, len(self.logs), time.monotonic()
         environ = os.environ | environment(self.folder.parent)
         environ |= {"TMPDIR": str(self.mark), "PYTHONUNBUFFERED": "1"}
         path = self.folder / f"stderr-{self.starts}.log"
@@ -173,20 +196,10 @@ class Side:
         self.errors = path.open(errors="replace")
 
     def stop(self) -> None:
-        """Kills all that this side has started."""
-        while left := [int(path.name) for path in Path("/proc").glob("[0-9]*") if self.owns(path.name)]:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(TICK)
+        end_all(self.mark)
         self.process.wait()
 
-    def owns(self, pid: int | str) -> bool:
-        with suppress(OSError):
-            return f"TMPDIR={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return False
-
-    def look(self) -> bool:
+    def look(self) -> None:
         """Reads what is new."""
         now = time.monotonic()
         ranks = map(named_rank, self.errors.readlines())
@@ -197,17 +210,18 @@ class Side:
         for attempt in range(len(self.logs))[-2:]:
             numbers = map(step_number, self.logs[attempt].readlines())
             new = [Step(now, attempt, number) for number in numbers if number is not None]
-            self.steps, self.since = self.steps + new, now if new else self.since
+            self.steps += new
+            self.since = now if new else self.since
 
     def until(self, wanted: Callable[[], bool]) -> bool:
         """Watches until `wanted`; False where the launch ended before, or took no step for too long."""
         while True:
             ended = self.process.poll() is not None
             self.look()
+            if ended or time.monotonic() - self.since > PATIENCE:
+                return False
             if wanted():
                 return True
-            if ended or time.monotonic() - self.since > self.patience:
-                return False
             time.sleep(TICK)
 
     def insist(self, wanted: Callable[[], bool]) -> None:
@@ -232,19 +246,16 @@ class Side:
         if self.kind == "torchrun" and saved and self.attempt - self.steps[-1].attempt > 1:
             shutil.rmtree(saved[-1])
 
-    def take(self, count: int) -> None:
-        """Waits until the newest attempt has taken so many steps."""
-        self.insist(lambda: sum(step.attempt == self.attempt for step in self.steps) >= count)
-
-    def wait(self, moment: float) -> None:
-        self.insist(lambda: time.monotonic() >= moment)
+    def wait(self, moment: float = 0.0, steps: int = 0) -> None:
+        """Until a moment, and until the newest attempt has taken so many steps."""
+        self.insist(lambda: time.monotonic() >= moment and self.taken >= steps)
 
     def kill(self, rank: int) -> Kill | None:
         """kill -9, and what became of it; None where the rank was gone already."""
         attempt, told = self.attempt, len(self.named)
         files = (path for pattern in PIDS for path in self.folder.glob(pattern.format(rank)))
         pid = int(max(files, key=lambda path: path.stat().st_mtime_ns).read_text())
-        if not self.owns(pid):
+        if not belongs(pid, self.mark):
             return None
         at, at_save = time.monotonic(), self.steps[-1].number % self.save_steps == 0
         os.kill(pid, signal.SIGKILL)
@@ -301,37 +312,37 @@ class Parts:
     @contextmanager
     def running(self, kind: str, save_steps: int) -> Iterator[Side]:
         with tempfile.TemporaryDirectory(dir=self.work, prefix=f"{kind}-") as folder:
-            side = Side(kind, Path(folder), self.model, save_steps, self.options.patience)
+            side = Side(kind, Path(folder), self.model, save_steps)
+            side.start()
             try:
-                side.start()
                 yield side
             finally:
                 side.stop()
 
     def killed(self, kind: str, turn: int) -> list[Kill]:
         draw, found = random.Random(f"{self.options.seed} kills {turn}"), []
-        with self.running(kind, self.options.save_steps) as side:
+        with self.running(kind, OFTEN) as side:
             while len(found) < share_of(turn, min(KILL_TURNS, self.options.kills), self.options.kills):
                 steps, pause, rank = 1 + draw.randint(1, 10), draw.random(), draw.randrange(RANKS)
-                side.take(steps)
+                side.wait(steps=steps)
                 side.wait(time.monotonic() + pause)
                 found += filter(None, [side.kill(rank)])
         return found
 
     def goodput(self, kind: str, turn: int) -> Goodput:
-        draw, every, kills = random.Random(f"{self.options.seed} goodput {turn}"), self.options.seldom, 0
-        with self.running(kind, every) as side:
-            side.take(1)
+        draw, kills = random.Random(f"{self.options.seed} goodput {turn}"), 0
+        with self.running(kind, SELDOM) as side:
+            side.wait(steps=1)
             first, starts, began = len(side.steps) - 1, side.starts, side.steps[-1].at
             for minute in range(self.options.minutes):
                 moment, rank = began + 60 * minute + draw.uniform(20, 40), draw.randrange(RANKS)
                 side.wait(moment)
-                if side.steps[-1].attempt == side.attempt:  # a run that has not recovered is left alone
+                if side.taken:  # a run that has not recovered is left alone
                     kills += side.kill(rank) is not None
             end = began + 60 * self.options.minutes
-            side.insist(lambda: side.steps[-1].at >= end and side.steps[-1].attempt == side.attempt)
+            side.insist(lambda: side.taken > 0 and side.steps[-1].at >= end)
             by_hand = side.starts - starts
-        return replace(goodput(side.steps[first:], every), kills=kills, by_hand=by_hand)
+        return replace(goodput(side.steps[first:], SELDOM), kills=kills, by_hand=by_hand)
 
     def stall(self, backend: str, _: int) -> Stall:
         saving = self.ends(backend, save_steps=STALL_EVERY)
@@ -345,7 +356,10 @@ class Parts:
         with tempfile.TemporaryDirectory(dir=self.work) as notes:
             job = write_config(Path(notes), self.model, {}, max_steps=STALL_STEPS, **saving)
             argv += [str(REPO / "benchmarks" / "observe.py"), notes, "trainers.sft", str(job)]
-            run(argv, Path(notes), **environment(self.work))
+            try:
+                run(argv, Path(notes), TMPDIR=notes, **environment(self.work))
+            finally:
+                end_all(Path(notes))
             return json.loads(Path(notes, "0.json").read_text())["ends"]
 
 
@@ -387,16 +401,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--kills", type=int, default=20, help=f"of a side, in {KILL_TURNS} turns")
     parser.add_argument("--minutes", type=int, default=5, help=f"of a turn; goodput has {GOODPUT_TURNS}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-steps", type=int, default=2, help="from save to save, where ranks are killed")
-    parser.add_argument("--seldom", type=int, default=10, help="the same for goodput")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds that a side may take no step")
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, with commas between")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if unknown := set(options.only.split(",")) - set(PARTS):
         parser.error(f"--only: {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
-    if min(options.kills, options.minutes, options.layers, options.save_steps - 1, options.seldom - 1) < 1:
-        parser.error("--kills, --minutes and --layers are 1 at least, --save-steps and --seldom 2")
+    if min(options.kills, options.minutes, options.layers) < 1:
+        parser.error("--kills, --minutes and --layers are 1 at least")
     return options
 
 
@@ -406,7 +417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
     found: dict[str, Any] = {"where": provenance("torch", "transformers", "trl", "accelerate")}
     print(found["where"])
-    print(f"{options.layers} layers, full training in float32, a row of at most {LENGTH} tokens a rank.")
+    print(
+        f"{options.layers} layers, all trained, float32; a step is a row of at most {LENGTH} tokens a rank."
+    )
+    print(f"Ranks are killed in runs that save every {OFTEN} steps, those of goodput every {SELDOM}.")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()
@@ -422,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("goodput", good, GOODPUT_TURNS, goodput_row,
              ["one kill a minute", "goodput", "steps kept", "median step", "kills", "starts by hand"]),
             ("stall", stalls, STALL_TURNS, stall_row,
-             [f"a save in {STALL_EVERY} steps", "step", "its step waits", "in steps", "it adds in all"]),
+             [f"a save in {STALL_EVERY} steps", "step", "a save waits", "in steps", "it adds in all"]),
         ):  # fmt: skip
             found[name], reasons = alternate(kinds, turns)
             if kinds:

@@ -51,6 +51,11 @@ class Outcome:
     exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, of those not killed by us
     hang: Hang | None = None
 
+    @property
+    def first(self) -> int | None:
+        """The rank that ended first, of those that failed; of forked ranks the order is known."""
+        return next((rank for rank, code in self.exits.items() if code), None)
+
 
 def attempt_folder(run: Run, topology: Topology) -> Path:
     """The next free `launch/attempt-K`, per machine where there are several (all then agree on K)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -103,15 +104,19 @@ def diagnose(outcome: Outcome) -> Failure:
         return _noted(short[0])
     if outcome.hang is not None:
         return Failure(outcome.hang.rank, outcome.hang.reason, HUNG, stack=outcome.hang.stack)
+    own = [note for note in notes if not note["peer_lost"]]
     for rank, code in outcome.exits.items():
-        if code < 0:
+        # After an error of a rank its peers may be aborted, by NCCL's watchdog or by torchrun; the launcher
+        # knows the order of the ends of forked ranks.
+        if code < 0 and not (own and (outcome.first != rank or -code != signal.SIGKILL)):
             hint = " (host memory ran out, or by hand)" if -code == signal.SIGKILL else ""
             return Failure(rank, f"killed by {signal.Signals(-code).name}{hint}", KILLED)
     if notes:
         return _noted(notes[0])
     for rank, code in outcome.exits.items():
         if code:
-            return Failure(rank, f"it exited with code {code} and left no word", RUN_FAILED)
+            kind = code if code in CLASSES else RUN_FAILED
+            return Failure(rank, f"it exited with code {code} and left no word", kind)
     if outcome.code == -signal.SIGKILL:
         return Failure(None, "the process above the ranks was killed by SIGKILL", KILLED)
     return Failure(None, "it ended before a rank could say why; its log is above", RUN_FAILED)
@@ -119,7 +124,11 @@ def diagnose(outcome: Outcome) -> Failure:
 
 def read_notes(folder: Path, kind: str) -> list[dict[str, Any]]:
     """What the ranks left there: `error` or `stopped` (trainers/rank.py)."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"rank-*.{kind}.json")]
+    found = []
+    for path in folder.glob(f"rank-*.{kind}.json"):
+        with contextlib.suppress(ValueError):  # a full disk cut it off
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def _noted(note: dict[str, Any]) -> Failure:

@@ -29,6 +29,11 @@ def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
     if why := misfit(then, now):
         raise ConfigError(f"resume: {checkpoint}: {why}")
     if now.gradient_accumulation == run.train.gradient_accumulation:
+        if now.global_batch != then.global_batch and run.train.token_budget is None:
+            run.settings.notes.append(
+                f"a step of {checkpoint} held {then.batch_in_words}, and one of this run holds "
+                f"{now.batch_in_words}: the data goes on by steps, so rows are left out or seen again."
+            )
         return run
     kept = f"{checkpoint.name} was written by {then.world_size} ranks and the global batch is kept"
     new = {"gradient_accumulation": Value(accumulation, f"resume ({kept})", "gradient_accumulation")}

@@ -30,7 +30,7 @@ from launcher.watch import make_beats_folder
 from trainers.config import MODULES, OUT_OF_MEMORY, RUN_FAILED, SAVED
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
-from trainers.run_folder import LAUNCH, claim, hold
+from trainers.run_folder import LAUNCH, claim, hold, release
 from trainers.settings import Value, changed
 
 WARM_LOG = "warm.log"  # of the process that imports the libraries
@@ -50,6 +50,7 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
             return supervisor.run_to_end()
         finally:
             supervisor.close()
+            release()
 
 
 def first_rank(topology: Topology) -> int:
@@ -208,6 +209,8 @@ class Supervisor:
             lines = advice(self.run, self.backend, self.topology, self.tried, failure.of_batches)
         elif self.idle >= WITHOUT_PROGRESS:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
-        if self.signals.received is not None:
-            print(f"stopped by {signal.Signals(self.signals.received).name}", file=sys.stderr)
+        if (received := self.signals.received) is not None:
+            print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
+            report(failure, outcome.folder, first_rank(self.topology), lines)
+            return 128 + received
         return report(failure, outcome.folder, first_rank(self.topology), lines)

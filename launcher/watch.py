@@ -54,20 +54,28 @@ def make_beats_folder() -> Path:
 def find_hang(beats: Path, ranks: Mapping[int, int], timeout: float | None, logs: Path) -> Hang | None:
     """The rank that hangs, if one has not beaten for `timeout` seconds; `ranks` is rank -> pid.
 
-    The others wait for it and soon do not beat either. It is the one that is stopped, else the one with the
-    fewest beats, else the one whose stack does not wait for others.
+    The others wait for it and soon do not beat either. It is the one that is stopped, else the one at the
+    earliest step, else the one whose stack does not wait for others, else the one with the fewest beats.
     """
     now = time.monotonic()
     last = {rank: beat for rank in ranks if (beat := read_beat(beats / f"rank-{rank}")) is not None}
     silent = {rank: now - beat.time for rank, beat in last.items()}
-    if not any(silent[rank] > limit(beat, timeout) for rank, beat in last.items()):
+    suspects = [rank for rank, beat in last.items() if silent[rank] > limit(beat, timeout)]
+    if not suspects:
         return None
     stopped = {rank: _is_stopped(ranks[rank]) for rank in last}
+    suspects += [rank for rank in last if stopped[rank] and rank not in suspects]
     stacks = _stacks(ranks, logs)
-    order = sorted(
-        last, key=lambda r: (not stopped[r], last[r].count, bool(_waits(stacks.get(r, ""))), last[r].time)
+    rank = min(
+        suspects,
+        key=lambda r: (
+            not stopped[r],
+            last[r].step,
+            _waits(stacks.get(r, "")),
+            last[r].count,
+            last[r].time,
+        ),
     )
-    rank = order[0]
     return Hang(rank, silent[rank], last[rank], stopped[rank], stacks.get(rank, ""))
 
 
@@ -94,13 +102,18 @@ def _stacks(ranks: Mapping[int, int], logs: Path) -> dict[int, str]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
     end = time.monotonic() + STACK_SECONDS
-    while time.monotonic() < end and not all(f.exists() and f.stat().st_size for f in files.values()):
-        time.sleep(0.05)
-    return {
-        rank: file.read_text(encoding="utf-8", errors="replace")
-        for rank, file in files.items()
-        if file.exists()
-    }
+    before: list[str] = []
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        now = [_text(file) for file in files.values()]
+        if now == before and all("Current thread" in text for text in now):
+            break  # each is whole: the main thread's part, which took the signal, comes last
+        before = now
+    return {rank: _text(file) for rank, file in files.items()}
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 def _waits(stack: str) -> bool:

@@ -265,9 +265,12 @@ class Durable(Trainer):
 
     def conclude(self) -> None:
         """Waits for the save that goes on, if one does: the checkpoint gets its name, or is given up."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
+        if self._pending is not None:
+            with heart.during("save"):
+                self._conclude(self._pending)
+
+    def _conclude(self, pending: Future[tuple[list[FileEntry], Exception | None]]) -> None:
+        self._pending = None
         results = self.agreement.gathered(_plain(pending.result()))
         problem = next((problem for _, problem in results if problem), None)
         if rank() == 0:
@@ -387,14 +390,21 @@ class Durable(Trainer):
         if not config.resume:
             return None, []
         if isinstance(config.resume, str):
-            return self._fitting(resume_checkpoint(self.run_folder, config)[0]), []
+            named = self._fitting(resume_checkpoint(self.run_folder, config)[0])
+            return named, self._other_rows(named) if named else []
         passed: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
             if why is None:
-                return self._fitting(folder), passed
+                return self._fitting(folder), passed + self._other_rows(folder)
             passed.append(f"passed over {folder}: {why}")
-        return None, passed
+        return None, [*passed, "no checkpoint can be used; it begins anew"]
+
+    def _other_rows(self, folder: Path) -> list[str]:
+        """A line where the rows are not those that the run was trained on until there."""
+        if read_manifest(folder).data == self.data_key:
+            return []
+        return [f"the rows, or how they are tokenized, are not those that {folder} was written with"]
 
     def _fitting(self, folder: Path | None) -> Path | None:
         """The launcher has seen to it that a checkpoint fits; ranks started by hand may not."""
@@ -426,10 +436,11 @@ class Durable(Trainer):
 
     def _load_best_model(self) -> None:
         self.conclude()
-        if not self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
-        shards.load_weights(self.model, Path(str(self.state.best_model_checkpoint)), self._trains_all)
+        with heart.during("load"):
+            if not self.is_fsdp_enabled:
+                super()._load_best_model()
+                return
+            shards.load_weights(self.model, Path(str(self.state.best_model_checkpoint)), self._trains_all)
 
 
 def tolerant_engine(engine: Any, tolerating: Callable[[], AbstractContextManager[None]]) -> Any:

@@ -9,6 +9,7 @@ from types import TracebackType
 from trainers.config import (
     DATA_FAILED,
     DISK_FAILED,
+    KILLED,
     NOT_FINITE,
     OUT_OF_MEMORY,
     PEER_LOST,
@@ -30,6 +31,7 @@ _PEER_LOST = re.compile(
     r"Application timeout caused pair closure",
     re.I,
 )
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process|DataLoader worker \(pid")
 
 
@@ -51,8 +53,10 @@ def code_of(error: BaseException) -> int:
     """The exit code of the class that an error belongs to (docs/exit-codes.md)."""
     if isinstance(error, ConfigError):
         return USAGE_ERROR
-    if ran_out_of_memory(error):
+    if ran_out_of_memory(error) or isinstance(error, MemoryError):
         return OUT_OF_MEMORY
+    if _KILLED_WORKER.search(str(error)):
+        return KILLED
     if isinstance(error, NotFinite):
         return NOT_FINITE
     if disk_is_full(error) or any(isinstance(e, OSError) and e.errno in _DISK for e in _chain(error)):

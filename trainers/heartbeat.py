@@ -74,12 +74,12 @@ class Heart:
         self.enter("start")
         threading.Thread(target=self._beat_steadily, name="heartbeat", daemon=True).start()
 
-    def beat(self) -> None:
-        """A sign of life of the caller."""
+    def beat(self, progress: bool = True) -> None:
+        """A sign of life; `progress`: of the main thread, so that the count says how far the rank is."""
         if self.file is None:
             return
         with self.lock:
-            self.count += 1
+            self.count += progress
             median = statistics.median(self.recent) if len(self.recent) > 1 else 0.0
             _LAYOUT.pack_into(
                 self.file, 0, time.monotonic(), self.count, self.step, median, self.phase.encode()[:32]
@@ -117,7 +117,7 @@ class Heart:
     def _beat_steadily(self) -> None:
         while True:
             self.steady.wait()
-            self.beat()
+            self.beat(progress=False)
             time.sleep(PERIOD)
 
 

@@ -162,9 +162,16 @@ def faults(folder: Path, entries: Iterable[FileEntry], content: bool) -> list[st
             continue
         if size != entry.bytes:
             found.append(f"{entry.path} has {size} bytes instead of {entry.bytes}")
-        elif content and hash_file(path) != entry.xxh3:
-            found.append(f"{entry.path} has changed since it was written")
+        elif content and (why := _other_content(path, entry)):
+            found.append(f"{entry.path} {why}")
     return found
+
+
+def _other_content(path: Path, entry: FileEntry) -> str | None:
+    try:
+        return None if hash_file(path) == entry.xxh3 else "has changed since it was written"
+    except OSError as error:  # the disk no longer gives it
+        return f"cannot be read: {error.strerror}"
 
 
 def complaint(folder: Path, content: bool) -> str | None:

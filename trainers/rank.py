@@ -144,4 +144,7 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
         "message": str(error)[:2000],
         "peer_lost": is_lost_peer(error),
     }
-    (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")
+    try:
+        (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")
+    except OSError as full:  # the exit code still says the class
+        print(f"rank {rank()} could not leave a note: {full}", file=sys.stderr)

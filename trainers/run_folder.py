@@ -90,6 +90,12 @@ def hold(folder: Path) -> IO[str]:
     return file
 
 
+def release() -> None:
+    """Lets go of what this process holds."""
+    while _held:
+        _held.pop().close()
+
+
 _held: list[IO[str]] = []  # a file that is collected is closed, and its lock with it
 
 
@@ -103,10 +109,11 @@ def claim(folder: Path, config: TrainConfig) -> None:
         for mark in LAUNCHED:
             for command in folder.glob(mark):
                 shutil.rmtree(folder / LAUNCH / command.relative_to(folder / LAUNCH).parts[0])
-        for path in folder.iterdir():
-            if path.name.startswith(CHECKPOINT_PREFIX) and path.is_dir() and not path.is_symlink():
+        for path in [*checkpoint_folders(folder), *folder.glob("set-aside-*")]:
+            if not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name in (RECORD, METRICS, TRACKER):
+        for path in folder.iterdir():
+            if path.name in (RECORD, METRICS, TRACKER):
                 path.unlink()
         shutil.rmtree(folder / SAVING, ignore_errors=True)
         remove_model(folder)
@@ -139,6 +146,8 @@ def resume_checkpoint(
         path = Path(config.resume)
         if not path.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
             raise ConfigError(f"resume: {path} is not a checkpoint: a folder checkpoint-N of a run.")
+        if not path.is_dir():
+            raise ConfigError(f"resume: {path} does not exist. resume: true takes the newest that verifies.")
         if why := complaint(path, content):
             raise ConfigError(
                 f"resume: {path} cannot be used: {why}. resume: true takes the newest that can."

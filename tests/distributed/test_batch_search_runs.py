@@ -13,12 +13,14 @@ from launcher.topology import free_port
 
 # A device whose memory holds FITS rows: from step SINCE on, rank 1 (or the only one) has no room for more.
 SMALL_DEVICE = """
-import importlib.machinery, os, sys
+import importlib.machinery, os, sys, time
 
 def wrap(Trainer, OutOfMemoryError):
     step = Trainer.training_step
     def training_step(self, model, inputs, *rest, **named):
         rows = inputs["input_ids"].shape[0]
+        if os.environ["SINCE"] != "1":
+            time.sleep(0.3)  # FSDP's shards are written while training goes on: the steps leave them the time
         if rows > int(os.environ["FITS"]) and self.state.global_step + 1 >= int(os.environ["SINCE"]):
             if os.environ.get("RANK", "0") == os.environ["SMALL_RANK"]:
                 raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -53,7 +55,7 @@ def on_small_device(folder: Path, fits: int, since: str = FIRST, small_rank: str
 def attempts(run: Finished) -> list[tuple[int, int]]:
     """batch_size and gradient_accumulation of each attempt, as its ranks read them."""
     found = []
-    for folder in sorted((run.folder / "launch").iterdir()):
+    for folder in sorted((run.folder / "launch").glob("attempt-*")):
         config = json.loads((folder / "config.json").read_text())["config"]
         found.append((config["batch_size"], config["gradient_accumulation"]))
     return found
@@ -113,7 +115,7 @@ def test_unasked_the_run_ends_with_the_mend(bench: Bench, tmp_path: Path):
     small = on_small_device(tmp_path, 1)
     run = bench.train("small-device", *BACKENDS["ddp"], *TWICE, **small)
     assert run.code == 3
-    assert "error: rank 1 failed first: BatchTooLarge: CUDA out of memory." in run.err
+    assert "error: rank 1 failed first (out of memory): BatchTooLarge: CUDA out of memory." in run.err
     assert "Set batch_size: 1 and gradient_accumulation: 2 (the same global batch), or auto_find" in run.err
     assert attempts(run) == [(2, 1)]
 

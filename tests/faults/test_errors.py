@@ -33,10 +33,12 @@ def test_an_error_that_passes_is_survived(faults):
     faults.same_end(run, "ddp")
 
 
-def test_a_mistake_in_the_code_is_not_tried_again(faults):
-    run = faults.run("mistake", "ddp", what="mistake", rank=0, step=7)
+def test_a_mistake_in_the_code_is_shown_and_not_tried_again(faults):
+    run = faults.run("mistake", "ddp", what="mistake", rank=1, step=7)
     assert run.code == 1
-    assert "error: rank 0 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
+    assert "error: rank 1 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
+    assert "in mistake" in run.err and "rank-1.log" in run.err  # the traceback, and where it stands
+    assert alive(run.folder) == []
 
 
 def test_three_attempts_without_progress_end_the_run(faults):

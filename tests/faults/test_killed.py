@@ -62,6 +62,13 @@ def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom):
     faults.same_end(run, "ddp")
 
 
+def test_within_a_save_the_checkpoint_does_not_exist(faults):
+    run = faults.run("killed-saving", "ddp", what="save", rank=0, step=8)
+    assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
+    faults.same_end(run, "ddp")
+    assert not (run.folder / "saving").exists()
+
+
 def test_before_the_first_checkpoint_it_begins_anew(faults):
     run = faults.run("killed-early", "ddp", what="kill", rank=0, step=2)
     assert "restart 1 of at most 10, from the start" in run.err
