@@ -108,7 +108,10 @@ def diagnose(outcome: Outcome) -> Failure:
     for rank, code in outcome.exits.items():
         # After an error of a rank its peers may be aborted, by NCCL's watchdog or by torchrun; the launcher
         # knows the order of the ends of forked ranks.
-        if code < 0 and not (own and (outcome.first != rank or -code != signal.SIGKILL)):
+        killed = -code == signal.SIGKILL and (
+            outcome.first == rank or not any(_noted(n).repeats for n in own)
+        )
+        if code < 0 and (killed or not own):
             hint = " (host memory ran out, or by hand)" if -code == signal.SIGKILL else ""
             return Failure(rank, f"killed by {signal.Signals(-code).name}{hint}", KILLED)
     if notes:

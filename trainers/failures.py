@@ -31,7 +31,7 @@ _PEER_LOST = re.compile(
     r"Application timeout caused pair closure",
     re.I,
 )
-_KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal")
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: Killed")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process|DataLoader worker \(pid")
 
 
