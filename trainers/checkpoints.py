@@ -73,7 +73,7 @@ class Durable(Trainer):
         self._written: Future[Any] | None = None  # FSDP's shards, being written
         self._failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._saving_step = 0
+        self._saving_step, self._saving_position = 0, self._position
         self.saved_step = 0  # of the last checkpoint of this start
 
     # ------------------------------------------------------------------------------------- stopping
@@ -125,7 +125,7 @@ class Durable(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with heart.during("save"):
             self.conclude()
-            self._saving_step = self.state.global_step
+            self._saving_step, self._saving_position = self.state.global_step, self._position
             if not self._has_room():
                 return
             if rank() == 0:
@@ -169,6 +169,9 @@ class Durable(Trainer):
             if not disk_is_full(error):
                 raise
             self._failure = error
+
+    def create_model_card(self, *arguments: Any, **named: Any) -> None:
+        """TRL's, before each save, on rank 0 alone; ours is written once, at the end (trainers/card.py)."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:  # the final model, which all of run.py is about
@@ -288,7 +291,7 @@ class Durable(Trainer):
         manifest = Manifest(
             step=self._saving_step,
             layout=self.layout(),
-            position=self._position,
+            position=self._saving_position,
             versions=versions(),
             data=self.data_key,
             files=sorted(entries, key=lambda entry: entry.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -100,6 +101,9 @@ def test_each_kind_of_damage_in_each_file_is_noticed(faults, tmp_path):
             shutil.copytree(whole / name, run / name)
         newest = run / "checkpoint-12"
         assert newest_usable(run, content=True) == (newest, [])
+        for folder in (newest, run / "checkpoint-8"):
+            state = json.loads((folder / "trainer_state.json").read_text())
+            assert read_manifest(folder).position["epoch"] == state["epoch"]
         for entry in read_manifest(newest).files:
             path = newest / entry.path
             content = path.read_bytes()
