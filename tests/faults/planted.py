@@ -24,6 +24,7 @@ FLAGS = [
     "no",
 ]
 PATIENCE = 150.0
+LORA = ("--peft", "--quantization", "none", "--lora-dropout", "0.3", "--lora-r", "4")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from planted import alive
+from planted import LORA, alive
 
 NAMED = "rank {} failed first: killed by SIGKILL"
 
@@ -33,10 +33,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(faults, backend, rank):
 
 
 def test_with_dropout_every_rank_goes_on_with_its_own_random_numbers(faults):
-    lora = ["--peft", "--quantization", "none", "--lora-dropout", "0.3", "--lora-r", "4"]
-    run = faults.run("killed-lora", "ddp", *lora, what="kill", rank=1, step=7)
+    run = faults.run("killed-lora", "ddp", *LORA, what="kill", rank=1, step=7)
     assert "restart 1 of at most 10" in run.err
-    faults.same_end(run, "ddp", *lora)
+    faults.same_end(run, "ddp", *LORA)
 
 
 def test_through_accelerate_launch_too(faults):
