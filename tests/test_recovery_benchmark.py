@@ -14,19 +14,21 @@ REPO = Path(__file__).parent.parent
 def recovery():
     """The benchmarks are scripts that import each other by name."""
     sys.path.insert(0, str(REPO / "benchmarks"))
+    import killed_run
     import recovery
 
+    recovery.killed_run = killed_run
     yield recovery
     sys.path.remove(str(REPO / "benchmarks"))
-    for name in ("recovery", "measure"):
+    for name in ("recovery", "killed_run", "measure"):
         sys.modules.pop(name, None)
 
 
 def test_steps_are_read_as_both_sides_print_them(recovery):
-    assert recovery.step_number("step 12/100000  loss 2.3456  310 tokens/s  ETA 3:07\n") == 12
-    assert recovery.step_number("step 3/100000  loss 21.0111\n") == 3
-    assert recovery.step_number("step 12/100000  eval_loss 2.3456\n") is None
-    assert recovery.step_number("resume: run/checkpoint-10\n") is None
+    assert recovery.killed_run.step_number("step 12/100000  loss 2.3456  310 tokens/s  ETA 3:07\n") == 12
+    assert recovery.killed_run.step_number("step 3/100000  loss 21.0111\n") == 3
+    assert recovery.killed_run.step_number("step 12/100000  eval_loss 2.3456\n") is None
+    assert recovery.killed_run.step_number("resume: run/checkpoint-10\n") is None
 
 
 def test_the_bare_script_prints_steps_that_are_read(recovery):
@@ -41,9 +43,9 @@ def test_the_launcher_names_a_rank_in_words_that_are_read(recovery):
     line = (
         f"{Failure(1, 'killed by SIGKILL (host memory ran out, or by hand)').line}; restart 3 of at most 9, "
     )
-    assert recovery.named_rank(line + "from run/checkpoint-4") == 1
+    assert recovery.killed_run.named_rank(line + "from run/checkpoint-4") == 1
     assert (
-        recovery.named_rank(f"error: {Failure(0, 'killed by SIGKILL').line}") is None
+        recovery.killed_run.named_rank(f"error: {Failure(0, 'killed by SIGKILL').line}") is None
     )  # the last word of a run
 
 
@@ -51,8 +53,8 @@ def test_torchrun_names_a_rank(recovery):
     line = (
         "E1125 19:45:18 28423 api.py:1002] failed (exitcode: -9) local_rank: 0 (pid: 28431) of binary: python"
     )
-    assert recovery.named_rank(line) == 0
-    assert recovery.named_rank("Sending process 28432 closing signal SIGTERM") is None
+    assert recovery.killed_run.named_rank(line) == 0
+    assert recovery.killed_run.named_rank("Sending process 28432 closing signal SIGTERM") is None
 
 
 def steps(recovery, *triples):
@@ -121,9 +123,9 @@ def test_both_sides_get_the_same_job(recovery, tmp_path):
     """Length, learning rate, saves and steps; a start by hand goes on from what is there."""
     import json
 
-    argv = recovery.command("torchrun", tmp_path, Path("model"), 2)
+    argv = recovery.killed_run.command("torchrun", tmp_path, Path("model"), 2)
     flags = dict(zip(argv[argv.index("--length") :: 2], argv[argv.index("--length") + 1 :: 2], strict=True))
-    argv = recovery.command("warm", tmp_path, Path("model"), 2)
+    argv = recovery.killed_run.command("warm", tmp_path, Path("model"), 2)
     config = json.loads((tmp_path / "config.yaml").read_text())
     params = config["params"]
     assert config["launch"]["start"] == "warm"
@@ -134,14 +136,14 @@ def test_both_sides_get_the_same_job(recovery, tmp_path):
     assert int(flags["--save-steps"]) == params["save_steps"] == 2
     assert "--resume" not in argv
     (tmp_path / "run").mkdir()
-    assert recovery.command("warm", tmp_path, Path("model"), 2)[-1] == "--resume"
+    assert recovery.killed_run.command("warm", tmp_path, Path("model"), 2)[-1] == "--resume"
 
 
 def test_the_config_is_one_of_phalanx(recovery, tmp_path, monkeypatch):
     from launcher.config import load_run
 
     monkeypatch.chdir(tmp_path)
-    recovery.command("accelerate", tmp_path, Path("model"), 2)
+    recovery.killed_run.command("accelerate", tmp_path, Path("model"), 2)
     run = load_run(tmp_path / "config.yaml", {})
     assert (run.launch.start, run.launch.num_processes, run.train.save_steps) == ("accelerate", 2, 2)
     recovery.write_config(tmp_path, Path("model"), {}, max_steps=4, save_strategy="no")

@@ -1,0 +1,217 @@
+"""A run that recovery.py kills: phalanx or torchrun in a folder of its own, read through what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from measure import OPTIMIZER, REPO, Failed
+
+from launcher.topology import detect_hardware
+
+ROWS = REPO / "examples" / "data" / "train.jsonl"
+RANKS, LENGTH, LR, KEPT = 2, 128, 2e-5, 2
+ENDLESS = 100_000  # steps, and restarts: more than there will be
+PATIENCE = 120.0  # seconds that a launch may take no step
+TICK = 0.01  # seconds between two looks at the logs
+TRIES = 5  # starts by hand in a row after which a side is given up
+# What rank 0 writes in each attempt, and where the ranks leave their process ids: phalanx, torchrun.
+LOGS = ("run/launch/attempt-*/rank-0.log", "logs/*/attempt_*/0/stdout.log")
+PIDS = ("run/launch/attempt-*/rank-{}.pid", "run/rank-{}.pid")
+_STEP = re.compile(r"step (\d+)/\d+ +loss ")
+_NAMED = re.compile(r"rank (\d+) failed first.*; restart \d+ of|failed \(exitcode: -?\d+\) local_rank: (\d+)")
+
+
+@dataclass(frozen=True)
+class Step:
+    at: float  # time.monotonic() at its end
+    attempt: int  # counted over all starts of the side, from 0
+    number: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Seconds from the kill; None where it did not come."""
+
+    rank: int
+    at_save: bool  # the last step was to be saved, and no step had ended since
+    noticed: float | None
+    first_step: float | None
+    named: bool  # the launcher named the rank that was killed
+
+
+def step_number(line: str) -> int | None:
+    """The optimiser step that a line of rank 0 reports, if it does."""
+    found = _STEP.match(line)
+    return int(found[1]) if found else None
+
+
+def named_rank(line: str) -> int | None:
+    """The rank of which a line of a launcher says that it failed first, if it does."""
+    found = _NAMED.search(line)
+    return int(found[1] or found[2]) if found else None
+
+
+def belongs(pid: int | str, mark: Path) -> bool:
+    """Whether a process was started with `mark` for its TMPDIR, itself or by an ancestor."""
+    with suppress(OSError):
+        return f"TMPDIR={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
+
+
+def end_all(mark: Path) -> None:
+    """Kills all processes that belong to `mark`, and waits until they are gone."""
+    while left := [int(path.name) for path in Path("/proc").glob("[0-9]*") if belongs(path.name, mark)]:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(TICK)
+
+
+class Side:
+    """A launch in a folder of its own, watched through the files that it writes."""
+
+    def __init__(self, kind: str, folder: Path, model: Path, save_steps: int) -> None:
+        self.kind, self.folder, self.model, self.save_steps = kind, folder, model, save_steps
+        self.mark = folder / "tmp"  # TMPDIR of all its processes
+        self.mark.mkdir()
+        self.logs: list[TextIO] = []  # of rank 0, one for each attempt
+        self.steps: list[Step] = []
+        self.named: list[tuple[float, int]] = []  # when the launcher named a rank, and which
+        self.starts = self.before = 0  # starts, and attempts before the last of them
+        self.since = 0.0  # when it was started or took its last step
+
+    @property
+    def attempt(self) -> int:
+        return len(self.logs) - 1
+
+    @property
+    def taken(self) -> int:
+        """Steps of the newest attempt."""
+        return sum(step.attempt == self.attempt >= self.before for step in self.steps)
+
+    def start(self) -> None:
+        self.starts, self.before, self.since = self.starts + 1, len(self.logs), time.monotonic()
+        environ = os.environ | environment(self.folder.parent)
+        environ |= {"TMPDIR": str(self.mark), "PYTHONUNBUFFERED": "1"}
+        path = self.folder / f"stderr-{self.starts}.log"
+        argv = command(self.kind, self.folder, self.model, self.save_steps)
+        with path.open("wb") as errors:
+            self.process = subprocess.Popen(argv, cwd=self.folder, env=environ, start_new_session=True,
+                                            stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
+        self.errors = path.open(errors="replace")
+
+    def stop(self) -> None:
+        end_all(self.mark)
+        self.process.wait()
+
+    def look(self) -> None:
+        """Reads what is new."""
+        now = time.monotonic()
+        ranks = map(named_rank, self.errors.readlines())
+        self.named += [(now, rank) for rank in ranks if rank is not None]
+        known = {log.name for log in self.logs}
+        paths = (path for pattern in LOGS for path in self.folder.glob(pattern))
+        self.logs += [path.open(errors="replace") for path in paths if str(path) not in known]
+        for attempt in range(len(self.logs))[-2:]:
+            numbers = map(step_number, self.logs[attempt].readlines())
+            new = [Step(now, attempt, number) for number in numbers if number is not None]
+            self.steps += new
+            self.since = now if new else self.since
+
+    def until(self, wanted: Callable[[], bool]) -> bool:
+        """Watches until `wanted`; False where the launch ended before, or took no step for too long."""
+        while True:
+            ended = self.process.poll() is not None
+            self.look()
+            if ended or time.monotonic() - self.since > PATIENCE:
+                return False
+            if wanted():
+                return True
+            time.sleep(TICK)
+
+    def insist(self, wanted: Callable[[], bool]) -> None:
+        """Watches until `wanted`, with as many starts by hand as that takes.
+
+        Raises:
+            Failed: it takes too many.
+        """
+        for _ in range(TRIES):
+            if self.until(wanted):
+                return
+            self.stop()
+            said = Path(self.errors.name).read_text(errors="replace").strip()
+            print(f"started again by hand; {said[-200:]}", file=sys.stderr, flush=True)
+            self.repair()
+            self.start()
+        raise Failed(said)
+
+    def repair(self) -> None:
+        """Where several attempts died before a step the newest checkpoint was cut short; phalanx skips it."""
+        saved = sorted(self.folder.glob("run/checkpoint-*"), key=lambda path: int(path.name[11:]))
+        if self.kind == "torchrun" and saved and self.attempt - self.steps[-1].attempt > 1:
+            shutil.rmtree(saved[-1])
+
+    def wait(self, moment: float = 0.0, steps: int = 0) -> None:
+        """Until a moment, and until the newest attempt has taken so many steps."""
+        self.insist(lambda: time.monotonic() >= moment and self.taken >= steps)
+
+    def kill(self, rank: int) -> Kill | None:
+        """kill -9, and what became of it; None where the rank was gone already."""
+        attempt, told = self.attempt, len(self.named)
+        files = (path for pattern in PIDS for path in self.folder.glob(pattern.format(rank)))
+        pid = int(max(files, key=lambda path: path.stat().st_mtime_ns).read_text())
+        if not belongs(pid, self.mark):
+            return None
+        at, at_save = time.monotonic(), self.steps[-1].number % self.save_steps == 0
+        os.kill(pid, signal.SIGKILL)
+        recovered = self.until(lambda: self.steps[-1].attempt > attempt)
+        noticed, named = self.named[told] if len(self.named) > told else (None, None)
+        first = self.steps[-1].at - at if recovered else None
+        return Kill(rank, at_save, None if noticed is None else noticed - at, first, named == rank)
+
+
+def command(kind: str, folder: Path, model: Path, save_steps: int) -> list[str]:
+    """The same job for phalanx and for torchrun; each goes on from what an earlier start has saved."""
+    if kind != "torchrun":
+        launch = {"num_processes": RANKS, "start": kind, "max_restarts": ENDLESS}
+        config = write_config(folder, model, launch, max_steps=ENDLESS, save_steps=save_steps)
+        resume = ["--resume"] if (folder / "run").exists() else []
+        return [sys.executable, "-m", "launcher", "train", str(config), *resume]
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    head += ["--max-restarts", str(ENDLESS), "--log-dir", "logs", "--redirects", "3"]
+    script = [str(REPO / "benchmarks" / "bare_resuming.py"), str(model), str(ROWS), "run"]
+    script += ["--length", str(LENGTH), "--lr", str(LR), "--kept", str(KEPT), "--steps", str(ENDLESS)]
+    return [*head, *script, "--save-steps", str(save_steps)]
+
+
+def environment(work: Path) -> dict[str, str]:
+    """For every side: ranks on the CPU with a share of the cores each, caches of their own, this checkout."""
+    threads, path = max(1, detect_hardware().cores // RANKS), os.environ.get("PYTHONPATH", "")
+    caches = {name: str(work / name) for name in ("HF_DATASETS_CACHE", "PHALANX_CACHE")}
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), path])), **caches}  # fmt: skip
+
+
+def write_config(folder: Path, model: Path, launch: dict[str, Any], **more: Any) -> Path:
+    """The job as a config of phalanx; JSON is YAML."""
+    params = {"batch_size": 1, "gradient_accumulation": 1, "lr": LR, "block_size": LENGTH, "packing": "none",
+              "model_max_length": LENGTH, "optimizer": OPTIMIZER, "logging_steps": 1, "peft": False,
+              "quantization": None, "save_total_limit": KEPT, **more}  # fmt: skip
+    columns = {"prompt_text_column": "prompt", "text_column": "completion"}
+    data = {"path": str(ROWS), "train_split": "train", "chat_template": None, "column_mapping": columns}
+    whole = {"task": "llm-sft", "base_model": str(model), "project_name": "run", "data": data}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(whole | {"params": params, "launch": launch}), encoding="utf-8")
+    return path
