@@ -50,13 +50,7 @@ def used_by_a_run(faults, backend: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "backend",
-    [
-        "ddp",
-        "fsdp",
-        pytest.param("zero2", marks=pytest.mark.slow),
-        pytest.param("zero3", marks=pytest.mark.slow),
-    ],
+    "backend", ["fsdp", "zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero3"))]
 )
 def test_a_full_disk_costs_the_save_and_not_the_run(faults, small_disk, backend):
     one, rest = used_by_a_run(faults, backend)

@@ -44,7 +44,7 @@ def test_through_accelerate_launch_too(faults):
     faults.same_end(run, "ddp")
 
 
-@pytest.mark.parametrize("whom", ["launcher", "all"])
+@pytest.mark.parametrize("whom", ["all", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom):
     running = faults.start(f"launcher-{whom}", "ddp", pause=0.3)
     running.wait_for_step(6)
@@ -74,6 +74,7 @@ def test_before_the_first_checkpoint_it_begins_anew(faults):
     faults.same_end(run, "ddp")
 
 
+@pytest.mark.slow
 def test_without_restarts_the_exit_code_says_killed(faults):
     run = faults.run("killed-once", "ddp", "--max-restarts", "0", what="kill", rank=1, step=2)
     assert run.code == 4

@@ -45,6 +45,7 @@ def test_a_signal_to_one_rank_alone(faults):
     resumed(faults, running, "zero2")
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process(faults):
     """As a scheduler sends it."""
     running = faults.start("signal-all", "ddp", pause=0.3)
