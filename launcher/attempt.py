@@ -255,13 +255,15 @@ class Watcher:
                 now = time.monotonic()
                 if now < deadline:
                     exits = launch.exits()
-                    if any(exits.values()):
+                    if -signal.SIGKILL in exits.values():
+                        deadline = now  # nothing that the others may say is the cause
+                    elif any(exits.values()):
                         deadline = min(deadline, now + GRACE_SECONDS)
                 self._take_note_of_stops()
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
                     hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder)
-                if hang is not None or self.signals.twice or now > deadline:
+                if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
             tail.show()
         if hang is None and not self.signals.twice and time.monotonic() < deadline:
