@@ -21,7 +21,7 @@ from trainers.config_file import load_settings
 from trainers.manifest import step_of
 from trainers.out_of_memory import taking_batches
 from trainers.rank import after_failure, live_terminal, log_folder, rank, run_rank, world_size
-from trainers.run_folder import claim, hold, remove_model, versions, write_record
+from trainers.run_folder import check_free, claim, hold, remove_model, versions, write_record
 from trainers.settings import Settings
 from trainers.stopping import stop
 
@@ -70,6 +70,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
             f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started."
         )
     if log_folder() is None and rank() == 0:  # under the launcher it was claimed already
+        check_free(folder, config)  # before the folder is made
         hold(folder)
         claim(folder, config)
     _quiet()
