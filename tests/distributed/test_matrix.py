@@ -30,8 +30,14 @@ def logits(folder, adapter: bool):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", SEVERAL)
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.slow if (name, mode) == ("zero1", "lora") else [])
+        for name in SEVERAL
+        for mode in MODES
+    ],
+)
 def test_losses_and_model_equal_those_of_one_process(trained, backend, mode):
     import torch
 
@@ -79,7 +85,10 @@ def test_each_rank_has_its_log_and_rank_0_the_terminal(trained):
     assert "--config_file" in (logs / "command.txt").read_text()
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
+# tests/faults resumes on the others.
+@pytest.mark.parametrize(
+    "backend", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp", "zero2"))]
+)
 def test_resume_ends_with_the_weights_of_an_uninterrupted_run(trained, bench, backend):
     import shutil
 
@@ -197,7 +206,13 @@ def test_two_ranks_and_a_resume_are_one_run_in_the_tracker(bench, tracker):
     assert {step for key, step, _ in logged if key == "loss"} == set(found["loss"]) == {1, 2, 3, 4, 5, 6}
 
 
-STATIC = ["ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
+STATIC = [
+    "ddp",
+    "fsdp",
+    pytest.param("deepspeed_zero1", marks=pytest.mark.slow),
+    pytest.param("deepspeed_zero2", marks=pytest.mark.slow),
+    "deepspeed_zero3",
+]
 
 
 @pytest.mark.parametrize("name", STATIC)
