@@ -28,6 +28,7 @@ def test_memory_that_runs_out(faults):
     assert "restart" not in run.err
 
 
+@pytest.mark.slow
 def test_an_error_that_passes_is_survived(faults):
     run = faults.run("passing", "ddp", what="fail", rank=1, step=7)
     assert "rank 1 failed first: RuntimeError: planted fault; restart 1 of at most 10, from" in run.err
@@ -42,6 +43,7 @@ def test_a_mistake_in_the_code_is_shown_and_not_tried_again(faults):
     assert alive(run.folder) == []
 
 
+@pytest.mark.slow
 def test_three_attempts_without_progress_end_the_run(faults):
     run = faults.run("stuck", "ddp", what="fail", rank=1, step=3, always=True)
     assert run.code == 1
@@ -65,6 +67,7 @@ def test_nan_stops_every_rank_at_the_same_step(faults, backend):
     assert written["batches"][0]["loss"] == "nan" and "What is" in written["batches"][0]["text"][0]
 
 
+@pytest.mark.slow
 def test_nan_by_choice_goes_on_from_before(faults):
     run = faults.run("nan-again", "ddp", "--restart-on-nan", "true", what="nan", rank=1, step=7)
     assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err

@@ -84,6 +84,7 @@ def test_while_the_libraries_are_imported(faults):
     assert alive(running.folder) == []
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_kills_at_once(faults):
     running = faults.start("signal-twice", "ddp", pause=30)
     running.wait_for(lambda: (running.attempt / "rank-1.pid").exists())

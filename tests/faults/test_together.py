@@ -10,6 +10,7 @@ from planted import EVERY
 from ranks import BACKENDS
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_machine(faults):
     running = [faults.start(f"both-{number}", "ddp") for number in (1, 2)]
     for one in running:
