@@ -66,9 +66,8 @@ def cells(always: dict[str, list[str]]) -> list[object]:
 
 
 # dpo keeps a second model on each backend, and reward draws a head; the others differ in their loss alone.
-FULL = {name: ["fsdp", "zero3"] for name in OTHERS} | dict.fromkeys(
-    ("reward", "dpo"), ["ddp", "fsdp", "zero3"]
-)
+THREE = ["ddp", "fsdp", "zero3"]
+FULL = {name: ["fsdp", "zero3"] for name in OTHERS} | {"reward": THREE, "dpo": THREE}
 LORA = {"reward": ["fsdp", "zero3"], "dpo": ["fsdp", "zero3"]}
 
 
