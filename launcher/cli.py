@@ -179,6 +179,9 @@ def _train(run: Run, layout: Topology) -> int:
     run = resume.fitted(run, layout, chosen)
     for note in run.settings.notes:
         print(f"note: {note}")
+    for name in ("max_restarts", "restart_on_nan") if layout.num_machines > 1 else ():
+        if run.launch_sources[name] != "default":
+            print(f"note: launch.{name}: has no effect, since restarts are of one machine.")
     where = "GPU" if layout.on_gpu else "CPU"
     print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
     code = supervise.train(run, layout, chosen)

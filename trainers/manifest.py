@@ -17,6 +17,7 @@ import xxhash
 
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
+SHARDS = "shards"  # FSDP's folder in a checkpoint
 FORMAT = 1
 HASH_BLOCK = 1 << 20  # bytes
 

@@ -23,9 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from trainers.manifest import SHARDS
 from trainers.pickles import SafeReader
-
-SHARDS = "shards"
 
 
 def save(model: Any, optimizer: Any, folder: Path, group: Any, trains_all: bool) -> Future[Any]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from trainers.config import ConfigError
+from trainers.manifest import SHARDS
 from trainers.pickles import SafeReader, allow_deepspeed
 
-SHARDS = "shards"  # a DCP folder in a checkpoint of FSDP
 LATEST = "latest"  # DeepSpeed's pointer to the folder of its newest save
 Tensors = dict[str, torch.Tensor]
 
