@@ -5,6 +5,8 @@ EXTRAS := dev,demo,deepspeed,quantization,wandb,tensorboard
 READY := .venv/.ready
 MODEL := .demo/SmolLM2-135M-Instruct
 QUESTION := What is Phalanx?
+# Two at once: much of a start is the imports of one process. A run that several tests look at stays in one.
+WORKERS := -n 2 --dist loadgroup --durations 15
 # All GPUs where there are any, else two ranks on the CPU.
 RANKS := $(shell test -e /dev/nvidiactl || echo --num-processes 2)
 
@@ -32,10 +34,10 @@ demo: $(READY)
 	@echo "logs of the ranks   .demo/run/launch"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

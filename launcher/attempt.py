@@ -259,7 +259,9 @@ class Watcher:
                         deadline = now  # nothing that the others may say is the cause
                     elif any(exits.values()):
                         deadline = min(deadline, now + GRACE_SECONDS)
-                self._take_note_of_stops()
+                if self._stopped_early():
+                    # Another rank may wait in C++ for what this one was to send, and hear of no signal there.
+                    deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
                     hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder)
@@ -270,12 +272,18 @@ class Watcher:
             exits = launch.exits()
         return Outcome(self.folder, code, exits, hang)
 
-    def _take_note_of_stops(self) -> None:
-        """A signal to one rank alone, before the ranks can agree on anything: the others must hear of it."""
-        if self.signals.received is None:
-            for path in self.folder.glob("rank-*.stopped.json"):
-                with contextlib.suppress(ValueError):  # it is being written
-                    self.signals.received = json.loads(path.read_text(encoding="utf-8"))["signal"]
+    def _stopped_early(self) -> bool:
+        """Whether a rank stopped before the ranks could agree on it, with nothing to save.
+
+        The signal may have come to that rank alone: it is then passed to the others, as if it were ours.
+        """
+        early = False
+        for path in self.folder.glob("rank-*.stopped.json"):
+            with contextlib.suppress(ValueError):  # it is being written
+                note = json.loads(path.read_text(encoding="utf-8"))
+                self.signals.received = self.signals.received or note["signal"]
+                early = early or not note["saved"]
+        return early
 
 
 class _Tail:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,31 @@ from ranks import Bench, environment
 
 from launcher import backend, topology
 from launcher.topology import Hardware
+from trainers.stopping import SIGNALS
 
 # Of the site's environment, what a run would read.
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests start ranks; and which share what is dear to make, so that one worker runs them."""
     here = Path(__file__).parent
     for item in items:
         if item.path.parent in (here / "distributed", here / "faults"):
             item.add_marker("distributed")
+        names = getattr(item, "fixturenames", ())
+        dear = next((name for name in ("trained", "faults") if name in names), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(dear))
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A rank that a test runs in this process listens to signals; Ctrl-C is pytest's again after it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

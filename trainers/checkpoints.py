@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what reads them: a mixin over transformers' Trainer.
+"""Checkpoints that are whole or not there: a mixin over transformers' Trainer (trainers/resuming.py reads).
 
     saving/checkpoint-N/   written here by all ranks, then hashed, then named in a manifest,
     checkpoint-N/          then renamed to this
@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
-from transformers import Trainer
 
-from trainers import shards
+from trainers import shards, zero
 from trainers.agreement import Agreement
-from trainers.config import ConfigError, TrainConfig
+from trainers.config import TrainConfig
 from trainers.failures import disk_is_full
 from trainers.finite import FiniteWatch
 from trainers.heartbeat import heart
@@ -31,23 +29,20 @@ from trainers.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
     FileEntry,
-    Layout,
     Manifest,
     checkpoint_folders,
     complaint,
     entry_of,
-    faults,
     in_words,
-    misfit,
     read_manifest,
 )
 from trainers.rank import rank, world_size
-from trainers.run_folder import SAVING, resume_checkpoint, versions
+from trainers.resuming import SCHEDULER, Resuming
+from trainers.run_folder import SAVING, versions
 from trainers.stopping import stop
 
 ADAM_BYTES = 8  # float32 moments per trained parameter
 MASTER_BYTES = 12  # ZeRO: a float32 copy and the moments
-SCHEDULER = "scheduler.pt"
 UNREAD = "training_args.bin"  # a pickle that nothing reads
 
 
@@ -55,13 +50,10 @@ class StopTraining(Exception):
     """All ranks agreed to stop; the last checkpoint may still have to be written."""
 
 
-class Durable(Trainer):
+class Durable(Resuming):
     """A mixin, named before the trainer of TRL. protect() completes it when the trainer is built."""
 
-    agreement: Agreement
     watch: FiniteWatch
-    config: TrainConfig
-    data_key: str
 
     def protect(self, config: TrainConfig, data_key: str) -> None:
         """Before training: `data_key` names the rows, so that a resume can tell whether they are the same."""
@@ -71,8 +63,11 @@ class Durable(Trainer):
         self.due_evaluation = False  # at the step that is saved next; a resume makes up for it
         self._pending: Future[tuple[list[FileEntry], Exception | None]] | None = None
         self._written: Future[Any] | None = None  # FSDP's shards, being written
+        self._stager = shards.make_stager()
         self._failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # torch's own checksums of what it pickles cost as much as the rest; the manifest has better ones.
+        torch.serialization.set_crc32_options(False)
         self._saving_step, self._saving_position = 0, self._position
         self.saved_step = 0  # of the last checkpoint of this start
 
@@ -108,15 +103,11 @@ class Durable(Trainer):
         with heart.during("evaluate"):
             return super().evaluation_loop(*arguments, **named)
 
+    def _load_best_model(self) -> None:
+        self.conclude()  # it may be the one that is being written
+        super()._load_best_model()
+
     # ------------------------------------------------------------------------------------- saving
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.args.output_dir or ".")
-
-    @property
-    def _trains_all(self) -> bool:
-        return not self.config.peft
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers writes checkpoint-N; nothing else asks for it but the end of train()."""
@@ -201,10 +192,17 @@ class Durable(Trainer):
         folder = Path(output_dir)
         with self._tolerating():
             if self.is_deepspeed_enabled:
-                self._save_deepspeed(folder)
+                engine: Any = self.model_wrapped
+                zero.save(engine, folder, self._saving_step, self._tolerating, self._trains_all)
             elif self.is_fsdp_enabled:
-                group = self.agreement.background
-                self._written = shards.save(self.model, self.optimizer, folder, group, self._trains_all)
+                self._written = shards.save(
+                    self.model,
+                    self.optimizer,
+                    folder,
+                    self.agreement.background,
+                    self._stager,
+                    self._trains_all,
+                )
             else:
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
@@ -214,22 +212,6 @@ class Durable(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         with self._tolerating():
             super()._save_rng_state(output_dir)
-
-    def _save_deepspeed(self, folder: Path) -> None:
-        """DeepSpeed's shards. It waits for all ranks after it has written, so no rank may leave it before.
-
-        That is why a full disk is borne in each of its writes, and what rank 0 alone writes comes after:
-        `latest`, which a load looks for. The scripts that it copies are what `phalanx consolidate` does.
-        """
-        engine: Any = self.model_wrapped
-        engine.checkpoint_engine = tolerant_engine(engine, self._tolerating)
-        engine._copy_recovery_script = lambda _: None
-        tag = f"global_step{self._saving_step}"
-        engine.save_checkpoint(
-            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=not self._trains_all
-        )
-        if rank() == 0:
-            (folder / "latest").write_text(tag, encoding="utf-8")
 
     def _name_best(self) -> None:
         """transformers asks each rank whether the folder of the best step exists; rank 0 says it for all.
@@ -320,25 +302,6 @@ class Durable(Trainer):
             "evaluation_due": self.due_evaluation,
         }
 
-    def layout(self) -> Layout:
-        """How this run is spread."""
-        kind = self.accelerator.distributed_type
-        name = "ddp" if world_size() > 1 else "none"
-        stage = None
-        if kind == DistributedType.DEEPSPEED:
-            name, stage = "deepspeed", self.accelerator.state.deepspeed_plugin.zero_stage
-        elif self.is_fsdp_enabled:
-            name = "fsdp"
-        sharded = name in ("fsdp", "deepspeed")
-        return Layout(
-            name,
-            stage,
-            world_size(),
-            self.config.batch_size,
-            self.config.gradient_accumulation,
-            world_size() if sharded else 1,
-        )
-
     def _rotate(self) -> None:
         """Keeps the newest save_total_limit checkpoints and the best one; the newest was hashed just now."""
         folders = checkpoint_folders(self.run_folder)
@@ -384,78 +347,6 @@ class Durable(Trainer):
         kept = sum(count * size for count, size, trained in parameters if trained or self._trains_all)
         each = MASTER_BYTES if self.is_deepspeed_enabled else ADAM_BYTES
         return int(kept + trained * each)
-
-    # ------------------------------------------------------------------------------------- resuming
-
-    def find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, and why newer ones were passed over; each rank reads a share."""
-        config = self.config
-        if not config.resume:
-            return None, []
-        if isinstance(config.resume, str):
-            named = self._fitting(resume_checkpoint(self.run_folder, config)[0])
-            return named, self._other_rows(named) if named else []
-        passed: list[str] = []
-        for folder in reversed(checkpoint_folders(self.run_folder)):
-            why = self._complaint(folder)
-            if why is None:
-                return self._fitting(folder), passed + self._other_rows(folder)
-            passed.append(f"passed over {folder}: {why}")
-        return None, [*passed, "no checkpoint can be used; it begins anew"]
-
-    def _other_rows(self, folder: Path) -> list[str]:
-        """A line where the rows are not those that the run was trained on until there."""
-        if read_manifest(folder).data == self.data_key:
-            return []
-        return [f"the rows, or how they are tokenized, are not those that {folder} was written with"]
-
-    def _fitting(self, folder: Path | None) -> Path | None:
-        """The launcher has seen to it that a checkpoint fits; ranks started by hand may not."""
-        if folder is not None and (why := misfit(read_manifest(folder).layout, self.layout())):
-            raise ConfigError(f"resume: {folder}: {why}")
-        return folder
-
-    def _complaint(self, folder: Path) -> str | None:
-        """Why a checkpoint cannot be used, found by all ranks together."""
-        why = self.agreement.first(complaint(folder, content=False))
-        if why is not None:
-            return why
-        share = read_manifest(folder).files[rank() :: world_size()]
-        found = [fault for part in self.agreement.gathered(faults(folder, share, True)) for fault in part]
-        return found[0] if found else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:  # FSDP's weights come with the optimiser's state, below
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        folder = Path(checkpoint)
-        shards.load(self.model, self.optimizer, folder, self._trains_all)
-        state = torch.load(folder / SCHEDULER, weights_only=True)
-        self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
-
-    def _load_best_model(self) -> None:
-        self.conclude()
-        with heart.during("load"):
-            if not self.is_fsdp_enabled:
-                super()._load_best_model()
-                return
-            shards.load_weights(self.model, Path(str(self.state.best_model_checkpoint)), self._trains_all)
-
-
-def tolerant_engine(engine: Any, tolerating: Callable[[], AbstractContextManager[None]]) -> Any:
-    """DeepSpeed's writer of files, within `tolerating`."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]
-        def save(self, state_dict: Any, path: str) -> None:
-            with tolerating():
-                super().save(state_dict, path)
-
-    return Tolerant(engine._config)
 
 
 def _plain(result: tuple[list[FileEntry], Exception | None]) -> tuple[list[FileEntry], str | None]:

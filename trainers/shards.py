@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,12 +28,22 @@ from trainers.manifest import SHARDS
 from trainers.pickles import SafeReader
 
 
-def save(model: Any, optimizer: Any, folder: Path, group: Any, trains_all: bool) -> Future[Any]:
+def make_stager() -> DefaultStager:
+    """What the state is copied to before a thread writes it: memory that all saves of a run use again.
+
+    Fresh memory is slow to touch: a copy to it took ten times as long (benchmarks/RESULTS.md, Recovery).
+    """
+    return DefaultStager(StagingOptions(False, False, False, False))
+
+
+def save(
+    model: Any, optimizer: Any, folder: Path, group: Any, stager: DefaultStager, trains_all: bool
+) -> Future[Any]:
     """Starts to write; returns when the state is copied, so that training may go on and change it."""
     weights, moments = get_state_dict(model, optimizer, options=_options(trains_all))
     writer = dcp.FileSystemWriter(folder / SHARDS, single_file_per_rank=True, sync_files=True)
     state = {"model": weights, "optimizer": moments}
-    started = dcp.async_save(state, storage_writer=writer, process_group=group)
+    started = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
     return started if isinstance(started, Future) else started.upload_completion
 
 

@@ -38,7 +38,13 @@ class Stop:
         os.register_at_fork(after_in_child=_take_defaults)  # a worker of a data loader is no rank
 
     def training(self) -> None:
-        """From here on all ranks stop together, at a step boundary."""
+        """From here on all ranks stop together, at a step boundary.
+
+        Raises:
+            StopNow: asked before, in a moment when Python drops what a handler raises (a finalizer).
+        """
+        if self.requested:
+            raise StopNow(self.requested)
         self.at_once = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:
