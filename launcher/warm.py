@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import select
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from trainers.kept import KEPT, read_by_imports
 from trainers.rank import die_with_parent
 
 
@@ -29,7 +32,13 @@ class WarmParent:
         self, module: str, deepspeed: bool, environ: Mapping[str, str], log: Path, lock: IO[str] | None
     ) -> None:
         """`lock`: what keeps the run's folder; it is free when all that hold it are gone."""
-        ours, theirs = socket.socketpair()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.buffer, self.imported, self.ended = b"", False, False
+        locks = [] if lock is None else [lock.fileno()]
+        kept = environ.get(KEPT)
+        if kept and self._joined(Path(kept), environ, log, locks):
+            return
+        self.socket, theirs = socket.socketpair()
         argv = [sys.executable, "-u", "-m", "trainers.warm", str(theirs.fileno()), module]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -40,10 +49,30 @@ class WarmParent:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
-                pass_fds=(theirs.fileno(), *(() if lock is None else (lock.fileno(),))),
+                pass_fds=(theirs.fileno(), *locks),
             )
         theirs.close()
-        self.socket, self.buffer, self.imported = ours, b"", False
+
+    def _joined(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
+        """Whether the process that is kept for several runs serves this one."""
+        self.socket = socket.socket(socket.AF_UNIX)
+        hello = {"cwd": os.getcwd(), "log": str(log), "environ": read_by_imports(environ)}
+        try:
+            self.socket.connect(str(kept))
+            socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)
+        except OSError as error:
+            print(f"note: {KEPT}: {kept}: {error.strerror}; the libraries are imported anew", flush=True)
+            self.socket.close()
+            return False
+        while not (answers := self.answers(None)) and not self.ended:
+            pass
+        self.imported = any("imported" in answer for answer in answers)
+        if not self.imported:
+            why = next((answer["refused"] for answer in answers if "refused" in answer), "it ended")
+            print(f"note: {KEPT}: {why}; the libraries are imported anew", flush=True)
+            self.socket.close()
+            self.buffer, self.ended = b"", False
+        return self.imported
 
     def start(
         self, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
@@ -81,16 +110,21 @@ class WarmParent:
         except OSError:
             received = b""
         if not received:
-            self.process.wait()
+            self.ended = True
+            if self.process is not None:
+                self.process.wait()
         *lines, self.buffer = (self.buffer + received).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    @property
-    def ended(self) -> bool:
-        return self.process.returncode is not None
-
     def close(self) -> None:
         """It kills what ranks are left, and ends."""
+        if self.process is not None:
+            self.socket.close()
+            self.process.kill()
+            self.process.wait()
+            return
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            while self.socket.recv(1 << 16):
+                pass  # its end is ours to wait for: the ranks are gone then
         self.socket.close()
-        self.process.kill()
-        self.process.wait()

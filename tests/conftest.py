@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 from fakes import fake_model, machine, write_rows
 from inprocess import write_split
-from ranks import Bench, environment
+from ranks import Bench, environment, kept_warm
 
 from launcher import backend, topology
 from launcher.topology import Hardware
+from trainers.kept import KEPT
 from trainers.stopping import SIGNALS
 
 # Of the site's environment, what a run would read.
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests start ranks; and which share what is dear to make, so that one worker runs them."""
     here = Path(__file__).parent
@@ -61,7 +63,10 @@ def tiny_masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path) -> Bench:
+def bench(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path
+) -> Iterator[Bench]:
+    """Its runs share the imports; a start costs a quarter then."""
     root = tmp_path_factory.mktemp("bench")
     data = root / "data"
     data.mkdir()
@@ -78,7 +83,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_maske
         ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environ = environment(root / "cache")
-    return Bench(root, tiny_model, tiny_masked_model, environ)
+    with kept_warm(root, environ) as path:
+        yield Bench(root, tiny_model, tiny_masked_model, environ | {KEPT: path})
 
 
 @pytest.fixture(scope="session")

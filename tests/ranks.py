@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +72,26 @@ def environment(cache: Path) -> dict[str, str]:
     """As in a shell with this Python's folder on the PATH; offline, and with a cache of its own."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return dict(os.environ) | {"PATH": path, "PHALANX_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def kept_warm(
+    folder: Path, environ: dict[str, str], modules: Sequence[str] = ("trainers.sft", "deepspeed")
+) -> Iterator[str]:
+    """A process that imports the libraries once for many runs: what PHALANX_WARM of them must be."""
+    path = folder / "warm.socket"
+    argv = [sys.executable, "-m", "trainers.warm", "--keep", str(path), *modules]
+    process = subprocess.Popen(
+        argv, cwd=REPO, env=environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL
+    )
+    try:
+        while not path.exists():
+            assert process.poll() is None, "the process that imports the libraries ended"
+            time.sleep(0.05)
+        yield str(path)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @dataclass

@@ -9,6 +9,14 @@ The launcher runs `python -m trainers.warm FD trainers.sft [deepspeed]`. FD is a
                         {"exited": {"rank": 1, "code": -9}}         for each rank that ends
 
 When the socket closes, the ranks are killed.
+
+Many short runs can share the imports: `python -m trainers.warm --keep PATH trainers.sft deepspeed` listens
+at a socket in the file system, and forks for each launcher that comes (PHALANX_WARM=PATH) a process that
+serves it as above. The launcher's first message says where it is, and what its environment holds that imports
+read:
+
+    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the run's lock as a descriptor
+    here -> launcher    {"refused": ...}                            it starts a process of its own then
 """
 
 from __future__ import annotations
@@ -24,13 +32,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import trainers
+from trainers.kept import read_by_imports
 from trainers.rank import die_with_parent
 
 # A fork keeps one thread, and CUDA does not survive it: for this process alone, never for its ranks.
@@ -185,6 +194,52 @@ class Parent:
             os.waitpid(pid, 0)
 
 
+def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank | None:
+    """Listens at `path`, for this user alone, until it is ended; a Rank in the processes that become ranks.
+
+    `environ`: as it was before the imports.
+    """
+    path.unlink(missing_ok=True)
+    left = warm_up(names)
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o077)
+    listener.bind(str(path))
+    os.umask(mask)
+    listener.listen()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever was forked for a launcher is waited for by nobody
+    while True:
+        channel, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return _serve_one(channel, left, environ)
+        channel.close()
+
+
+def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[str, str]) -> Rank | None:
+    """For one launcher, in a process of its own; the lock stays open here and in the ranks."""
+    os.setsid()
+    die_with_parent()
+    message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+    hello = json.loads(message)
+    parent = Parent(channel)
+    parent.left_by_imports = left
+    if other := read_by_imports(environ).items() ^ hello["environ"].items():
+        parent.send(refused=f"its imports read another {', '.join(sorted({name for name, _ in other}))}")
+        return None
+    os.chdir(hello["cwd"])
+    log = os.open(hello["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    parent.send(imported=0.0)
+    rank = parent.serve()
+    if rank is None:  # the ranks are gone, and the launcher waits for the end of the channel
+        for lock in locks:
+            os.close(lock)
+    return rank
+
+
 def unsafe() -> str | None:
     """Why a fork of this process would not be a sound rank; None if it would."""
     import torch
@@ -236,7 +291,11 @@ def _capability(device: Any = None) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     descriptor, *names = sys.argv[1:] if argv is None else argv
+    environ = dict(os.environ)
     os.environ |= PARENT_ONLY
+    if descriptor == "--keep":
+        kept = keep(Path(names[0]), names[1:], environ)
+        return kept.run() if kept else 0
     began = time.monotonic()
     parent = Parent(socket.socket(fileno=int(descriptor)))
     parent.left_by_imports = warm_up(names)

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ from typing import Any
 import pytest
 import yaml
 from fakes import machine
+from ranks import kept_warm
 
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.backend import resolve_backend
 from launcher.command import build_command
 from launcher.config import load_run
 from launcher.topology import free_port, resolve_topology
+from launcher.warm import WarmParent
+from trainers.kept import KEPT
 
 REPO = Path(__file__).parents[2]
 THREADS = "3"  # of a rank: no machine's own default
@@ -268,3 +272,64 @@ def test_ranks_do_not_outlive_their_parent(
     for descriptor in watched:
         assert select.select([descriptor], [], [], 10)[0]
         os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------ kept for many
+
+
+@pytest.fixture(scope="module")
+def kept(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of launchers for which one process is kept."""
+    with kept_warm(tmp_path_factory.mktemp("kept"), environ, ["probe"]) as path:
+        yield environ | {KEPT: path}
+
+
+def joined(environ: dict[str, str]) -> WarmParent:
+    return WarmParent("probe", False, environ, Path("warm.log").resolve(), None)
+
+
+def ends(parent: WarmParent, number: int) -> dict[int, int]:
+    """rank -> exit code, of so many ranks."""
+    found: dict[int, int] = {}
+    while len(found) < number:
+        for answer in parent.answers(30):
+            found[answer["exited"]["rank"]] = answer["exited"]["code"]
+    return found
+
+
+def test_a_kept_process_serves_launchers_side_by_side(
+    kept: dict[str, str], arguments: Callable[..., list[str]], work: Path
+) -> None:
+    assert stat.S_IMODE(Path(kept[KEPT]).stat().st_mode) & 0o077 == 0, "for its user alone"
+    one, two = joined(kept), joined(kept)
+    assert one.process is two.process is None, "nothing is imported anew"
+    try:
+        pids = two.start(arguments("ddp", seconds=600), kept, lambda: False)
+        one.start(arguments("fsdp", code=3), kept, lambda: False)
+        assert ends(one, 2) == {0: 3, 1: 3}
+        facts = facts_of(work / "fsdp-0")
+        assert {fact["folder"] for fact in facts.values()} == {str(work)}
+    finally:
+        two.close()
+        one.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_what_imports_read_must_be_the_same(
+    kept: dict[str, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = joined(kept | {"HF_HOME": str(work)})
+    parent.close()
+    assert parent.process is not None
+    assert "PHALANX_WARM: its imports read another HF_HOME; the libraries are imported anew" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_kept_process_that_is_gone(
+    environ: dict[str, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = joined(environ | {KEPT: str(work / "gone")})
+    parent.close()
+    assert parent.process is not None
+    assert "gone: No such file or directory; the libraries are imported anew" in capsys.readouterr().out

@@ -11,6 +11,8 @@ from typing import Any
 
 from ranks import BACKENDS, Bench, Finished
 
+from trainers.kept import KEPT
+
 PLANT = Path(__file__).parent / "plant"
 STEPS, EVERY = 12, 4
 FLAGS = [
@@ -69,15 +71,18 @@ class Faults:
     """Starts runs with a fault planted, and compares their ends."""
 
     bench: Bench
+    warm: str  # PHALANX_WARM of a run with a fault
     started: list[Any]
     whole: dict[tuple[str, ...], Finished]
 
     def _flags(self, backend: str, more: tuple[str, ...]) -> list[str]:
         return [*BACKENDS[backend], *FLAGS, *more]
 
-    def environ(self, name: str, **fault: Any) -> dict[str, str]:
+    def environ(self, name: str, kept: bool = True, **fault: Any) -> dict[str, str]:
+        """`kept`: the run's ranks are forked by the process that the session keeps, not by one of its own."""
         once = self.bench.root / f"{name}.once"
-        return {"PYTHONPATH": str(PLANT), "PHALANX_FAULT": json.dumps({"once": str(once), **fault})}
+        planted = {"PYTHONPATH": str(PLANT), "PHALANX_FAULT": json.dumps({"once": str(once), **fault})}
+        return planted | {KEPT: self.warm if kept else ""}
 
     def run(self, name: str, backend: str, *flags: str, **fault: Any) -> Finished:
         return self.bench.train(name, *self._flags(backend, flags), **self.environ(name, **fault))

@@ -44,9 +44,9 @@ def test_through_accelerate_launch_too(faults):
     faults.same_end(run, "ddp")
 
 
-@pytest.mark.parametrize("whom", ["all", pytest.param("launcher", marks=pytest.mark.slow)])
-def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom):
-    running = faults.start(f"launcher-{whom}", "ddp", pause=0.3)
+@pytest.mark.parametrize(("whom", "kept"), [("all", False), ("launcher", True)])
+def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom, kept):
+    running = faults.start(f"launcher-{whom}", "ddp", kept=kept, pause=0.3)
     running.wait_for_step(6)
     ranks = [running.pid(0), running.pid(1)] if whom == "all" else []
     for pid in (running.process.pid, *ranks):

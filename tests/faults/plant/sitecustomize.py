@@ -1,6 +1,6 @@
 """Plants a fault in a real rank: at a chosen rank and step, once. A run finds this file by PYTHONPATH.
 
-PHALANX_FAULT is a JSON object:
+PHALANX_FAULT, which is read in the rank when the moment comes, is a JSON object:
     what    one of FAULTS; or absent
     rank    the rank that it happens in
     step    before this optimiser step (1 is the first)
@@ -95,11 +95,11 @@ def plant_in_boundary(module):
 
 def plant_in_batches(module):
     """`worker`: the collation of the step's batch fails, in a worker process of the data loader."""
-    fault = json.loads(os.environ["PHALANX_FAULT"])
     call = module.CountRows.__call__
     seen = [0]
 
     def collate(self, rows):
+        fault = json.loads(os.environ["PHALANX_FAULT"])
         seen[0] += 1
         if (
             fault.get("what") == "worker"
@@ -114,24 +114,27 @@ def plant_in_batches(module):
 
 def plant_in_checkpoints(module):
     """`no-check`: no rank looks for room before it saves. `save`: killed when all is written but its name."""
-    fault = json.loads(os.environ["PHALANX_FAULT"])
-    if fault.get("what") == "no-check":
-        module.Durable._has_room = lambda self: True
-    publish = module.Durable._publish
+    publish, has_room = module.Durable._publish, module.Durable._has_room
+
+    def blind(self):
+        return json.loads(os.environ["PHALANX_FAULT"]).get("what") == "no-check" or has_room(self)
 
     def killed(self, entries):
+        fault = json.loads(os.environ["PHALANX_FAULT"])
         if fault.get("what") == "save":
             strike({**fault, "what": "kill"}, self.state.global_step, None)
         return publish(self, entries)
 
     module.Durable._publish = killed
+    module.Durable._has_room = blind
 
 
 def plant_in_run(module):
     """`versions`: a rank has another version of torch."""
-    fault, versions = json.loads(os.environ["PHALANX_FAULT"]), module.versions
+    versions = module.versions
 
     def planted():
+        fault = json.loads(os.environ["PHALANX_FAULT"])
         mine = fault.get("what") == "versions" and fault["rank"] == int(os.environ["RANK"])
         return versions() | ({"torch": "1.0.0"} if mine else {})
 
