@@ -24,16 +24,14 @@ from trainers.stopping import SIGNALS
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests start ranks; and which share what is dear to make, so that one worker runs them."""
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks what starts ranks; and what shares something dear to make, so that one worker runs it."""
     here = Path(__file__).parent
-    for item in items:
-        if item.path.parent in (here / "distributed", here / "faults"):
-            item.add_marker("distributed")
-        names = getattr(item, "fixturenames", ())
-        dear = next((name for name in ("trained", "faults") if name in names), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(dear))
+    if item.path.parent in (here / "distributed", here / "faults"):
+        item.add_marker("distributed")
+    names = getattr(item, "fixturenames", ())
+    dear = next((name for name in ("trained", "faults") if name in names), item.path.stem)
+    item.add_marker(pytest.mark.xdist_group(dear))
 
 
 @pytest.fixture(autouse=True)
