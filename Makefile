@@ -5,8 +5,8 @@ EXTRAS := dev,demo,deepspeed,quantization,wandb,tensorboard
 READY := .venv/.ready
 MODEL := .demo/SmolLM2-135M-Instruct
 QUESTION := What is Phalanx?
-# Two at once: much of a start is the imports of one process. A run that several tests look at stays in one.
-WORKERS := -n 2 --dist loadgroup --durations 15
+# Two at once, in the order in which they are found: those with ranks, which take longest, come first.
+WORKERS := -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 # All GPUs where there are any, else two ranks on the CPU.
 RANKS := $(shell test -e /dev/nvidiactl || echo --num-processes 2)
 

@@ -21,7 +21,10 @@ STEPS = 10  # median steps without a beat
 STACK_SECONDS = 2.0  # how long a rank has to write its stack
 _PREFIX = "phalanx-beats-"
 # Where a rank waits for others: the innermost frames of one that does not hang itself.
-_WAITING = re.compile(r"torch/distributed/|torch/autograd/|torch/_tensor\.py|agreement\.py|deepspeed/comm/")
+_WAITING = re.compile(
+    r"torch/distributed/|torch/autograd/|torch/_tensor\.py|agreement\.py|deepspeed/comm/|"
+    r'torch/nn/parallel/distributed\.py", line \d+ in _(sync|distributed)_'  # not DDP around a forward
+)
 
 
 @dataclass(frozen=True)

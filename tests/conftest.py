@@ -20,18 +20,35 @@ from launcher.topology import Hardware
 from trainers.kept import KEPT
 from trainers.stopping import SIGNALS
 
+HERE = Path(__file__).parent
+# Fixture of the session -> the tests that share what it makes.
+SHARED = {
+    "trained": tuple(
+        f"tests/distributed/test_{name}.py"
+        for name in ("batch_search_runs", "matrix", "mistakes", "trainers")
+    ),
+    "faults": ("tests/faults/",),
+}
 # Of the site's environment, what a run would read.
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks what starts ranks; and what shares something dear to make, so that one worker runs it."""
-    here = Path(__file__).parent
-    if item.path.parent in (here / "distributed", here / "faults"):
+    if item.path.parent in (HERE / "distributed", HERE / "faults"):
         item.add_marker("distributed")
-    names = getattr(item, "fixturenames", ())
-    dear = next((name for name in ("trained", "faults") if name in names), item.path.stem)
-    item.add_marker(pytest.mark.xdist_group(dear))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays in one worker, and so do all that look at the same runs, which are dear to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRuns(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((name for name, files in SHARED.items() if file.startswith(files)), file)
+
+    return ByRuns(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -144,14 +144,15 @@ def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.Monk
     """It takes as long as it takes, and no step ends meanwhile."""
     from transformers import Trainer
 
-    from trainers import checkpoints
+    from trainers import resuming
+    from trainers.checkpoints import Durable
 
     phases = []
-    monkeypatch.setattr(checkpoints, "heart", Heart())
-    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: phases.append(checkpoints.heart.phase))
-    trainer = object.__new__(checkpoints.Durable)
+    monkeypatch.setattr(resuming, "heart", Heart())
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: phases.append(resuming.heart.phase))
+    trainer = object.__new__(Durable)
     trainer._pending, trainer.is_fsdp_enabled = None, False
-    checkpoints.heart.stepped(1)
+    resuming.heart.stepped(1)
     trainer._load_best_model()
     assert len(phases) == 1 and phases[0] != STEP
 
@@ -372,13 +373,16 @@ def test_a_rank_that_is_gone_does_not_stop_the_search(ranks: Ranks) -> None:
         (["/lib/torch/_tensor.py"], True),
         (["/work/trainers/agreement.py"], True),
         (["/lib/deepspeed/comm/torch.py"], True),
+        (['/lib/torch/nn/parallel/distributed.py", line 2425 in _sync_buffers'], True),
+        (['/lib/torch/nn/parallel/distributed.py", line 1640 in _run_ddp_forward'], False),
         (["/lib/torch/utils/data/dataloader.py"], False),
         ([f"/lib/transformers/{n}.py" for n in range(8)] + ["/lib/torch/distributed/run.py"], False),
     ],
 )
 def test_who_waits_for_others_by_its_stack(frames: list[str], waits: bool) -> None:
     other = 'Thread 0x1 (most recent call first):\n  File "/lib/torch/distributed/x.py", line 1 in f\n\n'
-    lines = "\n".join(f'  File "{frame}", line 1 in f' for frame in frames)
+    whole = (frame if '"' in frame else f'{frame}", line 1 in f' for frame in frames)
+    lines = "\n".join(f'  File "{frame}' for frame in whole)
     assert watch._waits(f"{other}Current thread 0x2 (most recent call first):\n{lines}\n") == waits
 
 

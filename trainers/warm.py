@@ -228,16 +228,25 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
         parent.send(refused=f"its imports read another {', '.join(sorted({name for name, _ in other}))}")
         return None
     os.chdir(hello["cwd"])
-    log = os.open(hello["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(log, number)
-    os.close(log)
+    _write_to(hello["log"])
     parent.send(imported=0.0)
     rank = parent.serve()
-    if rank is None:  # the ranks are gone, and the launcher waits for the end of the channel
-        for lock in locks:
-            os.close(lock)
+    if rank is None:  # the ranks are gone; when the channel ends, nothing of the run may be open any more
+        for number in locks:
+            os.close(number)
+        os.chdir("/")
+        _write_to(os.devnull)
     return rank
+
+
+def _write_to(path: str) -> None:
+    """Sends what this process prints to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)
 
 
 def unsafe() -> str | None:

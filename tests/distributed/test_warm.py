@@ -124,6 +124,18 @@ class Warm:
         return self.process.wait(timeout=30)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def listens() -> Iterator[None]:
+    """As in a terminal: what nohup or a shell's & makes a process ignore, a forked rank does not inherit."""
+    numbers = (signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    interrupt = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in {**before, signal.SIGINT: interrupt}.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Of the launch and of the parent alike; `probe` is a module that any of their ranks can run."""

@@ -10,7 +10,8 @@ QUICK = ["--hang-timeout", "4"]
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_stopped_rank(faults, backend):
-    run = faults.run(f"stopped-{backend}", backend, *QUICK, what="stop", rank=1, step=7)
+    # It is woken up to write its stack; with the pause it cannot come to its end meanwhile.
+    run = faults.run(f"stopped-{backend}", backend, *QUICK, what="stop", rank=1, step=7, pause=0.5)
     assert "rank 1 failed first: stopped (SIGSTOP, or a debugger): no sign of life for" in run.err
     assert "restart 1 of at most 10, from" in run.err
     faults.same_end(run, backend)
