@@ -10,7 +10,7 @@ WORKERS := -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 # All GPUs where there are any, else two ranks on the CPU.
 RANKS := $(shell test -e /dev/nvidiactl || echo --num-processes 2)
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo test test-slurm test-all lint docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -34,7 +34,10 @@ demo: $(READY)
 	@echo "logs of the ranks   .demo/run/launch"
 
 test: $(READY)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not slurm"
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/slurm
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(WORKERS)

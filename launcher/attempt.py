@@ -1,7 +1,7 @@
 """One attempt: writes its files, starts the ranks with its own rendezvous, and watches them to their end.
 
 <project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt launcher.log
-                                  rank-N.log rank-N.pid rank-N.stack rank-N.error.json rank-N.stopped.json
+                                  rank-N.log .pid .stack, and .done, .error.json or .stopped.json at its end
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from trainers.stopping import SIGNALS
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # for the other ranks to say what they saw, after one failed
+WORDS = ("done", "error.json", "stopped.json")  # what a rank leaves that ends by itself
 # torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
 _SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
 
@@ -50,6 +51,7 @@ class Outcome:
     code: int
     exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, of those not killed by us
     hang: Hang | None = None
+    cut: bool = False  # ended here because it had ended on another machine
 
     @property
     def first(self) -> int | None:
@@ -57,18 +59,29 @@ class Outcome:
         return next((rank for rank, code in self.exits.items() if code), None)
 
 
-def attempt_folder(run: Run, topology: Topology) -> Path:
-    """The next free `launch/attempt-K`, per machine where there are several (all then agree on K)."""
-    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
+def next_attempt(folder: Path) -> int:
+    """The number of the next free `launch/attempt-K`."""
     number = 1
-    while (run.folder / LAUNCH / f"attempt-{number}" / part / "command.txt").exists():
+    while _holds_attempt(folder / LAUNCH / f"attempt-{number}"):
         number += 1
-    return (run.folder / LAUNCH / f"attempt-{number}" / part).resolve()
+    return number
 
 
-def prepare(run: Run, topology: Topology, backend: Backend) -> tuple[Path, list[str]]:
-    """Writes the files of the next attempt; returns their folder and the argv."""
-    folder = attempt_folder(run, topology)
+def _holds_attempt(folder: Path) -> bool:
+    return any(True for mark in ("command.txt", "machine-*/command.txt") for _ in folder.glob(mark))
+
+
+def attempt_folder(run: Run, topology: Topology, number: int | None = None) -> Path:
+    """`launch/attempt-K`, the next free one if no number is given; per machine where there are several."""
+    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
+    return (run.folder / LAUNCH / f"attempt-{number or next_attempt(run.folder)}" / part).resolve()
+
+
+def prepare(
+    run: Run, topology: Topology, backend: Backend, number: int | None = None
+) -> tuple[Path, list[str]]:
+    """Writes the files of an attempt; returns their folder and the argv."""
+    folder = attempt_folder(run, topology, number)
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed = build_deepspeed_config(backend)
     if deepspeed is not None:
@@ -102,6 +115,7 @@ class AccelerateLaunch:
 
     def __init__(self, argv: list[str], environ: Mapping[str, str], folder: Path) -> None:
         self.folder = folder
+        self.killed: set[int] = set()  # ranks that we have killed
         with (folder / "launcher.log").open("wb") as log:
             self.process = subprocess.Popen(
                 argv,
@@ -124,16 +138,36 @@ class AccelerateLaunch:
     def wait(self, seconds: float) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
+        self._end_what_waits()
         if self.process.returncode is not None:
             self.kill()  # no process stays behind
             shutil.rmtree(self.folder / ELASTIC, ignore_errors=True)
         return self.process.returncode
 
+    def _end_what_waits(self) -> None:
+        """SIGKILL to the other ranks when one died without a word.
+
+        torchrun asks them to end with SIGTERM, and gives those that wait for the dead one 30 s.
+        """
+        alive, pids = self.ranks(), self.folder.glob("rank-*.pid")
+        gone = {int(path.stem.partition("-")[2]) for path in pids if path.stat().st_size} - alive.keys()
+        if any(not self._left_word(rank) for rank in gone):
+            for rank, pid in alive.items():
+                self.killed.add(rank)
+                _kill(pid)
+
+    def _left_word(self, rank: int) -> bool:
+        """Whether a rank has ended by itself (trainers/rank.py)."""
+        return any((self.folder / f"rank-{rank}.{kind}").exists() for kind in WORDS)
+
     def exits(self) -> dict[int, int]:
         """From torchrun's summary, which is there when it has ended; it ends the other ranks with SIGTERM."""
+        if self.process.returncode is None:
+            return {}
         text = (self.folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
         codes = {int(rank): int(code) for rank, code in _SUMMARY.findall(text)}
-        return {rank: code for rank, code in codes.items() if -code not in (signal.SIGTERM, signal.SIGINT)}
+        ours = {rank for rank, code in codes.items() if -code in (signal.SIGTERM, signal.SIGINT)}
+        return {rank: code for rank, code in codes.items() if rank not in ours | self.killed}
 
     def kill(self) -> None:
         if self.process.returncode is None:
@@ -234,6 +268,18 @@ class Signals:
                     os.kill(pid, self.received or signal.SIGTERM)
 
 
+class Elsewhere(Protocol):
+    """How the attempt ended on another machine, where this one must end too."""
+
+    @property
+    def stopped(self) -> int:
+        """The signal that ended it, or 0."""
+
+
+def nowhere() -> None:
+    """A run of one machine."""
+
+
 @dataclass
 class Watcher:
     """What is looked at while an attempt runs."""
@@ -243,12 +289,13 @@ class Watcher:
     hang_timeout: float | None
     shown: int  # the rank whose log goes to the terminal
     signals: Signals
+    elsewhere: Callable[[], Elsewhere | None] = nowhere
 
     def follow(self, launch: Launch) -> Outcome:
         """Watches the ranks until all are gone."""
         deadline = float("inf")
         exits: dict[int, int] = {}
-        hang = None
+        hang, cut = None, False
         with _Tail(self.folder / f"rank-{self.shown}.log") as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
@@ -259,7 +306,10 @@ class Watcher:
                         deadline = now  # nothing that the others may say is the cause
                     elif any(exits.values()):
                         deadline = min(deadline, now + GRACE_SECONDS)
-                if self._stopped_early():
+                if (other := self.elsewhere()) is not None:
+                    cut = True
+                    self.signals.received = self.signals.received or other.stopped or None
+                if self._stopped_early() or cut:
                     # Another rank may wait in C++ for what this one was to send, and hear of no signal there.
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
@@ -270,7 +320,7 @@ class Watcher:
             tail.show()
         if hang is None and not self.signals.twice and time.monotonic() < deadline:
             exits = launch.exits()
-        return Outcome(self.folder, code, exits, hang)
+        return Outcome(self.folder, code, exits, hang, cut)
 
     def _stopped_early(self) -> bool:
         """Whether a rank stopped before the ranks could agree on it, with nothing to save.

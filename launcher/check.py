@@ -9,14 +9,13 @@ from pathlib import Path
 
 from launcher.config import Run
 from launcher.memory import predict_disk, size_of_model
-from launcher.topology import Topology
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import check_split, find_split
 from trainers.manifest import checkpoint_folders, in_words
 from trainers.run_folder import check_free
 
 
-def preflight(run: Run, topology: Topology) -> None:
+def preflight(run: Run) -> None:
     """Checks the model, the data and the run's folder.
 
     Raises:
@@ -26,8 +25,7 @@ def preflight(run: Run, topology: Topology) -> None:
     check_data(run.train)
     check_hub(run.train)
     check_disk(run.folder, run.train)
-    if topology.machine_rank == 0:  # the other machines find what machine 0 has just made
-        check_free(run.folder, run.train)
+    check_free(run.folder, run.train)
 
 
 def check_model(train: TrainConfig) -> None:

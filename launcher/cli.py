@@ -1,4 +1,4 @@
-"""The commands: `phalanx train | show | llm | schema`. Nothing heavy at import.
+"""The commands: `phalanx train | show | submit | status ...`. Nothing heavy at import.
 
 Torch is never imported here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +18,29 @@ from trainers.config import ALIASES, DISK_FAILED, SWITCHES, USAGE_ERROR, ConfigE
 from trainers.failures import disk_is_full
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from launcher.config import Run
     from launcher.topology import Topology
 
 COMMANDS = {
     "train": "run a config: check it, start the ranks, watch them",
     "show": "dry run: the effective config, the backend and why, the files and the command",
+    "submit": "check a config on the login node, then hand it to SLURM",
+    "status": "what runs do: state, step, loss, speed, time left",
+    "logs": "print the log of a rank",
+    "cancel": "end runs; they save first",
     "llm": "AutoTrain's flag form: phalanx llm --train --model ... --project-name ...",
     "schema": "print the JSON schema of a config file, for editors",
     "consolidate": "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named",
+}
+
+OPERANDS = {
+    **dict.fromkeys(("train", "show", "submit"), " config.yaml"),
+    "consolidate": " RUN|CHECKPOINT",
+    "status": " [RUN|JOB]",
+    "logs": " RUN",
+    "cancel": " RUN|JOB",
 }
 
 
@@ -59,9 +74,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"phalanx {version('phalanx')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, text in COMMANDS.items():
-        config = {"train": " config.yaml", "show": " config.yaml", "consolidate": " RUN|CHECKPOINT"}.get(
-            name, ""
-        )
+        config = OPERANDS.get(name, "")
         sub = commands.add_parser(
             name,
             help=text,
@@ -71,7 +84,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         )
         if name != command:
             continue
-        if name in ("train", "show"):
+        if name in ("train", "show", "submit"):
             sub.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
         if name == "consolidate":
             sub.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints")
@@ -81,21 +94,35 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
                 "--train", action="store_true", help="train; the only thing this command does here"
             )
             sub.add_argument("--backend", default="local", help="AutoTrain's key; only local")
-        if name == "show":
+        if name in ("logs", "cancel"):
+            sub.add_argument("run", help="a run's folder, or a job's id")
+        if name == "status":
+            sub.add_argument("run", nargs="?", help="a run's folder, or a job's id (default: all below here)")
+        if name == "logs":
+            sub.add_argument("--rank", type=int, default=0, help="whose (default: 0)")
+            sub.add_argument("--follow", action="store_true", help="go on until the run ends")
+        if name == "submit":
+            sub.add_argument("--array", type=Path, help="a file with more flags for one run in each line")
+            sub.add_argument("--dry-run", action="store_true", help="check, and print the command only")
+            sub.add_argument("--parsable", action="store_true", help="print the job's id alone")
+        if name in ("show", "status"):
             sub.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-        if name in ("train", "show", "llm"):
-            _add_fields(sub)
+        if name in ("train", "show", "llm", "submit"):
+            _add_fields(sub, slurm=name in ("show", "submit"))
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser) -> None:
+def _add_fields(parser: argparse.ArgumentParser, slurm: bool) -> None:
     """A flag for each field of the schema, in both spellings, and for the names that other tools use."""
-    from launcher.config import LaunchConfig
+    from launcher.config import LaunchConfig, SlurmConfig
 
     names: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         names.setdefault(name, []).append(alias)
-    for title, schema in (("training", TrainConfig), ("launch", LaunchConfig)):
+    sections: list[tuple[str, type[BaseModel]]] = [("training", TrainConfig), ("launch", LaunchConfig)]
+    if slurm:
+        sections.append(("slurm", SlurmConfig))
+    for title, schema in sections:
         group = parser.add_argument_group(title)
         for name, field in schema.model_fields.items():
             for index, spelling in enumerate((name, *names.get(name, ()))):
@@ -145,6 +172,16 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
         return consolidate.run(options["source"], options.get("output"))
     as_json = options.pop("as_json", False)
+    if command in ("status", "logs", "cancel"):
+        from launcher import jobs
+
+        if command == "status":
+            return jobs.show_status(options["run"], as_json)
+        if command == "logs":
+            return jobs.show_logs(options["run"], options["rank"], options["follow"])
+        return jobs.cancel(options["run"])
+    if command == "submit":
+        return _submit(options)
     if command == "llm":
         if not options.pop("train"):
             raise ConfigError(
@@ -154,9 +191,11 @@ def _run(command: str, options: dict[str, Any]) -> int:
             raise ConfigError(
                 "--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml."
             )
-    from launcher import topology
+    from launcher import slurm, topology
 
     run = load_run(options.pop("config", None), options)
+    if command != "show":
+        run = slurm.going_on(run)
     try:
         layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
         return _show(run, layout, as_json) if command == "show" else _train(run, layout)
@@ -175,19 +214,30 @@ def _train(run: Run, layout: Topology) -> int:
     from launcher import backend, check, resume, supervise
 
     chosen = backend.resolve_backend(run, layout)
-    check.preflight(run, layout)
+    check.preflight(run)
     run = resume.fitted(run, layout, chosen)
     for note in run.settings.notes:
         print(f"note: {note}")
-    for name in ("max_restarts", "restart_on_nan") if layout.num_machines > 1 else ():
-        if run.launch_sources[name] != "default":
-            print(f"note: launch.{name}: has no effect, since restarts are of one machine.")
     where = "GPU" if layout.on_gpu else "CPU"
     print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
     code = supervise.train(run, layout, chosen)
     if code == 0 and layout.machine_rank == 0:
         print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
     return code
+
+
+def _submit(options: dict[str, Any]) -> int:
+    from launcher import submit
+
+    config, sweep = options.pop("config"), options.pop("array")
+    dry, plain = options.pop("dry_run"), options.pop("parsable")
+    tasks, argv = submit.plan(config, options, sweep)
+    if dry:
+        print(shlex.join(argv))
+        return 0
+    job = submit.submit(tasks, argv)
+    print(job if plain else f"job {job}: {', '.join(str(task.run.folder) for task in tasks)}")
+    return 0
 
 
 def _show(run: Run, layout: Topology, as_json: bool) -> int:

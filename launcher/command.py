@@ -8,9 +8,11 @@ from pathlib import Path
 
 from launcher.backend import Backend
 from launcher.config import Run
-from launcher.topology import Topology
+from launcher.topology import Topology, interface_to
 from trainers.config import MODULES
+from trainers.stopping import JOB_END
 
+SOCKET_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
 
 
@@ -44,7 +46,12 @@ def cpu_threads(topology: Topology) -> int:
 
 
 def build_environment(
-    run: Run, topology: Topology, base: Mapping[str, str], logs: Path, live_terminal: bool
+    run: Run,
+    topology: Topology,
+    base: Mapping[str, str],
+    logs: Path,
+    live_terminal: bool,
+    job_end: float | None = None,
 ) -> dict[str, str]:
     """The environment of the launch: the caller's, plus where ranks write their logs, and the hub token."""
     environment = dict(base)
@@ -54,7 +61,12 @@ def build_environment(
     environment["PHALANX_LOG_DIR"] = str(logs)
     # accelerate leaves it to torchrun for deepspeed, which sets 1: a rank on a CPU would have one thread.
     environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(topology)))
+    if topology.num_machines > 1 and (name := interface_to(topology.main_process_ip)):
+        for variable in SOCKET_INTERFACES:  # a site that has set one knows better
+            environment.setdefault(variable, name)
     environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
+    if job_end is not None:
+        environment[JOB_END] = str(job_end)
     if run.train.token:
         environment["HF_TOKEN"] = run.train.token
     return environment

@@ -40,7 +40,7 @@ class LaunchConfig(BaseModel):
         None,
         gt=1023,
         lt=65536,
-        description="Rendezvous port. Default: a free one; with several machines, from the job.",
+        description="Rendezvous port, on machine 0. Default: a free one for each attempt.",
     )
     zero_stage: Int | None = Field(
         None, ge=1, le=3, description="ZeRO stage of deepspeed. Default: 3, as AutoTrain."
@@ -61,8 +61,8 @@ class LaunchConfig(BaseModel):
     max_restarts: Int = Field(
         10,
         ge=0,
-        description="Fresh launches after a failure that one can mend (one machine). Three in a row that "
-        "came no further end the run.",
+        description="Fresh launches after a failure that one can mend. Three in a row that came no further "
+        "end the run.",
     )
     restart_on_nan: bool = Field(
         False, description="Start again from the last checkpoint after a NaN or infinite loss or gradient."
@@ -75,8 +75,10 @@ class LaunchConfig(BaseModel):
     )
 
 
-# One allow-list for every string that can reach sbatch: no space, no quote, no newline.
+# One allow-list for every string that can reach sbatch: no quote, no control character, no newline.
 _Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]-]+$")]
+_Features = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]&|*()-]+$")]
+_Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\] -]+$", max_length=200)]
 
 
 def _quoted_time(value: Any) -> Any:
@@ -86,20 +88,28 @@ def _quoted_time(value: Any) -> Any:
 
 
 class SlurmConfig(BaseModel):
-    """What `phalanx show` turns into sbatch's flags for slurm/train.sh."""
+    """What is asked of SLURM: sbatch's own flags, for `phalanx submit` and `phalanx show`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     nodes: Int | None = Field(None, gt=0, description="Nodes.")
     gpus_per_node: Int | None = Field(None, ge=0, description="GPUs on each node.")
+    gres: _Plain | None = Field(None, description="GPUs as sites without --gpus-per-node name them: gpu:4.")
     cpus_per_task: Int | None = Field(None, gt=0, description="CPU cores on each node.")
+    mem: _Plain | None = Field(None, description="Memory of each node, such as 64G; 0: all of it.")
+    exclusive: bool = Field(False, description="Share no node with other jobs.")
     time: Annotated[_Plain | None, BeforeValidator(_quoted_time)] = Field(
         None, description="Time limit, such as 12:00:00 (quoted in YAML)."
     )
     partition: _Plain | None = Field(None, description="Partition.")
     account: _Plain | None = Field(None, description="Account.")
     qos: _Plain | None = Field(None, description="Quality of service.")
-    job_name: _Plain | None = Field(None, description="Name of the job.")
+    constraint: _Features | None = Field(None, description="Features that the nodes must have.")
+    reservation: _Plain | None = Field(None, description="Reservation.")
+    nodelist: _Plain | None = Field(None, description="Nodes by name.")
+    exclude: _Plain | None = Field(None, description="Nodes not to use, by name.")
+    dependency: _Plain | None = Field(None, description="What to wait for, such as afterok:1234.")
+    job_name: _Title | None = Field(None, description="Name of the job. Default: the project's.")
 
 
 @dataclass
@@ -150,6 +160,8 @@ def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
         entry = Value(value, f"flag --{name.replace('_', '-')}", name)
         if name in LaunchConfig.model_fields:
             launch[name] = entry
+        elif name in SlurmConfig.model_fields:
+            slurm[name] = entry
         else:
             put(given, name, entry)
     values.update(given)

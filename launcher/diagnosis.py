@@ -77,6 +77,7 @@ class Failure:
     of_batches: bool = False  # it ran out of memory, and a smaller micro-batch needs less
     repeats: bool = False  # the same code fails again
     stack: str = ""
+    waits: bool = False  # a hang that may be of another rank: it waits for others
 
     def mendable(self, restart_on_nan: bool) -> bool:
         """Whether a fresh launch may go further."""
@@ -103,7 +104,8 @@ def diagnose(outcome: Outcome) -> Failure:
     if short:
         return _noted(short[0])
     if outcome.hang is not None:
-        return Failure(outcome.hang.rank, outcome.hang.reason, HUNG, stack=outcome.hang.stack)
+        hang = outcome.hang
+        return Failure(hang.rank, hang.reason, HUNG, stack=hang.stack, waits=hang.waits)
     own = [note for note in notes if not note["peer_lost"]]
     for rank, code in outcome.exits.items():
         # After an error of a rank its peers may be aborted, by NCCL's watchdog or by torchrun; the launcher
@@ -116,6 +118,8 @@ def diagnose(outcome: Outcome) -> Failure:
             return Failure(rank, f"killed by {signal.Signals(-code).name}{hint}", KILLED)
     if notes:
         return _noted(notes[0])
+    if outcome.cut:
+        return Failure(None, "it had ended on another machine", PEER_LOST)
     for rank, code in outcome.exits.items():
         if code:
             kind = code if code in CLASSES else RUN_FAILED

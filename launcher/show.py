@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from launcher import slurm
+from launcher import submit
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.attempt import attempt_folder
 from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, STATIC, resolve_backend
@@ -26,7 +26,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
         ConfigError: what would stop the run.
     """
     backend = resolve_backend(run, topology)
-    preflight(run, topology)
+    preflight(run)
     folder = attempt_folder(run, topology)
     argv = build_command(run, topology, backend, folder)
     accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
@@ -51,7 +51,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
             "--num_processes", str(topology.num_processes), "-m",
             f"trainers.{MODULES[run.train.trainer]}", str(run.config_path or "config.yaml"),
         ],
-        "sbatch": slurm.sbatch_argv(run),
+        "sbatch": submit.sbatch_argv(run),
         "static_files": {
             "accelerate_configs": str(ACCELERATE_CONFIGS),
             "deepspeed_configs": str(DEEPSPEED_CONFIGS),

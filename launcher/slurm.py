@@ -1,16 +1,104 @@
-"""sbatch's argv for slurm/train.sh, from the `slurm` section of a config. Pure: submits nothing."""
+"""SLURM as a job sees it: which job this is, when it ends, and how it comes back. Commands are lists."""
 
 from __future__ import annotations
 
-from launcher.backend import STATIC
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
 from launcher.config import Run
+from trainers.run_folder import holds_run
+from trainers.settings import Value, changed
 
-SCRIPT = STATIC / "slurm" / "train.sh"
+ASK_SECONDS = 30.0
+ENDED = frozenset({
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
+    "DEADLINE",
+})  # fmt: skip
 
 
-def sbatch_argv(run: Run) -> list[str]:
-    """The command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`."""
-    flags = []
-    for name, value in run.slurm.model_dump(exclude_none=True).items():
-        flags.append(f"--{name.replace('_', '-')}={value}")
-    return ["sbatch", *flags, str(SCRIPT), str(run.config_path or "config.yaml")]
+class NoSlurm(Exception):
+    """A command of SLURM is not there, or was refused; the message is what it said."""
+
+
+def ask(*argv: str) -> str:
+    """What a command of SLURM prints.
+
+    Raises:
+        NoSlurm: it is not installed, does not answer, or refuses.
+    """
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoSlurm(f"{argv[0]}: {error}") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise NoSlurm(f"{argv[0]}: {said[-1].removeprefix(f'{argv[0]}: ')}")
+    return done.stdout.strip()
+
+
+def this_job(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The id of the job that this process is a task of, 12_3 in an array; None outside of any."""
+    if "SLURM_STEP_ID" not in environ:  # a shell of salloc, or the batch script
+        return None
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def facts(job: str) -> dict[str, str]:
+    """What `scontrol show job` says of a job; of the first task of an array."""
+    line = ask("scontrol", "show", "job", "-o", job).splitlines()[0]
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def end_time(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the job's time limit comes, as time.time() gives it; None where there is none.
+
+    SLURM sets SLURM_JOB_END_TIME from 22.05.9 on; before, the controller is asked.
+    """
+    job = this_job(environ)
+    if job is None:
+        return None
+    if told := environ.get("SLURM_JOB_END_TIME"):
+        return float(told)
+    try:
+        told = ask("squeue", "-h", "-j", job, "-o", "%e")
+        return time.mktime(time.strptime(told.splitlines()[0], "%Y-%m-%dT%H:%M:%S"))
+    except (NoSlurm, ValueError, IndexError) as error:  # "N/A": no limit
+        if isinstance(error, NoSlurm):
+            print(f"note: the job's time limit is not known: {error}", file=sys.stderr)
+        return None
+
+
+def requeue(job: str) -> bool:
+    """Puts the job back into the queue, under its id; nothing of it runs any more. False where it may not.
+
+    A job that is cancelled, or was submitted with --no-requeue, does not come back.
+    """
+    try:
+        known = facts(job)
+        if (known.get("Requeue"), known.get("BatchFlag"), known.get("JobState")) != ("1", "1", "RUNNING"):
+            return False
+        ask("scontrol", "requeue", job)
+    except NoSlurm as error:
+        print(f"note: the job could not be requeued: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def going_on(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
+    """A job that came back goes on with what it did before, whatever its command says of the first start."""
+    count = environ.get("SLURM_RESTART_COUNT", "0")
+    if this_job(environ) is None or count == "0" or not holds_run(run.folder):
+        return run
+    why = f"SLURM restarted the job (SLURM_RESTART_COUNT={count})"
+    changes = {"overwrite": Value(False, why, "overwrite")}
+    if not run.train.resume or isinstance(
+        run.train.resume, str
+    ):  # the named checkpoint was for the first start
+        changes["resume"] = Value(True, why, "resume")
+    return replace(run, settings=changed(run.settings, changes))

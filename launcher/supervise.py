@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO
 
-from launcher import attempt
+from launcher import attempt, slurm
 from launcher.attempt import AccelerateLaunch, Outcome, Signals, WarmLaunch, Watcher
 from launcher.backend import Backend
 from launcher.batch_search import advice, announce, with_smaller_batch
@@ -24,33 +25,46 @@ from launcher.batons import extensions_cache, remove_left_locks
 from launcher.command import build_environment, launch_arguments
 from launcher.config import Run
 from launcher.diagnosis import Failure, diagnose, read_notes, report
+from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.submit import note, starts_in_vain
 from launcher.topology import Topology, free_port
 from launcher.warm import GivenUp, Refused, WarmParent
 from launcher.watch import make_beats_folder
-from trainers.config import MODULES, OUT_OF_MEMORY, RUN_FAILED, SAVED
+from trainers.config import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
 from trainers.run_folder import LAUNCH, claim, hold, release
 from trainers.settings import Value, changed
 
-WARM_LOG = "warm.log"  # of the process that imports the libraries
+WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
 PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
 
 
 def train(run: Run, topology: Topology, backend: Backend) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
-    lock = None
+    lock, job = None, slurm.this_job()
     if topology.machine_rank == 0:
         lock = hold(run.folder)
         claim(run.folder, run.train)
+        if job is not None:
+            note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]))
+            if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
+                raise ConfigError(
+                    f"job {job}: {WITHOUT_PROGRESS} starts in a row came no further; it does not come back. "
+                    f"The logs are in {run.folder / LAUNCH}."
+                )
     with Signals() as signals:
         supervisor = Supervisor(run, topology, backend, signals, lock)
         try:
-            return supervisor.run_to_end()
+            code = supervisor.run_to_end()
         finally:
             supervisor.close()
             release()
+    if supervisor.comes_back and job is not None and topology.machine_rank == 0:
+        print(f"job {job} goes back into the queue, and then goes on", file=sys.stderr, flush=True)
+        slurm.requeue(job)
+    return code
 
 
 def first_rank(topology: Topology) -> int:
@@ -71,6 +85,10 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
+        self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop)
+        self.comes_back = False  # the job, where there is one
+        self.number = 1  # of the attempt
+        self.before = 0  # the step of the newest checkpoint when it began
         self.beats = make_beats_folder()
         self.began = time.time()
         self.tried: list[int] = []  # batch sizes that ran out of memory
@@ -83,42 +101,61 @@ class Supervisor:
         shutil.rmtree(self.beats, ignore_errors=True)
 
     def run_to_end(self) -> int:
-        while True:
-            before = self._reached()
-            outcome = self._attempt()
-            if (code := self._stopped(outcome)) is not None:
-                return code
-            if outcome.code == 0:
-                return 0
-            failure = diagnose(outcome)
-            if not self._prepare_next(failure, before):
-                return self._give_up(failure, outcome)
+        try:
+            order = self.machines.join(self._order)
+            while order.end is None:
+                self._follow(order)
+                self.before = self._reached()
+                order = self.machines.settle(self._ended(self._attempt()), self._decide)
+            return order.end
+        except StoppedWaiting:
+            received = self.signals.received or signal.SIGTERM
+            print(f"stopped by {signal.Signals(received).name}; nothing was saved", file=sys.stderr)
+            return 128 + received
+        except GoneMachine:
+            print("error: machine 0 gives no sign of life; it decides what is next", file=sys.stderr)
+            return PEER_LOST
+
+    def _order(self, end: int | None = None, smaller: bool = False) -> Order:
+        """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
+        last one need not be now."""
+        port = self.run.launch.main_process_port or free_port()
+        resume = bool(self.run.train.resume)
+        return Order(attempt.next_attempt(self.run.folder), port, resume, smaller, end)
+
+    def _follow(self, order: Order) -> None:
+        """Sets the attempt up; machine 0 has done so when it decided, but for the rendezvous."""
+        self.number = order.attempt
+        self.topology = replace(self.topology, main_process_port=order.port)
+        if self.topology.machine_rank:
+            self.run = (with_smaller_batch(self.run) if order.smaller else None) or self.run
+            self.run = self._resumed() if order.resume and not self.run.train.resume else self.run
 
     def _attempt(self) -> Outcome:
         """Starts the ranks once, and waits for their end."""
-        if self.topology.num_machines == 1 and not self.run.launch.main_process_port:
-            # A rendezvous of its own: a port that was free at the last attempt need not be now.
-            self.topology = replace(self.topology, main_process_port=free_port())
-        folder, argv = attempt.prepare(self.run, self.topology, self.backend)
+        folder, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
         live = sys.stdout.isatty()
-        environ = build_environment(self.run, self.topology, os.environ, folder, live)
+        environ = build_environment(self.run, self.topology, os.environ, folder, live, slurm.end_time())
         environ[BEATS] = str(self.beats)
         for lock in remove_left_locks(extensions_cache(environ), self.began):
             print(f"note: {lock}, which a killed process left, is removed; the ranks would wait for it.")
         for old in self.beats.iterdir():
             old.unlink()
         watcher = Watcher(
-            folder, self.beats, self.run.launch.hang_timeout, first_rank(self.topology), self.signals
+            folder,
+            self.beats,
+            self.run.launch.hang_timeout,
+            first_rank(self.topology),
+            self.signals,
+            self.machines.elsewhere,
         )
         if self.warm:
             try:
                 return watcher.follow(
-                    WarmLaunch(
-                        self._warm_parent(environ), launch_arguments(argv), environ, self._asked_to_stop
-                    )
+                    WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._needless)
                 )
             except GivenUp:
-                return Outcome(folder, RUN_FAILED)
+                return Outcome(folder, RUN_FAILED, cut=not self._asked_to_stop())
             except Refused as why:
                 print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
                 self._drop_parent()
@@ -128,12 +165,16 @@ class Supervisor:
     def _asked_to_stop(self) -> bool:
         return self.signals.received is not None
 
+    def _needless(self) -> bool:
+        """Whether ranks that are not there yet need not start any more."""
+        return self._asked_to_stop() or self.machines.elsewhere() is not None
+
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
         """The process that forks the ranks; a new one where the last has ended."""
         if self.parent is None or self.parent.ended:
             module = f"trainers.{MODULES[self.run.train.trainer]}"
             deepspeed = self.backend.name == "deepspeed"
-            log = (self.run.folder / LAUNCH / WARM_LOG).resolve()
+            log = (self.run.folder / LAUNCH / WARM_LOG.format(self.topology.machine_rank)).resolve()
             self.parent = WarmParent(module, deepspeed, environ, log, self.lock)
         return self.parent
 
@@ -144,29 +185,51 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------- what next
 
-    def _stopped(self, outcome: Outcome) -> int | None:
-        """The exit code where a signal ended the run; None where none did."""
+    def _ended(self, outcome: Outcome) -> Ended:
+        """How the attempt ended on this machine."""
         notes = read_notes(outcome.folder, "stopped")
         received = self.signals.received
-        if received is None or (outcome.code == 0 and not notes):  # it came too late: the run has ended well
-            return None
-        name, saved = signal.Signals(received).name, next((n["saved"] for n in notes if n["saved"]), "")
+        number, folder, now = self.topology.machine_rank, str(outcome.folder), time.time()
+        if received is not None and (outcome.code != 0 or notes):  # else it came too late: the run ended well
+            saved = next((note["saved"] for note in notes if note["saved"]), "")
+            return Ended(number, outcome.code, folder, now, stopped=received, saved=saved)
+        failure = diagnose(outcome) if outcome.code else None
+        return Ended(number, outcome.code, folder, now, failure)
+
+    def _decide(self, ended: list[Ended]) -> Order:
+        """What all machines do after an attempt."""
+        if stopped := [one for one in ended if one.stopped]:
+            return self._order(end=self._say_stopped(stopped))
+        if all(one.failure is None for one in ended):
+            return self._order(end=0)
+        cause, failure = first_cause(ended)
+        batch = self.run.train.batch_size
+        self.comes_back = cause.gone  # on other nodes
+        if not cause.gone and self._prepare_next(failure):
+            return self._order(smaller=self.run.train.batch_size < batch)
+        return self._order(end=self._give_up(failure, cause))
+
+    def _say_stopped(self, stopped: list[Ended]) -> int:
+        name = signal.Signals(stopped[0].stopped).name
+        saved = next((one.saved for one in stopped if one.saved), "")
+        # SIGTERM and SIGINT are of somebody who ends the run; the others warn of the end of the job.
+        self.comes_back = stopped[0].stopped in (signal.SIGUSR1, signal.SIGUSR2)
         if saved:
             print(f"stopped by {name}: {saved}; `phalanx train` with --resume goes on", file=sys.stderr)
             return SAVED
-        print(f"stopped by {name}; nothing was saved; logs: {outcome.folder}", file=sys.stderr)
-        return 128 + received
+        print(f"stopped by {name}; nothing was saved; logs: {stopped[0].folder}", file=sys.stderr)
+        return 128 + stopped[0].stopped
 
     def _reached(self) -> int:
         """The step of the newest checkpoint."""
         return step_of(newest_usable(self.run.folder, content=False)[0])
 
-    def _prepare_next(self, failure: Failure, before: int) -> bool:
+    def _prepare_next(self, failure: Failure) -> bool:
         """Sets the next attempt up, said in a line; False where there is none."""
         if failure.of_batches:
             return self._try_smaller(failure)
-        self.idle = 0 if self._reached() > before else self.idle + 1
-        if not failure.mendable(self.run.launch.restart_on_nan) or self.topology.num_machines > 1:
+        self.idle = 0 if self._reached() > self.before else self.idle + 1
+        if not failure.mendable(self.run.launch.restart_on_nan):
             return False
         if self.restarts >= self.run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
             return False
@@ -192,8 +255,10 @@ class Supervisor:
 
     def _going_on(self) -> Run:
         """The run of an attempt that goes on from what the earlier ones wrote, where they wrote something."""
-        if newest_usable(self.run.folder, content=False)[0] is None:
-            return self.run
+        there = newest_usable(self.run.folder, content=False)[0] is not None
+        return self._resumed() if there else self.run
+
+    def _resumed(self) -> Run:
         why = "a restart"
         changes = {"resume": Value(True, why, "resume"), "overwrite": Value(False, why, "overwrite")}
         return replace(self.run, settings=changed(self.run.settings, changes))
@@ -203,7 +268,7 @@ class Supervisor:
         while time.monotonic() < end and not self._asked_to_stop():
             time.sleep(attempt.POLL_SECONDS)
 
-    def _give_up(self, failure: Failure, outcome: Outcome) -> int:
+    def _give_up(self, failure: Failure, where: Ended) -> int:
         lines = []
         if failure.code == OUT_OF_MEMORY:
             lines = advice(self.run, self.backend, self.topology, self.tried, failure.of_batches)
@@ -211,6 +276,6 @@ class Supervisor:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
         if (received := self.signals.received) is not None:
             print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
-            report(failure, outcome.folder, first_rank(self.topology), lines)
-            return 128 + received
-        return report(failure, outcome.folder, first_rank(self.topology), lines)
+        shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
+        code = report(failure, Path(where.folder), shown, lines)
+        return code if received is None else 128 + received

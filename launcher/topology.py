@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config import LaunchConfig
+from launcher.nodelist import hosts
 from trainers.config import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -134,32 +133,44 @@ def resolve_topology(
         raise ConfigError(
             "launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip)."
         )
-    job = environ.get("SLURM_JOB_ID") or f"{project_name}:{address}"
-    port = launch.main_process_port or (shared_port(job) if machines > 1 else free_port())
-    if machines == 1 and not is_free(port):
+    # With several machines, machine 0 chooses a port for each attempt (launcher/machines.py).
+    port = launch.main_process_port or free_port()
+    if rank == 0 and not is_free(port):
         raise ConfigError(
             f"launch.main_process_port: {port} is in use on this machine. Give another one, or leave it out: "
             "a free one is found."
-        )
-    if machines > 1 and rank == 0 and not launch.main_process_port and not is_free(port):
-        raise ConfigError(
-            f"launch.main_process_port: {port}, derived from the job, is in use. Give another one."
         )
     return Topology(machines, rank, processes, address, port, hardware)
 
 
 def _first_slurm_host(environ: Mapping[str, str]) -> str:
-    argv = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     try:
-        answer = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        return hosts(nodes)[0]
+    except (ValueError, IndexError):
         raise ConfigError(
-            f"scontrol could not name the first node: {error}. Give --main-process-ip."
+            f"SLURM's list of nodes {nodes!r} cannot be read. Give --main-process-ip."
         ) from None
-    hosts = answer.stdout.split()
-    if not hosts:
-        raise ConfigError("scontrol could not name the first node: it printed none. Give --main-process-ip.")
-    return hosts[0]
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this machine reaches an address, its own too; None where none is found.
+
+    Machines with several take the wrong one by themselves. Nothing is sent: a datagram socket is only bound.
+    """
+    import psutil
+
+    try:
+        family, kind, protocol, _, peer = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(peer)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return str(name)
+    return None
 
 
 def free_port() -> int:
@@ -178,8 +189,3 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def shared_port(job: str) -> int:
-    """A port that every machine of a job derives alike, outside the range the kernel hands out."""
-    return 20000 + zlib.crc32(job.encode()) % 10000

@@ -38,6 +38,11 @@ class Hang:
     stack: str
 
     @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks, so that one of another machine may be the one that hangs."""
+        return not self.stopped and _waits(self.stack)
+
+    @property
     def reason(self) -> str:
         state = "stopped (SIGSTOP, or a debugger)" if self.stopped else "hung"
         at = f"in phase '{self.beat.phase}' after step {self.beat.step}"

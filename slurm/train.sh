@@ -3,6 +3,7 @@
 #
 #   sbatch slurm/train.sh config.yaml
 #   sbatch --nodes=2 --gpus-per-node=8 --time=12:00:00 slurm/train.sh config.yaml --lr 1e-4
+#   phalanx submit config.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00      (checks it before)
 #
 # Resources come from the lines below or from sbatch's flags (they win). What your site needs (modules, a virtual
 # environment, network interfaces) stands in slurm/site.env: copy slurm/site.env.example.
@@ -11,6 +12,9 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=phalanx-%j.out
 #SBATCH --open-mode=append
+# Before the time limit the ranks are warned: they save, and the job goes back into the queue and goes on later.
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
@@ -22,5 +26,6 @@ if [ -f "$site" ]; then
 fi
 
 # One task on each node starts the ranks of that node. Rank, address and port are read inside the task: here they
-# would be the same on every node. If one node fails, srun ends the others; its exit code is the job's.
-exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 phalanx train "$@"
+# would be the same on every node. The tasks restart failed ranks among themselves, so one that ends early is no
+# reason to end the others (--kill-on-bad-exit=0); of their exit codes srun gives the highest.
+exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 phalanx train "$@"

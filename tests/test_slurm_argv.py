@@ -11,7 +11,8 @@ import yaml
 from fakes import listing, run_command
 
 from launcher.config import Run, load_run
-from launcher.slurm import SCRIPT, sbatch_argv
+from launcher.submit import TRAIN as SCRIPT
+from launcher.submit import sbatch_argv
 from trainers.config import ConfigError
 
 BASE = "task: llm-sft\nbase_model: model\nproject_name: run\ndata: {path: data}\n"
@@ -61,11 +62,37 @@ def test_without_a_file(work: Path) -> None:
     assert sbatch_argv(load_run(None, {"trainer": "sft"}))[-1] == "config.yaml"
 
 
-@pytest.mark.parametrize("key", ["time", "partition", "account", "qos", "job_name"])
+TEXTS = [
+    "gres",
+    "mem",
+    "time",
+    "partition",
+    "account",
+    "qos",
+    "reservation",
+    "nodelist",
+    "exclude",
+    "dependency",
+]
+
+
+def test_a_name_may_have_spaces(read: Read) -> None:
+    assert "--job-name=my run" in sbatch_argv(read(job_name="my run"))
+
+
+def test_features_have_operators(read: Read) -> None:
+    assert "--constraint=a100&ib*2" in sbatch_argv(read(constraint="a100&ib*2"))
+
+
+def test_a_dependency_that_cannot_come_ends_the_job(read: Read) -> None:
+    assert "--kill-on-invalid-dep=yes" in sbatch_argv(read(dependency="afterok:12"))
+    assert "--kill-on-invalid-dep=yes" not in sbatch_argv(read(dependency="singleton"))
+
+
+@pytest.mark.parametrize("key", [*TEXTS, "job_name", "constraint"])
 @pytest.mark.parametrize(
     "value",
     [
-        "a b",
         "a\nb",
         "a\n",
         "\na",
@@ -73,13 +100,10 @@ def test_without_a_file(work: Path) -> None:
         "a'b",
         'a"b',
         "a;b",
-        "a&b",
-        "a|b",
         "$(id)",
         "`id`",
         "a>b",
         "a\\b",
-        "a*",
         "a\0b",
         "",
         "ä",
@@ -89,6 +113,13 @@ def test_values_that_are_refused(read: Read, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"c.yaml:\d+: slurm.{key}: ") as refused:
         read(**{key: value})
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", TEXTS)
+@pytest.mark.parametrize("value", ["a b", "a&b", "a|b", "a*"])
+def test_values_that_only_some_refuse(read: Read, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"c.yaml:\d+: slurm.{key}: "):
+        read(**{key: value})
 
 
 def test_a_variable_is_checked_after_it_is_read(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ class Life:
         topology = resolve_topology(run.launch, machine(), "run", {})
         return Supervisor(run, topology, resolve_backend(run, topology), self.signals, None)
 
-    def __call__(self, *ends: Ends, machines: int = 1, **flags: Any) -> Done:
+    def __call__(self, *ends: Ends, **flags: Any) -> Done:
         """Runs the attempts in turn; one more than there are ends fails the test."""
         done = Done(0, [], [], [])
         left = iter(ends)
@@ -118,7 +118,6 @@ class Life:
         self.patch.setattr(Supervisor, "_attempt", attempt)
         self.patch.setattr(Supervisor, "_pause", pause)
         supervisor = self.supervisor(**flags)
-        supervisor.topology = replace(supervisor.topology, num_machines=machines)
         try:
             done.code = supervisor.run_to_end()
         finally:
@@ -246,12 +245,6 @@ def test_what_would_only_fail_again_ends_at_once(life: Life, end: Ends, code: in
 def test_nan_is_tried_again_by_choice_alone(life: Life) -> None:
     done = life(fails("NotFinite", NOT_FINITE, saves=4), WELL, restart_on_nan=True)
     assert (done.code, done.configs[1]) == (0, (True, False))
-
-
-def test_several_machines_are_not_started_again(life: Life) -> None:
-    """Each has a launcher of its own, and none knows when the others are ready."""
-    done = life(killed(saves=4), machines=2)
-    assert (done.code, done.attempts) == (KILLED, 1)
 
 
 # ------------------------------------------------------------------------------------- giving up

@@ -6,6 +6,8 @@ not finite, does a rank still write the last checkpoint. So all ranks do the sam
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from trainers.failures import NotFinite
 from trainers.heartbeat import STEP, heart
 from trainers.manifest import read_manifest
 from trainers.rank import rank
-from trainers.stopping import stop
+from trainers.stopping import JOB_END, stop
+
+LIMIT_MARGIN = 45.0  # seconds before it, beside what a step and a save take: to agree, to end, to be requeued
 
 
 class StepBoundary(TrainerCallback):
@@ -28,6 +32,10 @@ class StepBoundary(TrainerCallback):
         self.checkpoint = checkpoint
         self.stopping = False
         self.saved_at = time.monotonic()
+        end = os.environ.get(JOB_END)
+        self.ends_at = float(end) if end else None
+        self.longest_step = 0.0
+        self.step_began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stop.training()
@@ -47,13 +55,16 @@ class StepBoundary(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.watch.begin(state.global_step + 1)
+        self.step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         heart.stepped(state.global_step)
+        self.longest_step = max(self.longest_step, time.monotonic() - self.step_began)
         asked, due, bad, writing = trainer.agreement.most(
-            stop.requested, self._minutes_passed(), trainer.watch.end(), trainer.saving_goes_on
+            self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.saving_goes_on
         )
+        stop.requested = asked
         if bad:
             self._refuse(state)
         if trainer.saving_waits and not writing:
@@ -82,6 +93,17 @@ class StepBoundary(TrainerCallback):
         heart.enter("end")
         self.trainer.conclude()
 
+    def _asked(self) -> int:
+        """The signal that asks this rank to stop; the job's end, if it is near, asks as its warning would."""
+        if stop.requested or rank() != 0 or self.ends_at is None:
+            return stop.requested
+        left = self.ends_at - time.time()
+        needed = LIMIT_MARGIN + 2 * (self.trainer.save_seconds + self.longest_step)
+        if left > needed:
+            return 0
+        print(f"the job ends in {left:.0f} s: the ranks save and stop", flush=True)
+        return signal.SIGUSR1
+
     def _minutes_passed(self) -> int:
         """1 where it is time to save by save_minutes; rank 0's clock counts."""
         minutes = self.trainer.config.save_minutes
@@ -97,7 +119,8 @@ class StepBoundary(TrainerCallback):
         control.should_evaluate, control.should_save = False, True
 
     def _stop_if_asked(self, evaluating: bool = False) -> None:
-        asked, _ = self.trainer.agreement.most(stop.requested, 0)
+        asked, _ = self.trainer.agreement.most(self._asked(), 0)
+        stop.requested = asked
         if asked:
             self.trainer.due_evaluation = evaluating
             raise StopTraining

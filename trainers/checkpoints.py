@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Durable(Resuming):
         torch.serialization.set_crc32_options(False)
         self._saving_step, self._saving_position = 0, self._position
         self.saved_step = 0  # of the last checkpoint of this start
+        self.save_seconds, self._save_began = 30.0, 0.0  # of the last save; before one, a guess
 
     # ------------------------------------------------------------------------------------- stopping
 
@@ -116,6 +118,7 @@ class Durable(Resuming):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with heart.during("save"):
             self.conclude()
+            self._save_began = time.monotonic()
             self._saving_step, self._saving_position = self.state.global_step, self._position
             if not self._has_room():
                 return
@@ -266,6 +269,7 @@ class Durable(Resuming):
                 self._say(f"it could not be written: {problem}")
         if self.agreement.first(problem) is None:
             self.saved_step = self._saving_step
+            self.save_seconds = time.monotonic() - self._save_began
             self.due_evaluation = False
 
     def _publish(self, entries: list[FileEntry]) -> str | None:

@@ -74,7 +74,11 @@ def run_rank(main: Callable[[], int]) -> int:
     stop.listen()
     try:
         code = main()
-        return _stopped(folder, stop.saved) if stop.saved is not None else code
+        if stop.saved is not None:
+            return _stopped(folder, stop.saved)
+        if folder is not None:  # else a launcher could not tell it from a rank that was killed
+            (folder / f"rank-{rank()}.done").touch()
+        return code
     except StopNow as now:
         return _stopped(folder, "", now.number)
     except ConfigError as error:

@@ -24,6 +24,7 @@ from trainers.settings import Settings
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
 LAUNCH = "launch"
+PROGRESS = f"{LAUNCH}/progress.json"  # how far the run is, for `phalanx status`
 LOCK = ".lock"
 SAVING = "saving"  # a checkpoint lies in here until it is whole
 TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run

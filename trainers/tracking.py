@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainers.run_folder import METRICS
+from trainers.run_folder import METRICS, PROGRESS
 from trainers.trackers import Tracker
 
 
@@ -29,6 +29,7 @@ class Report(TrainerCallback):
         self.step_seconds = self.logged_seconds = 0.0
         self.step_began: float | None = None
         self.steps = 0
+        self.progress: dict[str, Any] = {}
         self.latest: list[str] = []  # loss and speed of the last log, for the live line
 
     def _keep_until(self, step: int) -> int:
@@ -89,6 +90,7 @@ class Report(TrainerCallback):
         record = {"step": state.global_step, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_json_line(record))
+        self._note_progress(state, record)
         if self.tracker is not None:
             self.tracker.log(state.global_step, values)
         self._show(state, record)
@@ -112,9 +114,23 @@ class Report(TrainerCallback):
                 self.latest.append(f"{record['tokens_per_second']:.0f} tokens/s")
             self._print(self._line(state), lasting=state.global_step >= state.max_steps)
 
+    def _note_progress(self, state: TrainerState, record: dict[str, Any]) -> None:
+        """Leaves where the run is beside the launcher's files; the last loss and speed stay."""
+        self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
+        path = self.path.parent / PROGRESS
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
+        part.write_text(_json_line(self.progress | known), encoding="utf-8")
+        os.replace(part, path)
+
+    def _left(self, state: TrainerState) -> int:
+        """Seconds to the last step: steps left times the mean step so far."""
+        return int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
+
     def _line(self, state: TrainerState) -> str:
-        """step, loss, tokens/s and ETA; the time left is steps left times the mean step so far."""
-        left = int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
+        """step, loss, tokens/s and ETA."""
+        left = self._left(state)
         parts = [
             f"step {state.global_step}/{state.max_steps}",
             *self.latest,

@@ -14,13 +14,17 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "nsenter", "unshare")
 PATIENCE = 60.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def missing() -> str | None:
@@ -32,6 +36,44 @@ def missing() -> str | None:
         return "a SLURM of one's own needs root"
     probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True)
     return "network namespaces are not allowed here" if probe.returncode else None
+
+
+@dataclass
+class Job:
+    """A job of a cluster, and the file that its output goes to."""
+
+    cluster: Cluster
+    folder: Path
+    number: str
+
+    @property
+    def facts(self) -> dict[str, str]:
+        words = self.cluster.ask("scontrol", "show", "job", "-o", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    @property
+    def state(self) -> str:
+        return self.facts.get("JobState", "")
+
+    @property
+    def output(self) -> str:
+        path = self.folder / f"phalanx-{self.number}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait(self, condition: Callable[[], bool], what: str, patience: float = 240) -> None:
+        """Until `condition`; it is an error if the job ends before."""
+
+        def come() -> bool:
+            if condition():
+                return True
+            assert self.state not in ENDED, f"job {self.number}: {self.state}\n{self.output}"
+            return False
+
+        self.cluster.wait(come, f"job {self.number}: {what}\n{self.output}", patience)
+
+    def end(self) -> tuple[str, int, str]:
+        self.cluster.wait(lambda: self.state in ENDED, f"job {self.number} does not end\n{self.output}", 240)
+        return self.state, int(self.facts["ExitCode"].split(":")[0]), self.output
 
 
 class Cluster:
@@ -73,7 +115,7 @@ class Cluster:
         host, root = socket.gethostname().split(".")[0], self.root
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={self.port + 1} CPUs={self.cpus} "
-            "RealMemory=4000 State=UNKNOWN"
+            "RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
             for name, address in self.nodes.items()
         )
         self.conf.write_text(
@@ -85,7 +127,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={root}/run/munge
+AuthInfo=socket={root}/run/munge,cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool.%n
 SlurmctldPidFile={root}/run/slurmctld.pid
@@ -102,13 +144,20 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
+GresTypes=gpu
+JobRequeue=1
+SlurmdTimeout=10
 ReturnToService=2
 MinJobAge=3600
-KillWait=5
+KillWait=10
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
 """
         )
+        # GPUs are what device files there are; a plain file would leave CUDA_VISIBLE_DEVICES empty.
+        for number in (0, 1):
+            os.mknod(root / "etc" / f"card{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        (root / "etc" / "gres.conf").write_text(f"Name=gpu File={root}/etc/card[0-1]\n")
         (root / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainDevices=no\n")
         hosts = [
             f"127.0.0.1 localhost {host}",
@@ -130,7 +179,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
             _call("ip", "-n", name, "link", "set", "eth0", "up")
 
     def _start_node(self, name: str) -> None:
-        (self.root / f"spool.{name}").mkdir()
+        (self.root / f"spool.{name}").mkdir(exist_ok=True)
         # slurmd 22.05 asks for cgroups though no plugin uses them: an empty hierarchy, in this namespace.
         inside = (
             'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && '
@@ -151,24 +200,38 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
             assert time.monotonic() < end, f"{message}\n{self.ask('sinfo', '-N', '-l')}{self.logs()}"
             time.sleep(0.2)
 
+    def submit(self, folder: Path, *argv: str, **environ: str) -> Job:
+        """`sbatch argv`, in a folder."""
+        done = self.call(folder, "sbatch", "--parsable", *argv, **environ)
+        assert done.returncode == 0, done.stderr
+        return Job(self, folder, done.stdout.strip())
+
+    def call(self, folder: Path, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """A command of a user on the login node."""
+        return subprocess.run(
+            argv, cwd=folder, env=self.environ | environ, text=True, capture_output=True, timeout=60
+        )
+
     def run(self, folder: Path, *argv: str, **environ: str) -> tuple[str, int, str]:
         """Submits a job and waits for its end: its state, its exit code and its output."""
-        job = subprocess.run(
-            ["sbatch", "--parsable", *argv], cwd=folder, env=self.environ | environ, text=True,
-            capture_output=True, timeout=30,
-        )  # fmt: skip
-        assert job.returncode == 0, job.stderr
-        number = job.stdout.strip()
+        return self.submit(folder, *argv, **environ).end()
 
-        def facts() -> dict[str, str]:
-            words = self.ask("scontrol", "show", "job", "-o", number).split()
-            return dict(word.split("=", 1) for word in words if "=" in word)
+    def start_slurmd(self, name: str) -> None:
+        """Again, after it was killed."""
+        self._start_node(name)
 
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(lambda: facts().get("JobState") in ended, f"job {number} does not end", 240)
-        output = folder / f"phalanx-{number}.out"
-        text = output.read_text(errors="replace") if output.exists() else ""
-        return facts()["JobState"], int(facts()["ExitCode"].split(":")[0]), text
+    def kill_slurmd(self, name: str) -> None:
+        os.kill(int((self.root / "run" / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
+
+    def cut(self, name: str) -> None:
+        """The node's link goes down; mend() brings it up again."""
+        _call("ip", "link", "set", self._link(name), "down")
+
+    def mend(self, name: str) -> None:
+        _call("ip", "link", "set", self._link(name), "up")
+
+    def _link(self, name: str) -> str:
+        return f"{self.bridge}v{list(self.nodes).index(name)}"
 
     def logs(self) -> str:
         return "\n".join(

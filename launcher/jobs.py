@@ -1,0 +1,243 @@
+"""`phalanx status | logs | cancel`: a run seen from any node that sees its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.slurm import ENDED, NoSlurm, ask, facts
+from launcher.submit import JOBS, jobs
+from trainers.config import ConfigError
+from trainers.run_folder import LAUNCH, LOCK, PROGRESS, RECORD, holds_run
+
+FOLLOW_SECONDS = 0.5
+_HOLDER = re.compile(r"process (\d+) on (\S+)")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run; None where it is not."""
+
+    run: str
+    state: str  # SLURM's word for the job, or running, ended, stopped
+    job: str | None = None
+    reason: str | None = None  # why the job waits, or did not end well
+    step: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: int | None = None
+    attempts: int = 0
+    requeues: int = 0
+
+    @property
+    def line(self) -> str:
+        parts = [self.run, self.state + (f" ({self.reason})" if self.reason else "")]
+        if self.job:
+            parts.append(f"job {self.job}")
+        if self.step is not None:
+            parts.append(f"step {self.step}/{self.max_steps}")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:.0f} tokens/s")
+        if self.seconds_left is not None and self.state in ("RUNNING", "running"):
+            hours, rest = divmod(self.seconds_left, 3600)
+            parts.append(f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}")
+        if self.attempts > 1:
+            parts.append(f"{self.attempts} attempts")
+        if self.requeues:
+            parts.append(f"requeued {self.requeues} times")
+        return "  ".join(parts)
+
+
+def status(folder: Path) -> Status:
+    """Reads the run's folder, and asks SLURM for its last job."""
+    progress = _progress(folder)
+    job = next(iter(jobs(folder)[-1:]), None)
+    state, reason, requeues = _state(folder, job)
+    attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
+    return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    path = folder / PROGRESS
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text(encoding="utf-8"))
+    names = ("step", "max_steps", "loss", "tokens_per_second", "seconds_left")
+    return {name: told.get(name) for name in names}
+
+
+def _state(folder: Path, job: str | None) -> tuple[str, str | None, int]:
+    """The state, why, and how often the job was requeued."""
+    if job is not None:
+        with contextlib.suppress(NoSlurm):  # the job is forgotten, or this machine has no SLURM
+            known = facts(job)
+            reason = known.get("Reason", "None")
+            return known["JobState"], None if reason == "None" else reason, int(known.get("Restarts", "0"))
+    if _held(folder):
+        return "running", None, 0
+    return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
+
+
+def _has_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _held(folder: Path) -> bool:
+    """Whether a launcher holds the run's folder now."""
+    path = folder / LOCK
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def find(name: str | None) -> list[Path]:
+    """The folders of the runs that are meant: of a run, of a job's id, or all below this folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name is not None and Path(name).is_dir() and _is_run(Path(name)):
+        return [Path(name)]
+    below = sorted({path.parent for path in Path().glob(f"**/{LAUNCH}") if _is_run(path.parent)})
+    if name is None:
+        return below
+    if found := [folder for folder in below if any(_same_job(name, job) for job in jobs(folder))]:
+        return found
+    raise ConfigError(
+        f"{name}: no run lies there, and no run below {Path.cwd()} has such a job. Give a run's folder or a "
+        "job's id."
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return holds_run(folder) or (folder / JOBS).exists()
+
+
+def _same_job(name: str, job: str) -> bool:
+    return name in (job, job.partition("_")[0])
+
+
+def show_status(name: str | None, as_json: bool) -> int:
+    found = [status(folder) for folder in find(name)]
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+        return 0
+    if not found:
+        print(f"no runs below {Path.cwd()}")
+    for one in found:
+        print(one.line)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- logs
+
+
+def show_logs(name: str, rank: int, follow: bool) -> int:
+    """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
+    (folder,) = _one(name)
+    seen: Path | None = None
+    for path in _logs(folder, rank, follow):
+        if path != seen:
+            print(f"--- {path}", file=sys.stderr)
+        seen = path
+    if seen is None:
+        raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
+    return 0
+
+
+def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
+    """Copies to the terminal what is new in the newest log, and gives its path; ends with the run."""
+    path, position = None, 0
+    while True:
+        over = not follow or not _goes_on(folder)
+        newest = _newest_log(folder, rank)
+        if newest != path:
+            path, position = newest, 0
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(position)
+                chunk = file.read()
+            yield path
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+            position += len(chunk)
+        if over:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _newest_log(folder: Path, rank: int) -> Path | None:
+    found = [
+        path
+        for pattern in ("attempt-*", "attempt-*/machine-*")
+        for path in (folder / LAUNCH).glob(f"{pattern}/rank-{rank}.log")
+    ]
+    return max(found, key=lambda path: _attempt_of(folder, path), default=None)
+
+
+def _attempt_of(folder: Path, log: Path) -> int:
+    return int(log.relative_to(folder / LAUNCH).parts[0].removeprefix("attempt-"))
+
+
+def _goes_on(folder: Path) -> bool:
+    state = status(folder).state
+    return state not in (*ENDED, "ended", "stopped")
+
+
+def _one(name: str) -> list[Path]:
+    found = find(name)
+    if len(found) > 1:
+        runs = ", ".join(str(folder) for folder in found)
+        raise ConfigError(f"{name}: several runs are meant: {runs}. Give one of them.")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- cancel
+
+
+def cancel(name: str) -> int:
+    """Ends runs: what waits is taken from the queue, what runs saves first."""
+    for folder in find(name):
+        print(f"{folder}: {_cancel(folder)}")
+    return 0
+
+
+def _cancel(folder: Path) -> str:
+    job = next(iter(jobs(folder)[-1:]), None)
+    try:
+        state = facts(job)["JobState"] if job else None
+    except NoSlurm:
+        state = None
+    if job and state == "RUNNING":
+        ask("scancel", "--signal=TERM", job)  # its steps alone: the ranks save, and the job ends by itself
+        return f"job {job} saves and ends"
+    if job and state is not None and state not in ENDED:
+        ask("scancel", job)
+        return f"job {job} was {state} and is cancelled"
+    if not _held(folder):
+        return "it does not run"
+    holder = _HOLDER.search((folder / LOCK).read_text(encoding="utf-8"))
+    if holder is None or holder[2] != socket.gethostname():
+        where = f"on {holder[2]}" if holder else "on another machine"
+        return f"it runs {where}; cancel it there"
+    os.kill(int(holder[1]), signal.SIGTERM)
+    return f"process {holder[1]} saves and ends"

@@ -1,0 +1,49 @@
+"""SLURM's short form of node names, expanded without asking the controller. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def hosts(nodelist: str) -> list[str]:
+    """node[08-10,12] -> node08, node09, node10, node12; a name may have several brackets.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    found: list[str] = []
+    for part in _split(nodelist):
+        found += _expand(part)
+    return found
+
+
+def _split(nodelist: str) -> list[str]:
+    """At the commas outside brackets."""
+    parts, depth = [""], 0
+    for letter in nodelist:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise ValueError(f"{nodelist!r} has a bracket that is not closed")
+    return [part for part in parts if part]
+
+
+def _expand(name: str) -> list[str]:
+    head, opened, rest = name.partition("[")
+    if not opened:
+        return [name]
+    inner, _, tail = rest.partition("]")
+    return [f"{head}{number}{end}" for number in _numbers(inner) for end in _expand(tail) or [""]]
+
+
+def _numbers(ranges: str) -> Sequence[str]:
+    found: list[str] = []
+    for part in ranges.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"[{ranges}] is no list of numbers")
+        found += [f"{n:0{len(first)}d}" for n in range(int(first), int(last if dash else first) + 1)]
+    return found

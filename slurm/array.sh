@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains many configs, each a task of one array. Every line of the list is the flags of one run, in words without
+# quotes, and what follows the list is the same for all:
+#
+#   sbatch --array=1-3 slurm/array.sh sweep.txt config.yaml
+#   phalanx submit config.yaml --array sweep.txt                                (checks every line before)
+#
+#   sweep.txt:  --lr 1e-4 --project-name low
+#               --lr 3e-4 --project-name middle
+#               --lr 1e-3 --project-name high
+#SBATCH --job-name=phalanx
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=phalanx-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
+
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+site=${PHALANX_SITE_ENV:-slurm/site.env}
+if [ -f "$site" ]; then
+    # shellcheck source=/dev/null
+    source "$site"
+fi
+
+list=$1
+shift
+mapfile -t lines <"$list"
+if [ "$SLURM_ARRAY_TASK_ID" -lt 1 ] || [ "$SLURM_ARRAY_TASK_ID" -gt "${#lines[@]}" ]; then
+    echo "error: $list has lines 1 to ${#lines[@]}, and this is task $SLURM_ARRAY_TASK_ID" >&2
+    exit 2
+fi
+read -r -a own <<<"${lines[SLURM_ARRAY_TASK_ID - 1]}"
+exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 phalanx train "$@" "${own[@]}"

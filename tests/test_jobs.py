@@ -1,0 +1,168 @@
+"""`phalanx status | logs | cancel` on folders that runs left; tests/slurm has a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import slurm
+from launcher.cli import main
+from launcher.jobs import status
+from launcher.submit import note
+from trainers.run_folder import PROGRESS
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainers.run_folder import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def run_in(folder: str, **progress: object) -> Path:
+    """A folder that a run was started in."""
+    path = Path(folder)
+    attempt = path / "launch" / "attempt-1"
+    attempt.mkdir(parents=True)
+    (attempt / "command.txt").write_text("accelerate launch\n")
+    (attempt / "rank-0.log").write_text("step 1/4\nstep 2/4\n")
+    if progress:
+        (path / PROGRESS).write_text(json.dumps(progress))
+    return path
+
+
+@pytest.fixture
+def held() -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the folder `run`, as its launcher does."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, "run"], text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_that_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    run_in("run", step=2, max_steps=4, loss=1.25, tokens_per_second=812.4, seconds_left=3700)
+    assert main(["status", "run"]) == 0
+    assert capsys.readouterr().out == "run  stopped  step 2/4  loss 1.2500  812 tokens/s\n"
+
+
+def test_a_run_that_goes_on(held: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run_in("run", step=2, max_steps=4, loss=1.25, seconds_left=3700)
+    assert main(["status", "run"]) == 0
+    assert capsys.readouterr().out == "run  running  step 2/4  loss 1.2500  ETA 1:01:40\n"
+    assert main(["cancel", "run"]) == 0
+    assert capsys.readouterr().out == f"run: process {held.pid} saves and ends\n"
+    assert held.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_a_run_that_ended() -> None:
+    folder = run_in("run")
+    (folder / "run.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    assert status(folder).state == "ended"
+
+
+def test_all_runs_below(capsys: pytest.CaptureFixture[str]) -> None:
+    run_in("runs/a")
+    run_in("b")
+    note(Path("waiting"), "12")
+    Path("none/launch").mkdir(parents=True)
+    assert main(["status", "--json"]) == 0
+    told = {one["run"]: (one["state"], one["job"]) for one in json.loads(capsys.readouterr().out)}
+    assert told == {"b": ("stopped", None), "runs/a": ("stopped", None), "waiting": ("stopped", "12")}
+
+
+def test_what_slurm_says_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "JobId=12 JobState=PENDING Reason=Resources Dependency=(null) Requeue=1 Restarts=2"
+    monkeypatch.setattr(slurm, "ask", lambda *argv: line)
+    note(Path("run"), "12")
+    assert main(["status", "12"]) == 0
+    assert capsys.readouterr().out == "run  PENDING (Resources)  job 12  requeued 2 times\n"
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel"])
+def test_what_is_no_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "4711"]) == 2
+    assert "error: 4711: no run lies there, and no run below" in capsys.readouterr().err
+
+
+def test_the_log_of_a_rank_in_the_newest_attempt(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_in("run")
+    newest = folder / "launch" / "attempt-10" / "machine-1"
+    newest.mkdir(parents=True)
+    (newest / "rank-1.log").write_text("of rank 1\n")
+    assert main(["logs", "run", "--rank", "1"]) == 0
+    assert capsys.readouterr().out == "of rank 1\n"
+    assert main(["logs", "run"]) == 0
+    assert capsys.readouterr().out == "step 1/4\nstep 2/4\n"
+    assert main(["logs", "run", "--rank", "7"]) == 2
+    assert "there is no log of rank 7 yet" in capsys.readouterr().err
+
+
+def test_a_log_is_followed_to_the_end_of_the_run(held: subprocess.Popen[str]) -> None:
+    log = run_in("run") / "launch" / "attempt-1" / "rank-0.log"
+    argv = [sys.executable, "-m", "launcher", "logs", "run", "--follow"]
+    follower = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert follower.stdout is not None
+    assert [follower.stdout.readline() for _ in range(2)] == ["step 1/4\n", "step 2/4\n"]
+    with log.open("a") as file:
+        file.write("step 3/4\n")
+    assert follower.stdout.readline() == "step 3/4\n"
+    os.kill(held.pid, signal.SIGKILL)
+    assert follower.wait(timeout=60) == 0
+
+
+# --------------------------------------------------------------------------------------- inside of a job
+
+
+def test_the_job_of_a_task() -> None:
+    assert slurm.this_job({"SLURM_JOB_ID": "7"}) is None, "the batch script, or a shell of salloc"
+    assert slurm.this_job({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}) == "7"
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+    assert slurm.this_job({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", **array}) == "5_2"
+
+
+def test_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    assert slurm.end_time({}) is None
+    assert slurm.end_time({**task, "SLURM_JOB_END_TIME": "1700000000"}) == 1.7e9
+    asked: list[tuple[str, ...]] = []
+    for told, end in (("2026-01-02T03:04:05", (2026, 1, 2, 3, 4, 5)), ("N/A", None), ("", None)):
+        monkeypatch.setattr(slurm, "ask", lambda *argv, told=told: asked.append(argv) or told)
+        found = slurm.end_time(task)
+        assert (found and time.localtime(found)[:6]) == end
+    assert asked[0] == ("squeue", "-h", "-j", "7", "-o", "%e")
+
+
+@pytest.mark.parametrize(
+    ("known", "comes_back"),
+    [
+        ("JobState=RUNNING Requeue=1 BatchFlag=1", True),
+        ("JobState=RUNNING Requeue=0 BatchFlag=1", False),
+        ("JobState=RUNNING Requeue=1 BatchFlag=0", False),
+        ("JobState=CANCELLED Requeue=1 BatchFlag=1", False),
+    ],
+)
+def test_which_job_comes_back(monkeypatch: pytest.MonkeyPatch, known: str, comes_back: bool) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm, "ask", lambda *argv: asked.append(argv) or known)
+    assert slurm.requeue("7") is comes_back
+    assert (("scontrol", "requeue", "7") in asked) is comes_back

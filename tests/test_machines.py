@@ -1,0 +1,152 @@
+"""What the launchers of several machines tell each other: here threads, with one folder between them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import machines
+from launcher.diagnosis import Failure
+from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.topology import Topology
+from trainers.config import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, ConfigError
+
+ORDER = Order(attempt=1, port=1234)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "LOOK_SECONDS", 0.01)
+
+
+def machine(
+    folder: Path, rank: int, count: int = 2, given_up: Callable[[], bool] = lambda: False
+) -> Machines:
+    return Machines(folder, Topology(count, rank, count, "here", 1), given_up)
+
+
+def ended(number: int, **values: object) -> Ended:
+    return replace(Ended(number, 0, f"machine-{number}", 0.0), **values)  # type: ignore[arg-type]
+
+
+def together(folder: Path, count: int = 2) -> list[Machines]:
+    """Machines that have met."""
+    made = [machine(folder, rank, count) for rank in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        orders = list(pool.map(lambda one: one.join(lambda: ORDER), reversed(made)))
+    assert orders == [ORDER] * count
+    return made
+
+
+def test_one_machine_decides_alone_and_writes_nothing(tmp_path: Path) -> None:
+    alone = machine(tmp_path, 0, 1)
+    assert alone.join(lambda: ORDER) == ORDER
+    assert alone.elsewhere() is None
+    assert alone.settle(ended(0, code=3), lambda all_: replace(ORDER, end=all_[0].code)).end == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_do_what_machine_0_decides(tmp_path: Path) -> None:
+    first, second, third = together(tmp_path, 3)
+    failure = Failure(2, "planted", KILLED)
+    seen: list[Ended] = []
+
+    def decide(told: list[Ended]) -> Order:
+        seen.extend(told)
+        return Order(attempt=2, port=99, resume=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        orders = list(
+            pool.map(
+                lambda pair: pair[0].settle(pair[1], decide),
+                [(first, ended(0)), (second, ended(1)), (third, ended(2, code=1, failure=failure))],
+            )
+        )
+    assert orders == [Order(2, 99, resume=True)] * 3
+    assert {one.machine: one.failure for one in seen} == {0: None, 1: None, 2: failure}
+
+
+def test_files_of_an_earlier_start_are_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Machine 1 comes first, and finds a start that names a word, and a card that is not its own."""
+    together(tmp_path)
+    together(tmp_path)
+
+
+def test_a_failure_elsewhere_is_seen_and_a_good_end_is_not(tmp_path: Path) -> None:
+    first, second = together(tmp_path)
+
+    def tell(what: Ended) -> None:
+        path = tmp_path / "launch" / "attempt-1" / "machine-1" / "ended.json"
+        machines._write(path, machines.asdict(what))
+
+    def look() -> Ended | None:
+        first.looked = 0.0
+        return first.elsewhere()
+
+    assert look() is None
+    tell(ended(1))
+    assert look() is None
+    tell(ended(1, stopped=15, saved="saved at step 4"))
+    assert look() is None, "all ranks save, and end by themselves"
+    tell(ended(1, stopped=15))
+    assert look() == ended(1, stopped=15)
+    tell(ended(1, code=1, failure=Failure(1, "planted")))
+    assert look() == ended(1, code=1, failure=Failure(1, "planted"))
+    assert second.number == 1
+
+
+def test_a_machine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "GONE_SECONDS", 0.2)
+    first, second = together(tmp_path)
+    told: list[Ended] = []
+
+    def decide(all_: list[Ended]) -> Order:
+        told.extend(all_)
+        return replace(ORDER, end=5)
+
+    assert first.settle(ended(0), decide).end == 5
+    (gone,) = [one for one in told if one.machine == 1]
+    assert gone.gone and gone.failure is not None and gone.failure.code == PEER_LOST
+    assert "gave no sign of life" in gone.failure.reason
+    (tmp_path / "launch" / "attempt-1" / "order.json").unlink()
+    with pytest.raises(GoneMachine):
+        second.settle(ended(1), decide)
+
+
+def test_machines_that_do_not_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "JOIN_SECONDS", 0.1)
+    for rank, missing in ((0, "machine 1"), (1, "machine 0")):
+        folder = tmp_path / str(rank)
+        with pytest.raises(ConfigError, match=rf"no sign of {missing} within .* must see the same {folder}"):
+            machine(folder, rank).join(lambda: ORDER)
+
+
+def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(StoppedWaiting):
+        machine(tmp_path, 1, given_up=lambda: time.monotonic() > began + 0.1).join(lambda: ORDER)
+
+
+def test_the_cause_among_several_failures() -> None:
+    lost = ended(0, time=1.0, failure=Failure(None, "", PEER_LOST))
+    killed = ended(1, time=2.0, failure=Failure(1, "", KILLED))
+    waits = ended(0, time=1.0, failure=Failure(0, "", HUNG, waits=True))
+    hangs = ended(1, time=2.0, failure=Failure(1, "", HUNG))
+    short = ended(2, time=9.0, failure=Failure(2, "", OUT_OF_MEMORY))
+    gone = ended(3, time=9.0, gone=True, failure=Failure(None, "", PEER_LOST))
+    assert first_cause([lost, killed])[0] is killed
+    assert first_cause([waits, hangs])[0] is hangs
+    assert first_cause([killed, short])[0] is short
+    assert first_cause([lost, gone])[0] is gone
+
+
+def test_what_is_written_is_json(tmp_path: Path) -> None:
+    together(tmp_path)
+    start = json.loads((tmp_path / "launch" / "machines" / "start.json").read_text())
+    assert start["order"]["attempt"] == 1 and set(start["words"]) == {"1"}

@@ -1,0 +1,35 @@
+"""SLURM's short form of node names."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.nodelist import hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-3,7]", ["node1", "node2", "node3", "node7"]),
+        ("node[008-010]", ["node008", "node009", "node010"]),
+        ("a[1-2]b[0-1]", ["a1b0", "a1b1", "a2b0", "a2b1"]),
+        ("gpu-a[1,3]-ib,login", ["gpu-a1-ib", "gpu-a3-ib", "login"]),
+        ("n[9-11].cluster.org", ["n9.cluster.org", "n10.cluster.org", "n11.cluster.org"]),
+        ("", []),
+    ],
+)
+def test_names(text: str, names: list[str]) -> None:
+    assert hosts(text) == names
+
+
+@pytest.mark.parametrize("text", ["node[1-3", "node[a-b]", "node[]", "node[1-]"])
+def test_what_is_no_list(text: str) -> None:
+    with pytest.raises(ValueError, match=r"bracket|numbers"):
+        hosts(text)
+
+
+def test_a_thousand_nodes() -> None:
+    names = hosts("r[01-32]n[01-32]")
+    assert len(set(names)) == 1024
+    assert (names[0], names[-1]) == ("r01n01", "r32n32")

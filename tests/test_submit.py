@@ -1,0 +1,209 @@
+"""`phalanx submit`: what is checked on the login node, and what sbatch is given."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.config import load_run
+from launcher.submit import ARRAY, TRAIN, jobs, note, requested, starts_in_vain
+
+BASE = """\
+task: llm-sft
+base_model: model
+project_name: run
+data: {path: data}
+launch: {}
+slurm:
+  partition: gpu
+"""
+
+
+@pytest.fixture
+def asked(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """A stub of sbatch, first on the PATH, that notes its arguments; asked() gives those of each call."""
+    Path("c.yaml").write_text(BASE)
+    script = tmp_path / "bin" / "sbatch"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"open({str(tmp_path / 'asked')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "print('4711;main')\n"
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+    log = tmp_path / "asked"
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+Asked = Callable[[], list[list[str]]]
+
+
+def test_the_same_template_and_the_flags_of_both(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["submit", "c.yaml", "--nodes", "2", "--gpus-per-node", "8", "--lr", "1e-4", "--parsable"]) == 0
+    )
+    assert capsys.readouterr().out == "4711\n"
+    (argv,) = asked()
+    flags = ["--parsable", "--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--job-name=run"]
+    assert sorted(argv[:6]) == sorted([*flags, str(TRAIN)])
+    assert argv[5:] == [str(TRAIN), "c.yaml", "--lr", "1e-4"]
+    assert jobs(Path("run")) == ["4711"]
+
+
+def test_a_dry_run_submits_nothing(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "c.yaml", "--time", "1:00:00", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "sbatch" and "--time=1:00:00" in words
+    assert asked() == [] and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "fast"], "lr: 'fast' is not a number"),
+        (["--data-path", "./nowhere"], "nowhere"),
+        (["--base-model", "./none"], "base_model: the folder ./none does not exist"),
+        (["--nodes", "2", "--num-processes", "3"], "3 ranks do not fit on 2 nodes"),
+        (["--gres", "gpu:2", "--num-processes", "4"], "4 ranks do not fit on 1 nodes of 2 GPUs"),
+        (["--nodes", "2", "--num-machines", "4"], "4 is not the 2 of slurm.nodes"),
+        (["--partition", "gpu --wrap=id"], "partition: 'gpu --wrap=id' holds a character"),
+        (["--comment", "a"], "unrecognized arguments: --comment"),
+        (["--project-name", "a\nb"], "not a plain path"),
+        (["--model-ref", "a\nb"], "control characters"),
+    ],
+)
+def test_a_mistake_is_found_before_sbatch_is_called(
+    asked: Asked, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    try:
+        code = main(["submit", "c.yaml", *flags])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert asked() == []
+
+
+def test_what_sbatch_refuses_is_said(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin" / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n"
+    )
+    assert main(["submit", "c.yaml"]) == 2
+    assert capsys.readouterr().err == "error: sbatch: error: invalid partition\n"
+    assert not Path("run").exists()
+
+
+def test_without_slurm(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["submit", "c.yaml"]) == 2
+    assert "sbatch: " in capsys.readouterr().err
+
+
+def test_no_library_of_a_rank_is_imported(asked: Asked) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from launcher.cli import main;"
+        "main(['submit', 'c.yaml', '--gpus-per-node', '8', '--dry-run']);"
+        "sys.exit(bool({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sweep.txt").write_text("--lr 1e-4 --project-name low\n--lr 1e-3 --project-name high\n\n")
+    assert main(["submit", "c.yaml", "--array", "sweep.txt", "--epochs", "2"]) == 0
+    (argv,) = asked()
+    assert "--array=1-2" in argv
+    assert argv[argv.index(str(ARRAY)) :] == [str(ARRAY), "sweep.txt", "c.yaml", "--epochs", "2"]
+    assert jobs(Path("low")) == ["4711_1"] and jobs(Path("high")) == ["4711_2"]
+    assert capsys.readouterr().out == "job 4711: low, high\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--lr fast --project-name a", "sweep.txt:1: flag --lr"),
+        ("--project-name a\n--project-name a", "two lines have one project_name, a"),
+        ("--project-name a\nlr 2", "sweep.txt:2: 'lr 2' is not a list of `--flag value`"),
+        ("--project-name $(id)", "sweep.txt:1: '$(id)' may not stand here"),
+        ("--project-name a --lr", "sweep.txt:1: "),
+        ("\n\n", "has no lines"),
+    ],
+)
+def test_lines_that_are_refused(
+    asked: Asked, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    Path("sweep.txt").write_text(text)
+    assert main(["submit", "c.yaml", "--array", "sweep.txt"]) == 2
+    assert words in capsys.readouterr().err
+    assert asked() == []
+
+
+# ------------------------------------------------------------------------------------------------- request
+
+
+@pytest.mark.parametrize(
+    ("flags", "machines", "ranks"),
+    [
+        ({}, 1, 1),
+        ({"nodes": "4"}, 4, 4),
+        ({"nodes": "2", "gpus_per_node": "8"}, 2, 16),
+        ({"gres": "gpu"}, 1, 1),
+        ({"gres": "gpu:4"}, 1, 4),
+        ({"gres": "gpu:a100:4"}, 1, 4),
+        ({"gres": "ssd:1,gpu:2"}, 1, 2),
+        ({"nodes": "2", "num_processes": "4"}, 2, 4),
+    ],
+)
+def test_the_request(asked: Asked, flags: dict[str, str], machines: int, ranks: int) -> None:
+    found = requested(load_run(Path("c.yaml"), flags))
+    assert (found.num_machines, found.num_processes) == (machines, ranks)
+
+
+def test_a_thousand_nodes_of_eight(asked: Asked) -> None:
+    assert main(["submit", "c.yaml", "--nodes", "1024", "--gpus-per-node", "8", "--dry-run"]) == 0
+    assert requested(load_run(Path("c.yaml"), {"nodes": "1024", "gpus_per_node": "8"})).num_processes == 8192
+
+
+def test_the_jobs_of_a_run(work: Path) -> None:
+    note(Path("run"), "1")
+    for job, step in (("1", 0), ("2", 4), ("2", 8)):
+        note(Path("run"), job, step)
+    assert jobs(Path("run")) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_vain"),
+    [([0], 0), ([0, 0], 1), ([0, 0, 0, 0], 3), ([0, 0, 0, 4], 0), ([0, 4, 4, 4], 2), ([4, 4, 0], 0)],
+)
+def test_starts_of_a_job_that_came_no_further(work: Path, steps: list[int], in_vain: int) -> None:
+    """Another job of the run is another matter: somebody has submitted it anew."""
+    for job in ("1", "2"):
+        note(Path("run"), job)
+        for step in steps:
+            note(Path("run"), job, step)
+        assert starts_in_vain(Path("run"), job) == in_vain
+
+
+def test_the_folder_of_a_job_that_waits_is_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    """What submit notes there is no run: a second submission is not refused, and nothing can resume."""
+    for _ in range(2):
+        assert main(["submit", "c.yaml"]) == 0
+    assert main(["submit", "c.yaml", "--resume"]) == 2
+    assert "there is no run in run" in capsys.readouterr().err
