@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -211,7 +212,7 @@ def _located(run: Run, message: str) -> str:
 
 
 def _train(run: Run, layout: Topology) -> int:
-    from launcher import backend, check, resume, supervise
+    from launcher import backend, check, command, resume, supervise
 
     chosen = backend.resolve_backend(run, layout)
     check.preflight(run)
@@ -220,6 +221,8 @@ def _train(run: Run, layout: Topology) -> int:
         print(f"note: {note}")
     where = "GPU" if layout.on_gpu else "CPU"
     print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
+    for variable, name in command.socket_interfaces(layout, os.environ).items():
+        print(f"network: {variable}={name}, which leads to {layout.main_process_ip}", flush=True)
     code = supervise.train(run, layout, chosen)
     if code == 0 and layout.machine_rank == 0:
         print(f"done: {run.folder} (model, run.json, metrics.jsonl)")

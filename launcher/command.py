@@ -33,6 +33,12 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
     return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(folder / "config.json")]
 
 
+def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:
+    """By which network interface the ranks of several machines talk, where the site has not said it."""
+    name = interface_to(topology.main_process_ip) if topology.num_machines > 1 else None
+    return {variable: name for variable in SOCKET_INTERFACES if name and variable not in base}
+
+
 def launch_arguments(argv: list[str]) -> list[str]:
     """What follows `accelerate launch` in such an argv."""
     return argv[argv.index("accelerate.commands.launch") + 1 :]
@@ -61,9 +67,7 @@ def build_environment(
     environment["PHALANX_LOG_DIR"] = str(logs)
     # accelerate leaves it to torchrun for deepspeed, which sets 1: a rank on a CPU would have one thread.
     environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(topology)))
-    if topology.num_machines > 1 and (name := interface_to(topology.main_process_ip)):
-        for variable in SOCKET_INTERFACES:  # a site that has set one knows better
-            environment.setdefault(variable, name)
+    environment |= socket_interfaces(topology, base)
     environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
     if job_end is not None:
         environment[JOB_END] = str(job_end)

@@ -302,6 +302,15 @@ def test_environment(resolve: Resolve) -> None:
     assert "HF_TOKEN" not in build_environment(resolve()[0], topology, base, HERE, live_terminal=False)
 
 
+def test_the_interface_between_machines(resolve: Resolve) -> None:
+    """The one that leads to machine 0; what the site has set stays."""
+    run, topology, _ = resolve(num_machines=2, main_process_ip="127.0.0.1", num_processes=2)
+    made = build_environment(run, topology, {"NCCL_SOCKET_IFNAME": "ib0"}, HERE, live_terminal=False)
+    assert (made["NCCL_SOCKET_IFNAME"], made["GLOO_SOCKET_IFNAME"]) == ("ib0", "lo")
+    run, topology, _ = resolve(num_processes=2)
+    assert "GLOO_SOCKET_IFNAME" not in build_environment(run, topology, {}, HERE, live_terminal=False)
+
+
 def test_threads_that_were_asked_for_stay(resolve: Resolve) -> None:
     run, topology, _ = resolve(num_processes=4)
     threads = [
