@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_a_checkpoint_is_named_in_full(tmp_path, tiny_model):
         entry.path for entry in manifest.files
     }
     assert manifest.step == 6 and manifest.layout.backend == "none" and manifest.layout.global_batch == 2
-    assert manifest.versions["torch"] == torch.__version__
+    assert manifest.versions["torch"] == importlib.metadata.version("torch")
     assert manifest.position["evaluation_due"] is False and manifest.position["data_seed"] == 42
     assert not (tmp_path / "run" / "saving").exists()
 

@@ -34,8 +34,6 @@ class StepBoundary(TrainerCallback):
         self.saved_at = time.monotonic()
         end = os.environ.get(JOB_END)
         self.ends_at = float(end) if end else None
-        self.longest_step = 0.0
-        self.step_began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stop.training()
@@ -55,12 +53,10 @@ class StepBoundary(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.watch.begin(state.global_step + 1)
-        self.step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         heart.stepped(state.global_step)
-        self.longest_step = max(self.longest_step, time.monotonic() - self.step_began)
         asked, due, bad, writing = trainer.agreement.most(
             self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.saving_goes_on
         )
@@ -98,7 +94,7 @@ class StepBoundary(TrainerCallback):
         if stop.requested or rank() != 0 or self.ends_at is None:
             return stop.requested
         left = self.ends_at - time.time()
-        needed = LIMIT_MARGIN + 2 * (self.trainer.save_seconds + self.longest_step)
+        needed = LIMIT_MARGIN + 2 * (self.trainer.save_seconds + max(heart.recent, default=0.0))
         if left > needed:
             return 0
         print(f"the job ends in {left:.0f} s: the ranks save and stop", flush=True)
