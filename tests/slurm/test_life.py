@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from conftest import slowly
+from jobsite import slowly
 
 
 def on_its_way(site, job, name, step=5):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPO, losses, slowly
+from jobsite import REPO, losses, slowly
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
