@@ -11,7 +11,7 @@ Pure: starts nothing. Each line is one attempt, and all have one global batch:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.backend import AUTOTRAIN_ZERO_STAGE, Backend
@@ -19,7 +19,6 @@ from launcher.config import Run
 from launcher.topology import Topology
 from trainers.config import REFERENCE_TRAINERS, TrainConfig
 from trainers.rules import smallest_batch
-from trainers.settings import Value, changed
 
 
 def next_smaller(train: TrainConfig) -> tuple[int, int] | None:
@@ -40,9 +39,7 @@ def with_smaller_batch(run: Run) -> Run | None:
     if smaller is None:
         return None
     why = f"auto_find_batch_size ({run.train.batch_size} ran out of memory)"
-    names = ("batch_size", "gradient_accumulation")
-    changes = {name: Value(value, why, name) for name, value in zip(names, smaller, strict=True)}
-    return replace(run, settings=changed(run.settings, changes))
+    return run.changed(why, batch_size=smaller[0], gradient_accumulation=smaller[1])
 
 
 def announce(old: Run, new: Run, rank: int, checkpoint: Path | None) -> str:

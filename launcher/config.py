@@ -6,7 +6,7 @@ The trainer's part, and the sections `launch` and `slurm` that only the launcher
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from trainers.config import ALIASES, SWITCHES, ConfigError, Float, Int, TrainConfig, Word
 from trainers.config_file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
-from trainers.settings import Settings, Value, put, resolve, validate
+from trainers.settings import Settings, Value, changed, put, resolve, validate
 
 
 class LaunchConfig(BaseModel):
@@ -130,6 +130,11 @@ class Run:
     def folder(self) -> Path:
         """The run's folder, as the user may write it (relative to the working folder)."""
         return Path(self.train.project_name)
+
+    def changed(self, why: str, **values: Any) -> Run:
+        """The run with other values for some of the trainer's fields; `why` is where they come from."""
+        changes = {name: Value(value, why, name) for name, value in values.items()}
+        return replace(self, settings=changed(self.settings, changes))
 
     def source_of(self, key: str) -> str:
         """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from.

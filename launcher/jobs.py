@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -17,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.slurm import ENDED, NoSlurm, ask, facts
-from launcher.submit import JOBS, jobs
+from launcher.submit import JOBS, jobs, last_job
 from trainers.config import ConfigError
-from trainers.run_folder import LAUNCH, LOCK, PROGRESS, RECORD, holds_run
+from trainers.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
 
 FOLLOW_SECONDS = 0.5
-_HOLDER = re.compile(r"process (\d+) on (\S+)")
+STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Status:
 def status(folder: Path) -> Status:
     """Reads the run's folder, and asks SLURM for its last job."""
     progress = _progress(folder)
-    job = next(iter(jobs(folder)[-1:]), None)
+    job = last_job(folder)
     state, reason, requeues = _state(folder, job)
     attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
     return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
@@ -87,26 +85,13 @@ def _state(folder: Path, job: str | None) -> tuple[str, str | None, int]:
             known = facts(job)
             reason = known.get("Reason", "None")
             return known["JobState"], None if reason == "None" else reason, int(known.get("Restarts", "0"))
-    if _held(folder):
+    if holder(folder) is not None:
         return "running", None, 0
     return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
 
 
 def _has_model(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
-
-
-def _held(folder: Path) -> bool:
-    """Whether a launcher holds the run's folder now."""
-    path = folder / LOCK
-    if not path.exists():
-        return False
-    with path.open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def find(name: str | None) -> list[Path]:
@@ -166,9 +151,10 @@ def show_logs(name: str, rank: int, follow: bool) -> int:
 
 def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
     """Copies to the terminal what is new in the newest log, and gives its path; ends with the run."""
-    path, position = None, 0
+    path, position, over, asked = None, 0, False, float("-inf")
     while True:
-        over = not follow or not _goes_on(folder)
+        if time.monotonic() - asked >= STATE_SECONDS:
+            over, asked = not follow or not _goes_on(folder), time.monotonic()
         newest = _newest_log(folder, rank)
         if newest != path:
             path, position = newest, 0
@@ -199,7 +185,7 @@ def _attempt_of(folder: Path, log: Path) -> int:
 
 
 def _goes_on(folder: Path) -> bool:
-    state = status(folder).state
+    state, _, _ = _state(folder, last_job(folder))
     return state not in (*ENDED, "ended", "stopped")
 
 
@@ -217,12 +203,15 @@ def _one(name: str) -> list[Path]:
 def cancel(name: str) -> int:
     """Ends runs: what waits is taken from the queue, what runs saves first."""
     for folder in find(name):
-        print(f"{folder}: {_cancel(folder)}")
+        try:
+            print(f"{folder}: {_cancel(folder)}")
+        except NoSlurm as error:
+            raise ConfigError(f"{folder}: {error}") from None
     return 0
 
 
 def _cancel(folder: Path) -> str:
-    job = next(iter(jobs(folder)[-1:]), None)
+    job = last_job(folder)
     try:
         state = facts(job)["JobState"] if job else None
     except NoSlurm:
@@ -233,11 +222,10 @@ def _cancel(folder: Path) -> str:
     if job and state is not None and state not in ENDED:
         ask("scancel", job)
         return f"job {job} was {state} and is cancelled"
-    if not _held(folder):
+    if (held := holder(folder)) is None:
         return "it does not run"
-    holder = _HOLDER.search((folder / LOCK).read_text(encoding="utf-8"))
-    if holder is None or holder[2] != socket.gethostname():
-        where = f"on {holder[2]}" if holder else "on another machine"
-        return f"it runs {where}; cancel it there"
-    os.kill(int(holder[1]), signal.SIGTERM)
-    return f"process {holder[1]} saves and ends"
+    pid, host = held
+    if host != socket.gethostname():
+        return f"it runs on {host or 'a machine that has just begun'}; cancel it there"
+    os.kill(pid, signal.SIGTERM)
+    return f"process {pid} saves and ends"

@@ -24,7 +24,7 @@ from typing import Any
 from launcher.diagnosis import Failure
 from launcher.topology import Topology
 from trainers.config import OUT_OF_MEMORY, PEER_LOST, ConfigError
-from trainers.run_folder import LAUNCH
+from trainers.run_folder import LAUNCH, write_whole
 
 JOIN_SECONDS = 600.0  # for all machines to come: environments are set up, file systems are slow
 GONE_SECONDS = 60.0  # without a sign of life; a network file system may show a file as late as that
@@ -37,8 +37,7 @@ class Order:
 
     attempt: int
     port: int
-    resume: bool = False
-    smaller: bool = False  # with the next smaller batch_size
+    resume: bool = False  # from the newest checkpoint
     end: int | None = None
 
 
@@ -103,7 +102,6 @@ class Machines:
         if self.count == 1:
             return order()
         first = self._gather(order) if self.rank == 0 else self._present()
-        self.heard = {number: (-1, time.monotonic()) for number in self.others}
         return self._go(first)
 
     def _gather(self, order: Callable[[], Order]) -> Order:
@@ -131,7 +129,6 @@ class Machines:
                 return Order(**start["order"])
             # Machine 0 empties the folder when it begins.
             if (_read(card) or {}).get("word") != self.word:
-                self._folder.mkdir(parents=True, exist_ok=True)
                 _write(card, {"word": self.word, "host": socket.gethostname(), "pid": os.getpid()})
         raise AssertionError("not reached")
 
@@ -225,8 +222,7 @@ class Machines:
 
     def _go(self, order: Order) -> Order:
         self.number = order.attempt
-        now = time.monotonic()
-        self.heard = {number: (told, now) for number, (told, _) in self.heard.items()}
+        self.heard = {number: (-1, time.monotonic()) for number in self.others}
         return order
 
     @property
@@ -243,11 +239,7 @@ class StoppedWaiting(Exception):
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all: others may read it at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(value))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from launcher.topology import Topology
 from trainers.config import ConfigError
 from trainers.manifest import Layout, misfit, read_manifest
 from trainers.run_folder import resume_checkpoint
-from trainers.settings import Value, changed
 
 
 def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
@@ -36,13 +35,12 @@ def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
             )
         return run
     kept = f"{checkpoint.name} was written by {then.world_size} ranks and the global batch is kept"
-    new = {"gradient_accumulation": Value(accumulation, f"resume ({kept})", "gradient_accumulation")}
-    settings = changed(run.settings, new)
-    settings.notes.append(
+    run = run.changed(f"resume ({kept})", gradient_accumulation=accumulation)
+    run.settings.notes.append(
         f"gradient_accumulation: {accumulation}, since {kept}. Random numbers (dropout) are not those of the "
         "unbroken run."
     )
-    return replace(run, settings=settings)
+    return run
 
 
 def layout(run: Run, topology: Topology, backend: Backend) -> Layout:

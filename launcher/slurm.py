@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 from launcher.config import Run
 from trainers.run_folder import holds_run
-from trainers.settings import Value, changed
 
 ASK_SECONDS = 30.0
 ENDED = frozenset({
@@ -83,6 +81,7 @@ def requeue(job: str) -> bool:
         known = facts(job)
         if (known.get("Requeue"), known.get("BatchFlag"), known.get("JobState")) != ("1", "1", "RUNNING"):
             return False
+        print(f"job {job} goes back into the queue, and then goes on", file=sys.stderr, flush=True)
         ask("scontrol", "requeue", job)
     except NoSlurm as error:
         print(f"note: the job could not be requeued: {error}", file=sys.stderr)
@@ -95,10 +94,4 @@ def going_on(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
     count = environ.get("SLURM_RESTART_COUNT", "0")
     if this_job(environ) is None or count == "0" or not holds_run(run.folder):
         return run
-    why = f"SLURM restarted the job (SLURM_RESTART_COUNT={count})"
-    changes = {"overwrite": Value(False, why, "overwrite")}
-    if not run.train.resume or isinstance(
-        run.train.resume, str
-    ):  # the named checkpoint was for the first start
-        changes["resume"] = Value(True, why, "resume")
-    return replace(run, settings=changed(run.settings, changes))
+    return run.changed(f"SLURM restarted the job (SLURM_RESTART_COUNT={count})", resume=True, overwrite=False)

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def jobs(folder: Path) -> list[str]:
     return list(dict.fromkeys(entry["job"] for entry in _noted(folder)))
 
 
+def last_job(folder: Path) -> str | None:
+    """The job that was submitted or started last; None where there was none."""
+    return next(iter(jobs(folder)[-1:]), None)
+
+
 def starts_in_vain(folder: Path, job: str) -> int:
     """How many starts of a job in a row, before the last one, came no further."""
     steps = [entry["step"] for entry in _noted(folder) if entry["job"] == job and entry["step"] is not None]
@@ -166,7 +171,7 @@ def _named(run: Run) -> Run:
     if run.slurm.job_name:
         return run
     slurm = run.slurm.model_copy(update={"job_name": Path(run.train.project_name).name})
-    return Run(run.settings, run.launch, slurm, run.launch_sources, run.config_path)
+    return replace(run, slurm=slurm)
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:

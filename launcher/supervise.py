@@ -34,7 +34,6 @@ from trainers.config import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
 from trainers.run_folder import LAUNCH, claim, hold, release
-from trainers.settings import Value, changed
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
@@ -61,8 +60,7 @@ def train(run: Run, topology: Topology, backend: Backend) -> int:
         finally:
             supervisor.close()
             release()
-    if supervisor.comes_back and job is not None and topology.machine_rank == 0:
-        print(f"job {job} goes back into the queue, and then goes on", file=sys.stderr, flush=True)
+    if supervisor.comes_back and job is not None:
         slurm.requeue(job)
     return code
 
@@ -86,7 +84,7 @@ class Supervisor:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
         self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop)
-        self.comes_back = False  # the job, where there is one
+        self.comes_back = False  # the job, where there is one; machine 0 decides that too
         self.number = 1  # of the attempt
         self.before = 0  # the step of the newest checkpoint when it began
         self.beats = make_beats_folder()
@@ -116,20 +114,19 @@ class Supervisor:
             print("error: machine 0 gives no sign of life; it decides what is next", file=sys.stderr)
             return PEER_LOST
 
-    def _order(self, end: int | None = None, smaller: bool = False) -> Order:
+    def _order(self, end: int | None = None) -> Order:
         """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
         last one need not be now."""
         port = self.run.launch.main_process_port or free_port()
-        resume = bool(self.run.train.resume)
-        return Order(attempt.next_attempt(self.run.folder), port, resume, smaller, end)
+        newest = self.run.train.resume is True  # not of a checkpoint that the user has named
+        return Order(attempt.next_attempt(self.run.folder), port, newest, end)
 
     def _follow(self, order: Order) -> None:
         """Sets the attempt up; machine 0 has done so when it decided, but for the rendezvous."""
         self.number = order.attempt
         self.topology = replace(self.topology, main_process_port=order.port)
-        if self.topology.machine_rank:
-            self.run = (with_smaller_batch(self.run) if order.smaller else None) or self.run
-            self.run = self._resumed() if order.resume and not self.run.train.resume else self.run
+        if order.resume and self.run.train.resume is not True:
+            self.run = self._resumed()
 
     def _attempt(self) -> Outcome:
         """Starts the ranks once, and waits for their end."""
@@ -203,10 +200,9 @@ class Supervisor:
         if all(one.failure is None for one in ended):
             return self._order(end=0)
         cause, failure = first_cause(ended)
-        batch = self.run.train.batch_size
         self.comes_back = cause.gone  # on other nodes
         if not cause.gone and self._prepare_next(failure):
-            return self._order(smaller=self.run.train.batch_size < batch)
+            return self._order()
         return self._order(end=self._give_up(failure, cause))
 
     def _say_stopped(self, stopped: list[Ended]) -> int:
@@ -259,9 +255,7 @@ class Supervisor:
         return self._resumed() if there else self.run
 
     def _resumed(self) -> Run:
-        why = "a restart"
-        changes = {"resume": Value(True, why, "resume"), "overwrite": Value(False, why, "overwrite")}
-        return replace(self.run, settings=changed(self.run.settings, changes))
+        return self.run.changed("a restart", resume=True, overwrite=False)
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -361,3 +361,15 @@ def test_a_pause_lasts_as_long_as_it_should(life: Life) -> None:
     supervisor._pause(0.3)
     assert time.monotonic() - began >= 0.3
     supervisor.close()
+
+
+def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_that_was_named(
+    life: Life,
+) -> None:
+    """Each has the name in its own command; all must run one config."""
+    saved = fake_checkpoint(Path("run"), 4)
+    supervisor = life.supervisor(resume=str(saved))
+    assert supervisor._order().resume is False
+    supervisor.run = supervisor._going_on()
+    assert supervisor._order().resume is True
+    supervisor.close()

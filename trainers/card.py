@@ -15,7 +15,7 @@ import yaml
 
 from trainers.config import SECRET_FIELDS, TrainConfig
 from trainers.data_files import is_hub_id
-from trainers.run_folder import METRICS, versions
+from trainers.run_folder import METRICS, versions, write_whole
 from trainers.saved import ADAPTER
 
 KINDS = {
@@ -62,9 +62,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
         "## How to load it\n\n" + f"```python\n{_snippet(folder, config)}```",
         "## Versions\n\n" + _listed((facts.get("versions") or versions()).items()),
     ]
-    part = folder / "README.md.part"
-    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(part, folder / "README.md")
+    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:

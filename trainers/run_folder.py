@@ -91,6 +91,20 @@ def hold(folder: Path) -> IO[str]:
     return file
 
 
+def holder(folder: Path) -> tuple[int, str] | None:
+    """The process that holds the folder, and its machine (0 and "" where it has just begun); None if free."""
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
+            return int(pid), host
+    return None
+
+
 def release() -> None:
     """Lets go of what this process holds."""
     while _held:
@@ -181,9 +195,15 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> Non
         name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
     }
     record = {"config": config, "notes": settings.notes, **facts, "versions": versions()}
-    part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all: it may be read at any moment, and the run killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from trainers.config import TrainConfig
-from trainers.run_folder import TRACKER
+from trainers.run_folder import TRACKER, write_whole
 
 if TYPE_CHECKING:
     import wandb
@@ -131,9 +131,7 @@ def _run_id(folder: Path, wanted: str | None) -> str:
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
     run_id = wanted or secrets.token_hex(8)  # never from `random`, whose state is the training's
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"wandb": run_id}) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps({"wandb": run_id}) + "\n")
     return run_id
 
 

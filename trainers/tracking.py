@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainers.run_folder import METRICS, PROGRESS
+from trainers.run_folder import METRICS, PROGRESS, write_whole
 from trainers.trackers import Tracker
 
 
@@ -47,9 +46,7 @@ class Report(TrainerCallback):
             ended = "train_runtime" in entry or "test_loss" in entry  # this start will say it anew
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(_json_line(entry) for entry in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(_json_line(entry) for entry in kept))
         return max((entry.get("tokens", 0) for entry in kept), default=0)
 
     def on_step_begin(
@@ -117,12 +114,8 @@ class Report(TrainerCallback):
     def _note_progress(self, state: TrainerState, record: dict[str, Any]) -> None:
         """Leaves where the run is beside the launcher's files; the last loss and speed stay."""
         self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
-        path = self.path.parent / PROGRESS
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
         known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
-        part.write_text(_json_line(self.progress | known), encoding="utf-8")
-        os.replace(part, path)
+        write_whole(self.path.parent / PROGRESS, _json_line(self.progress | known))
 
     def _left(self, state: TrainerState) -> int:
         """Seconds to the last step: steps left times the mean step so far."""

@@ -10,8 +10,11 @@ import pytest
 from jobsite import slowly
 
 
-def on_its_way(site, job, name, step=5):
-    job.wait(lambda: site.step(name) >= step, f"it does not reach step {step}")
+def under_way(site, name, nodes=1):
+    """A job that has taken five steps, and goes on."""
+    job = site.submit(name, nodes=nodes, **slowly())
+    job.wait(lambda: site.step(name) >= 5, "it does not reach step 5")
+    return job
 
 
 def finished(site, job, name, nodes=1, restarts=1):
@@ -22,8 +25,7 @@ def finished(site, job, name, nodes=1, restarts=1):
 
 
 def test_a_warning_saves_and_requeues_and_the_job_goes_on(site):
-    job = site.submit("warned", nodes=2, **slowly())
-    on_its_way(site, job, "warned")
+    job = under_way(site, "warned", nodes=2)
     site.cluster.ask("scancel", "--signal=USR1", job.number)  # as --signal=USR1@180 does, to the tasks
     finished(site, job, "warned", nodes=2)
     assert f"job {job.number} goes back into the queue" in job.output
@@ -31,8 +33,7 @@ def test_a_warning_saves_and_requeues_and_the_job_goes_on(site):
 
 
 def test_a_requeue_from_outside(site):
-    job = site.submit("requeued", **slowly())
-    on_its_way(site, job, "requeued")
+    job = under_way(site, "requeued")
     site.cluster.ask("scontrol", "requeue", job.number)
     finished(site, job, "requeued")
 
@@ -62,8 +63,7 @@ def test_what_would_only_repeat_does_not_come_back(site):
 
 def test_scancel_and_cancel(site):
     """phalanx cancel saves first, and the job does not come back."""
-    job = site.submit("cancelled", **slowly())
-    on_its_way(site, job, "cancelled")
+    job = under_way(site, "cancelled")
     code, out, err = site.phalanx("cancel", "cancelled")
     assert (code, out) == (0, f"cancelled: job {job.number} saves and ends\n"), err
     state, code, output = job.end()
@@ -105,8 +105,7 @@ def test_a_dependency(site):
 def test_slurmd_is_killed_and_comes_back(site):
     """The job does not notice."""
     node = list(site.cluster.nodes)[1]
-    job = site.submit("daemon", nodes=2, **slowly())
-    on_its_way(site, job, "daemon")
+    job = under_way(site, "daemon", nodes=2)
     site.cluster.kill_slurmd(node)
     site.cluster.start_slurmd(node)
     finished(site, job, "daemon", nodes=2, restarts=0)
@@ -116,8 +115,7 @@ def test_slurmd_is_killed_and_comes_back(site):
 def test_the_link_between_the_nodes_is_cut(site):
     """The node is lost to SLURM too: the job comes back when there are two again."""
     node = list(site.cluster.nodes)[1]
-    job = site.submit("cut", nodes=2, **slowly())
-    on_its_way(site, job, "cut")
+    job = under_way(site, "cut", nodes=2)
     site.cluster.cut(node)
     try:
         site.cluster.wait(lambda: job.facts.get("Restarts") == "1", "it is not requeued", 120)
