@@ -39,8 +39,8 @@ def test_a_requeue_from_outside(site):
 
 
 def test_the_time_limit_with_no_signal(site):
-    """The ranks know when it comes."""
-    job = site.submit("limited", sbatch=("--time=3", "--signal=CONT@1"), **slowly(8.0))
+    """The ranks know when it comes. Without it, twelve steps of 15 s would pass the two minutes by far."""
+    job = site.submit("limited", sbatch=("--time=2", "--signal=CONT@1"), **slowly(15.0))
     job.wait(lambda: "the job ends in" in job.output, "nothing is said of the limit", 200)
     job.wait(lambda: job.facts["Restarts"] == "1", "it is not requeued")
     site.cluster.ask("scancel", job.number)
