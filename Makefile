@@ -1,7 +1,7 @@
 # Everything a newcomer runs: make demo, make test. Needs Python 3.11 or newer and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dev,demo,deepspeed,quantization,wandb,tensorboard
+EXTRAS := dev,demo,deepspeed,quantization,wandb,tensorboard,evaluate
 READY := .venv/.ready
 MODEL := .demo/SmolLM2-135M-Instruct
 QUESTION := What is Phalanx?

@@ -30,7 +30,7 @@ from launcher.command import ELASTIC, build_command
 from launcher.config import Run
 from launcher.topology import Topology
 from launcher.warm import WarmParent
-from launcher.watch import Hang, find_hang
+from launcher.watch import Hang, Wakefulness, find_hang
 from trainers.config_file import write_effective
 from trainers.rank import die_with_parent
 from trainers.run_folder import LAUNCH
@@ -295,11 +295,11 @@ class Watcher:
         """Watches the ranks until all are gone."""
         deadline = float("inf")
         exits: dict[int, int] = {}
-        hang, cut = None, False
+        hang, cut, awake = None, False, Wakefulness()
         with _Tail(self.folder / f"rank-{self.shown}.log") as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
-                now = time.monotonic()
+                now, since = time.monotonic(), awake.look()
                 if now < deadline:
                     exits = launch.exits()
                     if -signal.SIGKILL in exits.values():
@@ -314,7 +314,7 @@ class Watcher:
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
-                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder)
+                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder, since)
                 if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
             tail.show()

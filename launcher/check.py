@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -54,8 +55,7 @@ def check_disk(folder: Path, train: TrainConfig) -> None:
     there = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.is_dir())
     free = shutil.disk_usage(there).free
     if train.overwrite:  # they are deleted first
-        files = [path for old in checkpoint_folders(folder) for path in old.rglob("*") if path.is_file()]
-        free += sum(path.stat().st_size for path in files)
+        free += sum(_size(old) for old in checkpoint_folders(folder))
     checkpoint, model = predict_disk(parameters, train)
     if checkpoint + model > free:
         raise ConfigError(
@@ -63,6 +63,16 @@ def check_disk(folder: Path, train: TrainConfig) -> None:
             f"{in_words(model)} (predicted), and {there} has {in_words(free)} left. Make room, or give a "
             "project_name on another disk."
         )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of its files; those that another machine of this start deletes meanwhile do not count."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(path, name)).st_size
+    return size
 
 
 def check_hub(train: TrainConfig) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": "what runs do: state, step, loss, speed, time left",
     "logs": "print the log of a rank",
     "cancel": "end runs; they save first",
+    "evaluate": "measure a run's final model with lm-eval; what follows RUN is for lm-eval",
     "llm": "AutoTrain's flag form: phalanx llm --train --model ... --project-name ...",
     "schema": "print the JSON schema of a config file, for editors",
     "consolidate": "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named",
@@ -42,6 +43,7 @@ OPERANDS = {
     "status": " [RUN|JOB]",
     "logs": " RUN",
     "cancel": " RUN|JOB",
+    "evaluate": " RUN --tasks NAMES",
 }
 
 
@@ -86,7 +88,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         if name != command:
             continue
         if name in ("train", "show", "submit"):
-            sub.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+            count = "?" if name == "submit" else None  # the lines of --array may begin with configs
+            sub.add_argument("config", type=Path, nargs=count, help="config file (YAML, AutoTrain's form)")
         if name == "consolidate":
             sub.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints")
             sub.add_argument("--output", type=Path, help="folder to write (default: CHECKPOINT-model)")
@@ -97,13 +100,22 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             sub.add_argument("--backend", default="local", help="AutoTrain's key; only local")
         if name in ("logs", "cancel"):
             sub.add_argument("run", help="a run's folder, or a job's id")
+        if name == "evaluate":
+            sub.add_argument("run", type=Path, help="a run's folder")
+            sub.add_argument(
+                "arguments", nargs=argparse.REMAINDER, help="lm-eval's, such as --tasks arc_easy"
+            )
         if name == "status":
             sub.add_argument("run", nargs="?", help="a run's folder, or a job's id (default: all below here)")
         if name == "logs":
             sub.add_argument("--rank", type=int, default=0, help="whose (default: 0)")
             sub.add_argument("--follow", action="store_true", help="go on until the run ends")
         if name == "submit":
-            sub.add_argument("--array", type=Path, help="a file with more flags for one run in each line")
+            sub.add_argument(
+                "--array",
+                metavar="FILE[%%N]|LIST",
+                help="a run for each line of a file (at most N at once), or for each of sbatch's numbers",
+            )
             sub.add_argument("--dry-run", action="store_true", help="check, and print the command only")
             sub.add_argument("--parsable", action="store_true", help="print the job's id alone")
         if name in ("show", "status"):
@@ -172,6 +184,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from launcher import consolidate
 
         return consolidate.run(options["source"], options.get("output"))
+    if command == "evaluate":
+        from launcher import evaluate
+
+        evaluate.run(options["run"], options["arguments"])
     as_json = options.pop("as_json", False)
     if command in ("status", "logs", "cancel"):
         from launcher import jobs
@@ -192,7 +208,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
             raise ConfigError(
                 "--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml."
             )
-    from launcher import slurm, topology
+    from launcher import machines, slurm, topology
 
     run = load_run(options.pop("config", None), options)
     if command != "show":
@@ -201,7 +217,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
         layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
         return _show(run, layout, as_json) if command == "show" else _train(run, layout)
     except ConfigError as error:
-        raise ConfigError(_located(run, str(error))) from None
+        message, (number, count) = _located(run, str(error)), slurm.this_node()
+        if command != "show" and count > 1:
+            machines.refuse(run.folder, number, slurm.this_start(), message)
+        raise ConfigError(message) from None
 
 
 def _located(run: Run, message: str) -> str:
@@ -212,18 +231,21 @@ def _located(run: Run, message: str) -> str:
 
 
 def _train(run: Run, layout: Topology) -> int:
-    from launcher import backend, check, command, resume, supervise
+    from launcher import attempt, backend, check, command, resume, supervise
+    from trainers.cache import cache_root
 
-    chosen = backend.resolve_backend(run, layout)
-    check.preflight(run)
-    run = resume.fitted(run, layout, chosen)
-    for note in run.settings.notes:
-        print(f"note: {note}")
-    where = "GPU" if layout.on_gpu else "CPU"
-    print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
-    for variable, name in command.socket_interfaces(layout, os.environ).items():
-        print(f"network: {variable}={name}, which leads to {layout.main_process_ip}", flush=True)
-    code = supervise.train(run, layout, chosen)
+    with attempt.Signals() as signals:  # a warning of the job's end may come at any moment
+        chosen = backend.resolve_backend(run, layout)
+        check.preflight(run)
+        cache_root()  # not on a login node: the disk of a node may be another
+        run = resume.fitted(run, layout, chosen)
+        for note in run.settings.notes:
+            print(f"note: {note}")
+        where = "GPU" if layout.on_gpu else "CPU"
+        print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
+        for variable, name in command.socket_interfaces(layout, os.environ).items():
+            print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
+        code = supervise.train(run, layout, chosen, signals)
     if code == 0 and layout.machine_rank == 0:
         print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
     return code
@@ -232,9 +254,9 @@ def _train(run: Run, layout: Topology) -> int:
 def _submit(options: dict[str, Any]) -> int:
     from launcher import submit
 
-    config, sweep = options.pop("config"), options.pop("array")
+    config, array = options.pop("config"), options.pop("array")
     dry, plain = options.pop("dry_run"), options.pop("parsable")
-    tasks, argv = submit.plan(config, options, sweep)
+    tasks, argv = submit.plan(config, options, array)
     if dry:
         print(shlex.join(argv))
         return 0

@@ -12,7 +12,6 @@ from launcher.topology import Topology, interface_to
 from trainers.config import MODULES
 from trainers.stopping import JOB_END
 
-SOCKET_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
 
 
@@ -34,9 +33,17 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
 
 
 def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:
-    """By which network interface the ranks of several machines talk, where the site has not said it."""
-    name = interface_to(topology.main_process_ip) if topology.num_machines > 1 else None
-    return {variable: name for variable in SOCKET_INTERFACES if name and variable not in base}
+    """By which network interface the ranks of several machines talk, where the site has not said it.
+
+    `=` is for NCCL, which else takes every interface whose name begins so.
+    """
+    if (
+        topology.num_machines == 1
+        or (name := interface_to(topology.neighbour or topology.main_process_ip)) is None
+    ):
+        return {}
+    found = {"NCCL_SOCKET_IFNAME": f"={name}", "GLOO_SOCKET_IFNAME": name}
+    return {variable: value for variable, value in found.items() if variable not in base}
 
 
 def launch_arguments(argv: list[str]) -> list[str]:

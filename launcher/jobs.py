@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,12 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.slurm import ENDED, NoSlurm, ask, facts
-from launcher.submit import JOBS, jobs, last_job
+from launcher.journal import JOBS, jobs
+from launcher.slurm import ENDED, NoAnswer, NoSlurm, ask, facts
 from trainers.config import ConfigError
+from trainers.manifest import CHECKPOINT_PREFIX
 from trainers.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
 
 FOLLOW_SECONDS = 0.5
+UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
 STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
 
 
@@ -60,10 +61,10 @@ class Status:
         return "  ".join(parts)
 
 
-def status(folder: Path) -> Status:
-    """Reads the run's folder, and asks SLURM for its last job."""
+def status(folder: Path, job: str | None = None) -> Status:
+    """Reads the run's folder, and asks SLURM for a job: its last one, if none is named."""
     progress = _progress(folder)
-    job = last_job(folder)
+    job = job or next(reversed(jobs(folder)), None)
     state, reason, requeues = _state(folder, job)
     attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
     return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
@@ -81,10 +82,14 @@ def _progress(folder: Path) -> dict[str, Any]:
 def _state(folder: Path, job: str | None) -> tuple[str, str | None, int]:
     """The state, why, and how often the job was requeued."""
     if job is not None:
-        with contextlib.suppress(NoSlurm):  # the job is forgotten, or this machine has no SLURM
+        try:
             known = facts(job)
             reason = known.get("Reason", "None")
             return known["JobState"], None if reason == "None" else reason, int(known.get("Restarts", "0"))
+        except NoAnswer as error:
+            return UNKNOWN, str(error), 0
+        except NoSlurm:
+            pass  # the job is forgotten, or this machine has no SLURM
     if holder(folder) is not None:
         return "running", None, 0
     return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
@@ -94,23 +99,41 @@ def _has_model(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def find(name: str | None) -> list[Path]:
-    """The folders of the runs that are meant: of a run, of a job's id, or all below this folder.
+@dataclass(frozen=True)
+class Target:
+    """A run that a command is meant for; with a job where the user named one."""
+
+    folder: Path
+    job: str | None = None
+
+
+def find(name: str | None) -> list[Target]:
+    """The runs that are meant: of a folder, of a job's id, or all below this folder.
 
     Raises:
         ConfigError: there is none.
     """
     if name is not None and Path(name).is_dir() and _is_run(Path(name)):
-        return [Path(name)]
-    below = sorted({path.parent for path in Path().glob(f"**/{LAUNCH}") if _is_run(path.parent)})
+        return [Target(Path(name))]
+    below = sorted(_below(Path()))
     if name is None:
-        return below
-    if found := [folder for folder in below if any(_same_job(name, job) for job in jobs(folder))]:
+        return [Target(folder) for folder in below]
+    if found := [Target(folder, job) for folder in below for job in jobs(folder) if _same_job(name, job)]:
         return found
     raise ConfigError(
         f"{name}: no run lies there, and no run below {Path.cwd()} has such a job. Give a run's folder or a "
         "job's id."
     )
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """The runs in a folder; they may be at work, so what is gone meanwhile is passed over."""
+    for path, folders, _ in os.walk(root):
+        if LAUNCH in folders and _is_run(Path(path)):
+            yield Path(path)
+        folders[:] = [
+            name for name in folders if not name.startswith((".", CHECKPOINT_PREFIX)) and name != LAUNCH
+        ]
 
 
 def _is_run(folder: Path) -> bool:
@@ -122,7 +145,7 @@ def _same_job(name: str, job: str) -> bool:
 
 
 def show_status(name: str | None, as_json: bool) -> int:
-    found = [status(folder) for folder in find(name)]
+    found = [status(target.folder, target.job) for target in find(name)]
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=2))
         return 0
@@ -138,7 +161,7 @@ def show_status(name: str | None, as_json: bool) -> int:
 
 def show_logs(name: str, rank: int, follow: bool) -> int:
     """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
-    (folder,) = _one(name)
+    folder = _one(name)
     seen: Path | None = None
     for path in _logs(folder, rank, follow):
         if path != seen:
@@ -185,47 +208,77 @@ def _attempt_of(folder: Path, log: Path) -> int:
 
 
 def _goes_on(folder: Path) -> bool:
-    state, _, _ = _state(folder, last_job(folder))
+    state, _, _ = _state(folder, next(reversed(jobs(folder)), None))
     return state not in (*ENDED, "ended", "stopped")
 
 
-def _one(name: str) -> list[Path]:
-    found = find(name)
+def _one(name: str) -> Path:
+    found = {target.folder for target in find(name)}
     if len(found) > 1:
-        runs = ", ".join(str(folder) for folder in found)
+        runs = ", ".join(sorted(str(folder) for folder in found))
         raise ConfigError(f"{name}: several runs are meant: {runs}. Give one of them.")
-    return found
+    return found.pop()
 
 
 # ----------------------------------------------------------------------------------------------- cancel
 
 
 def cancel(name: str) -> int:
-    """Ends runs: what waits is taken from the queue, what runs saves first."""
-    for folder in find(name):
-        try:
-            print(f"{folder}: {_cancel(folder)}")
-        except NoSlurm as error:
-            raise ConfigError(f"{folder}: {error}") from None
+    """Ends a job, or all that a run has: what waits is taken from the queue, what runs saves first."""
+    for target in find(name):
+        said = []
+        for job in [target.job] if target.job else jobs(target.folder):
+            try:
+                said += [_cancel_job(target.folder, job)]
+            except NoAnswer as error:
+                raise ConfigError(f"{target.folder}: job {job}: {error}") from None
+        if not any(said):
+            said = ["it does not run" if target.job else _cancel_process(target.folder)]
+        for line in filter(None, said):
+            print(f"{target.folder}: {line}")
     return 0
 
 
-def _cancel(folder: Path) -> str:
-    job = last_job(folder)
+def _cancel_job(folder: Path, job: str) -> str | None:
+    """What was done; None where the job has ended, or SLURM knows it no more."""
     try:
-        state = facts(job)["JobState"] if job else None
+        state = facts(job)["JobState"]
+    except NoAnswer:
+        raise
     except NoSlurm:
-        state = None
-    if job and state == "RUNNING":
-        ask("scancel", "--signal=TERM", job)  # its steps alone: the ranks save, and the job ends by itself
-        return f"job {job} saves and ends"
-    if job and state is not None and state not in ENDED:
+        return None
+    if state in ENDED or state == "COMPLETING":
+        return None
+    try:
+        if state == "RUNNING" and _has_begun(job):
+            ask(
+                "scancel", "--signal=TERM", job
+            )  # its steps alone: the ranks save, and the job ends by itself
+            return f"job {job} saves and ends"
         ask("scancel", job)
-        return f"job {job} was {state} and is cancelled"
+    except NoSlurm as error:
+        raise ConfigError(f"{folder}: job {job}: {error}") from None
+    return f"job {job} was {state} and is cancelled"
+
+
+def _has_begun(job: str) -> bool:
+    """Whether the job has a step, beside its script: else there is nobody to tell, and nothing to save."""
+    return any(
+        step.rpartition(".")[2].isdigit() for step in ask("squeue", "-h", "-s", "-j", job, "-o", "%i").split()
+    )
+
+
+def _cancel_process(folder: Path) -> str:
+    """Of a run without SLURM."""
     if (held := holder(folder)) is None:
         return "it does not run"
     pid, host = held
     if host != socket.gethostname():
         return f"it runs on {host or 'a machine that has just begun'}; cancel it there"
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return "it has just ended"
+    except PermissionError:
+        raise ConfigError(f"{folder}: process {pid} is of another user.") from None
     return f"process {pid} saves and ends"

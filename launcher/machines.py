@@ -2,17 +2,21 @@
 
     launch/machines/member-M.json           machine M is there, with a word drawn at its start
     launch/machines/start.json              machine 0: the words of all, and the first order
+    launch/machines/refused-ID-M.json       machine M of the start with this id: why it does not begin
     launch/machines/alive-M                 a number that grows while the launcher of machine M lives
     launch/attempt-K/machine-M/ended.json   how the attempt ended there
+    launch/attempt-K/cut.json               machine 0: the end of one of them that all must follow
     launch/attempt-K/order.json             machine 0, when it has ended everywhere: what all do next
 
-Machine 0 alone decides. A run of one machine writes none of this.
+Machine 0 alone decides, and the others look at its files alone. A run of one machine writes none of this.
+Before it begins, machine 0 leaves its word in the cache of prepared data: who finds it shares that cache.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import os
 import secrets
 import socket
 import time
@@ -23,11 +27,14 @@ from typing import Any
 
 from launcher.diagnosis import Failure
 from launcher.topology import Topology
-from trainers.config import OUT_OF_MEMORY, PEER_LOST, ConfigError
+from launcher.watch import Wakefulness
+from trainers.cache import FORGOTTEN, cache_root
+from trainers.config import OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.run_folder import LAUNCH, write_whole
 
 JOIN_SECONDS = 600.0  # for all machines to come: environments are set up, file systems are slow
 GONE_SECONDS = 60.0  # without a sign of life; a network file system may show a file as late as that
+MARK = ".machine-0-"  # with its word, in the cache of prepared data
 LOOK_SECONDS = 0.5  # between two looks at the others' files
 
 
@@ -81,14 +88,21 @@ def first_cause(ended: list[Ended]) -> tuple[Ended, Failure]:
 class Machines:
     """This machine among those of the run."""
 
-    def __init__(self, folder: Path, topology: Topology, given_up: Callable[[], bool]) -> None:
-        self.launch, self.given_up = folder / LAUNCH, given_up
+    def __init__(
+        self, folder: Path, topology: Topology, given_up: Callable[[], bool], start_id: str | None = None
+    ) -> None:
+        self.launch, self.given_up, self.start_id = folder / LAUNCH, given_up, start_id
         self.rank, self.count = topology.machine_rank, topology.num_machines
+        self.ranks = f"{topology.num_processes} ranks on {'GPUs' if topology.on_gpu else 'CPUs'}"
         self.others = [number for number in range(self.count) if number != self.rank]
+        self.watched = [0] if self.rank else self.others
         self.word = secrets.token_hex(8)
         self.number = 0  # of the attempt
+        self.shares_cache = False  # whether the cache of machine 0 is this machine's too
+        self.mark: Path | None = None  # machine 0's word in its cache
         self.counter = 0
         self.heard: dict[int, tuple[int, float]] = {}  # machine -> its number, and when it last grew
+        self.awake = Wakefulness()
         self.looked = 0.0
 
     # ------------------------------------------------------------------------------------- the start
@@ -106,36 +120,64 @@ class Machines:
 
     def _gather(self, order: Callable[[], Order]) -> Order:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("start.json", "member-*", "alive-*"):
+        for pattern in ("start.json", "member-*", "alive-*", "refused-*"):
             for left in self._folder.glob(pattern):  # of an earlier start; who is there already writes again
-                left.unlink(missing_ok=True)
+                if not left.name.startswith(f"refused-{self.start_id}-"):
+                    left.unlink(missing_ok=True)
+        cards: dict[int, dict[str, Any]] = {}
         for _ in self._patiently():
-            words = {
-                str(number): told["word"]
-                for number in self.others
-                if (told := _read(self._folder / f"member-{number}.json"))
-            }
-            if len(words) == len(self.others):
+            found = {number: _read(self._folder / f"member-{number}.json") for number in self.others}
+            cards = {number: card for number, card in found.items() if card}
+            if len(cards) == len(self.others):
                 break
-        first = order()
-        _write(self._folder / "start.json", {"words": words, "order": asdict(first)})
+        words = {str(number): card["word"] for number, card in cards.items()}
+        odd = next((card for card in cards.values() if card["ranks"] != self.ranks), None)
+        first = order() if odd is None else Order(0, 0, end=USAGE_ERROR)
+        if odd is None:
+            self._leave_mark()
+        start = {"words": words, "machine_0": self.word, "order": asdict(first)}
+        _write(self._folder / "start.json", start)
+        if odd is not None:
+            raise ConfigError(
+                f"launch.num_processes: machine 0 counts {self.ranks} in all, and {odd['host']} counts "
+                f"{odd['ranks']}. All machines need as many GPUs; or give --num-processes."
+            )
         return first
+
+    def _leave_mark(self) -> None:
+        """In the cache, where that can be written to; marks that killed launchers left are removed."""
+        root = cache_root()
+        for left in root.glob(f"{MARK}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > FORGOTTEN:
+                    left.unlink()
+        with contextlib.suppress(OSError):
+            (root / f"{MARK}{self.word}").touch()
+            self.mark = root / f"{MARK}{self.word}"
+
+    def close(self) -> None:
+        if self.mark is not None:
+            self.mark.unlink(missing_ok=True)
 
     def _present(self) -> Order:
         card = self._folder / f"member-{self.rank}.json"
         for _ in self._patiently():
             start = _read(self._folder / "start.json")
             if start and start["words"].get(str(self.rank)) == self.word:
+                self.shares_cache = (cache_root() / f"{MARK}{start['machine_0']}").exists()
                 return Order(**start["order"])
             # Machine 0 empties the folder when it begins.
             if (_read(card) or {}).get("word") != self.word:
-                _write(card, {"word": self.word, "host": socket.gethostname(), "pid": os.getpid()})
+                _write(card, {"word": self.word, "ranks": self.ranks, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
     def _patiently(self) -> Iterator[None]:
         """Turns until the caller leaves the loop, for JOIN_SECONDS at most."""
         end = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < end and not self.given_up():
+            for path in sorted(self._folder.glob(f"refused-{self.start_id}-*.json")):
+                if refused := _read(path):
+                    raise ConfigError(f"machine {refused['machine']} does not begin: {refused['why']}")
             yield
             time.sleep(LOOK_SECONDS)
         if self.given_up():
@@ -152,14 +194,28 @@ class Machines:
 
     def elsewhere(self) -> Ended | None:
         """How the attempt ended on another machine, where this one must end too; also a sign of life."""
-        if self.count == 1 or time.monotonic() - self.looked < LOOK_SECONDS:
+        if self.count == 1 or time.monotonic() - self.looked < self.pause:
             return None
         self._sign()
-        for number in self.others:
+        if self.rank and (cut := _read_ended(self._attempt / "cut.json")):
+            return cut
+        for number in self.watched:
             ended = self._ended(number) or self._gone(number)
             if ended is not None and ended.early:
+                self._tell(ended)
                 return ended
         return None
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks: machine 0 looks at two files of each."""
+        return LOOK_SECONDS if self.rank else max(LOOK_SECONDS, self.count / 200)
+
+    def _tell(self, ended: Ended) -> None:
+        """Machine 0 tells the others of an end that all must follow; the first that it sees."""
+        path = self._attempt / "cut.json"
+        if self.rank == 0 and not path.exists():
+            _write(path, asdict(ended))
 
     def settle(self, own: Ended, decide: Callable[[list[Ended]], Order]) -> Order:
         """When the attempt has ended everywhere, machine 0 decides what comes next, and all do it.
@@ -172,9 +228,22 @@ class Machines:
         _write(self._attempt / f"machine-{self.rank}" / "ended.json", asdict(own))
         if self.rank:
             return self._go(self._obey())
-        order = decide([own, *(self._await(number) for number in self.others)])
+        order = decide([own, *self._await_all()])
         _write(self._attempt / "order.json", asdict(order))
         return self._go(order)
+
+    def _await_all(self) -> list[Ended]:
+        found: dict[int, Ended] = {}
+        while len(found) < len(self.others):
+            self._sign()
+            for number in self.others:
+                if number not in found and (ended := self._ended(number) or self._gone(number)):
+                    found[number] = ended
+                    if ended.early:
+                        self._tell(ended)
+            if len(found) < len(self.others):
+                time.sleep(self.pause)
+        return list(found.values())
 
     def _obey(self) -> Order:
         while True:
@@ -185,23 +254,13 @@ class Machines:
                 raise GoneMachine
             time.sleep(LOOK_SECONDS)
 
-    def _await(self, number: int) -> Ended:
-        while True:
-            self._sign()
-            if ended := self._ended(number) or self._gone(number):
-                return ended
-            time.sleep(LOOK_SECONDS)
-
     def _ended(self, number: int) -> Ended | None:
-        told = _read(self._attempt / f"machine-{number}" / "ended.json")
-        if told is None:
-            return None
-        failure = told.pop("failure")
-        return Ended(**told, failure=Failure(**failure) if failure else None)
+        return _read_ended(self._attempt / f"machine-{number}" / "ended.json")
 
     def _sign(self) -> None:
         """A sign of life."""
-        self.looked = time.monotonic()
+        self.looked, awake = time.monotonic(), self.awake.look()
+        self.heard = {number: (told, max(since, awake)) for number, (told, since) in self.heard.items()}
         self.counter += 1
         (self._folder / f"alive-{self.rank}").write_text(str(self.counter), encoding="utf-8")
 
@@ -222,7 +281,7 @@ class Machines:
 
     def _go(self, order: Order) -> Order:
         self.number = order.attempt
-        self.heard = {number: (-1, time.monotonic()) for number in self.others}
+        self.heard = {number: (-1, time.monotonic()) for number in self.watched}
         return order
 
     @property
@@ -234,6 +293,17 @@ class Machines:
         return self.launch / f"attempt-{self.number}"
 
 
+def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:
+    """This machine does not begin: the others of this start need not wait for it.
+
+    Without an id that they all know, a job's, nothing is said: they might be of another run in this folder.
+    """
+    if start_id is not None:
+        path = folder / LAUNCH / "machines" / f"refused-{start_id}-{number}.json"
+        with contextlib.suppress(OSError):  # the folder may be what is wrong
+            _write(path, {"machine": number, "why": why})
+
+
 class StoppedWaiting(Exception):
     """A signal came while the machines waited for each other."""
 
@@ -243,15 +313,28 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """A file that another machine may write at any moment; a network file system then says ESTALE."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
     return value
+
+
+def _read_ended(path: Path) -> Ended | None:
+    told = _read(path)
+    if told is None:
+        return None
+    failure = told.pop("failure")
+    return Ended(**told, failure=Failure(**failure) if failure else None)
 
 
 def _number(path: Path) -> int:
     try:
         return int(path.read_text(encoding="utf-8") or 0)
-    except FileNotFoundError:
-        return -1
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return -1
+        raise

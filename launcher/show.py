@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from launcher import submit
 from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.attempt import attempt_folder
 from launcher.backend import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, STATIC, resolve_backend
 from launcher.check import preflight
 from launcher.command import build_command
 from launcher.config import Run
+from launcher.request import sbatch_argv
 from launcher.topology import Topology
 from trainers.config import MODULES
 
@@ -51,7 +51,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
             "--num_processes", str(topology.num_processes), "-m",
             f"trainers.{MODULES[run.train.trainer]}", str(run.config_path or "config.yaml"),
         ],
-        "sbatch": submit.sbatch_argv(run),
+        "sbatch": sbatch_argv(run),
         "static_files": {
             "accelerate_configs": str(ACCELERATE_CONFIGS),
             "deepspeed_configs": str(DEEPSPEED_CONFIGS),

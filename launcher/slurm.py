@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 
 from launcher.config import Run
+from launcher.journal import started
 from trainers.run_folder import holds_run
 
 ASK_SECONDS = 30.0
@@ -18,23 +20,33 @@ ENDED = frozenset({
 })  # fmt: skip
 
 
+_SILENT = re.compile(r"contact slurm controller|timed out|Connection refused", re.I)
+
+
 class NoSlurm(Exception):
     """A command of SLURM is not there, or was refused; the message is what it said."""
+
+
+class NoAnswer(NoSlurm):
+    """The controller does not answer now; nothing is known of the job."""
 
 
 def ask(*argv: str) -> str:
     """What a command of SLURM prints.
 
     Raises:
-        NoSlurm: it is not installed, does not answer, or refuses.
+        NoSlurm: it is not installed, or refuses; NoAnswer: the controller does not answer.
     """
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"{argv[0]}: {error}") from None
+    except OSError as error:
         raise NoSlurm(f"{argv[0]}: {error}") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with {done.returncode}"]
-        raise NoSlurm(f"{argv[0]}: {said[-1].removeprefix(f'{argv[0]}: ')}")
+        kind = NoAnswer if _SILENT.search(said[-1]) else NoSlurm
+        raise kind(f"{argv[0]}: {said[-1].removeprefix(f'{argv[0]}: ')}")
     return done.stdout.strip()
 
 
@@ -45,6 +57,24 @@ def this_job(environ: Mapping[str, str] = os.environ) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID")
+
+
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often the job was restarted."""
+    return int(environ.get("SLURM_RESTART_COUNT", "0")) if this_job(environ) is not None else 0
+
+
+def this_start(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What all tasks of this start of the job know, and no other start: the job, its step, its restarts."""
+    job = this_job(environ)
+    return f"{job}.{environ['SLURM_STEP_ID']}.{restarts(environ)}" if job is not None else None
+
+
+def this_node(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The number of this node in its step, and how many there are."""
+    if this_job(environ) is None:
+        return 0, 1
+    return int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_NNODES", "1"))
 
 
 def facts(job: str) -> dict[str, str]:
@@ -72,6 +102,15 @@ def end_time(environ: Mapping[str, str] = os.environ) -> float | None:
         return None
 
 
+def preempted(job: str) -> bool:
+    """Whether a running job is about to make room for another, and has its partition's GraceTime to end."""
+    try:
+        return facts(job).get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    except NoSlurm as error:
+        print(f"note: whether the job was preempted is not known: {error}", file=sys.stderr)
+        return False
+
+
 def requeue(job: str) -> bool:
     """Puts the job back into the queue, under its id; nothing of it runs any more. False where it may not.
 
@@ -79,7 +118,10 @@ def requeue(job: str) -> bool:
     """
     try:
         known = facts(job)
-        if (known.get("Requeue"), known.get("BatchFlag"), known.get("JobState")) != ("1", "1", "RUNNING"):
+        # BatchFlag is 2 where the batch script could not be started at first.
+        if known.get("Requeue") != "1" or known.get("BatchFlag", "0") == "0":
+            return False
+        if known.get("JobState") != "RUNNING":
             return False
         print(f"job {job} goes back into the queue, and then goes on", file=sys.stderr, flush=True)
         ask("scontrol", "requeue", job)
@@ -90,8 +132,11 @@ def requeue(job: str) -> bool:
 
 
 def going_on(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
-    """A job that came back goes on with what it did before, whatever its command says of the first start."""
-    count = environ.get("SLURM_RESTART_COUNT", "0")
-    if this_job(environ) is None or count == "0" or not holds_run(run.folder):
+    """A job that came back goes on with what it did before, whatever its command says of the first start.
+
+    If it never had the run's folder, what lies there is another's.
+    """
+    job, count = this_job(environ), restarts(environ)
+    if job is None or not count or not started(run.folder, job) or not holds_run(run.folder):
         return run
     return run.changed(f"SLURM restarted the job (SLURM_RESTART_COUNT={count})", resume=True, overwrite=False)

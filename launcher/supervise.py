@@ -25,11 +25,12 @@ from launcher.batons import extensions_cache, remove_left_locks
 from launcher.command import build_environment, launch_arguments
 from launcher.config import Run
 from launcher.diagnosis import Failure, diagnose, read_notes, report
+from launcher.journal import note, starts_in_vain
 from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
-from launcher.submit import note, starts_in_vain
 from launcher.topology import Topology, free_port
 from launcher.warm import GivenUp, Refused, WarmParent
 from launcher.watch import make_beats_folder
+from trainers.cache import WAITS, cache_root
 from trainers.config import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
@@ -37,32 +38,43 @@ from trainers.run_folder import LAUNCH, claim, hold, release
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
+TAKE_SECONDS = 2.0  # `phalanx status` has the folder's lock for a moment
+RETAKE_SECONDS = 180.0  # by a job that came back: a file server may keep the lock of a lost node for a while
 PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
 
 
-def train(run: Run, topology: Topology, backend: Backend) -> int:
+def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
-    lock, job = None, slurm.this_job()
-    if topology.machine_rank == 0:
-        lock = hold(run.folder)
-        claim(run.folder, run.train)
-        if job is not None:
-            note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]))
-            if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
-                raise ConfigError(
-                    f"job {job}: {WITHOUT_PROGRESS} starts in a row came no further; it does not come back. "
-                    f"The logs are in {run.folder / LAUNCH}."
-                )
-    with Signals() as signals:
-        supervisor = Supervisor(run, topology, backend, signals, lock)
-        try:
-            code = supervisor.run_to_end()
-        finally:
-            supervisor.close()
-            release()
-    if supervisor.comes_back and job is not None:
+    job = slurm.this_job()
+    lock = _take_folder(run, job) if topology.machine_rank == 0 else None
+    supervisor = Supervisor(run, topology, backend, signals, lock)
+    try:
+        code = supervisor.run_to_end()
+    finally:
+        supervisor.close()
+        release()
+    if supervisor.comes_back and job is not None and topology.machine_rank == 0:
         slurm.requeue(job)
     return code
+
+
+def _take_folder(run: Run, job: str | None) -> IO[str]:
+    """Makes the run's folder this start's own; returns the lock on it.
+
+    Raises:
+        ConfigError: it is not to be had, or the job has begun too often in vain.
+    """
+    restarts = slurm.restarts()
+    lock = hold(run.folder, RETAKE_SECONDS if restarts else TAKE_SECONDS)
+    claim(run.folder, run.train)
+    if job is not None:
+        note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
+        if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
+            raise ConfigError(
+                f"job {job}: {WITHOUT_PROGRESS} starts in a row came no further; it does not come back. "
+                f"The logs are in {run.folder / LAUNCH}."
+            )
+    return lock
 
 
 def first_rank(topology: Topology) -> int:
@@ -83,7 +95,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
-        self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop)
+        self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop, slurm.this_start())
         self.comes_back = False  # the job, where there is one; machine 0 decides that too
         self.number = 1  # of the attempt
         self.before = 0  # the step of the newest checkpoint when it began
@@ -96,11 +108,15 @@ class Supervisor:
     def close(self) -> None:
         if self.parent is not None:
             self.parent.close()
+        self.machines.close()
         shutil.rmtree(self.beats, ignore_errors=True)
 
     def run_to_end(self) -> int:
         try:
+            if self._asked_to_stop():
+                raise StoppedWaiting
             order = self.machines.join(self._order)
+            self._say_who_prepares(order)
             while order.end is None:
                 self._follow(order)
                 self.before = self._reached()
@@ -108,11 +124,19 @@ class Supervisor:
             return order.end
         except StoppedWaiting:
             received = self.signals.received or signal.SIGTERM
+            self._think_of_coming_back(received)
             print(f"stopped by {signal.Signals(received).name}; nothing was saved", file=sys.stderr)
             return 128 + received
         except GoneMachine:
             print("error: machine 0 gives no sign of life; it decides what is next", file=sys.stderr)
             return PEER_LOST
+
+    def _say_who_prepares(self, order: Order) -> None:
+        """Machine 1 says it, for most runs have one kind of cache."""
+        if self.topology.machine_rank == 1 and order.end is None:
+            who = "machine 0 prepares the data" if self.machines.shares_cache else "each prepares the data"
+            kind = "shared by" if self.machines.shares_cache else "not shared by"
+            print(f"cache: {cache_root()} is {kind} the machines: {who}", flush=True)
 
     def _order(self, end: int | None = None) -> Order:
         """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
@@ -134,6 +158,8 @@ class Supervisor:
         live = sys.stdout.isatty()
         environ = build_environment(self.run, self.topology, os.environ, folder, live, slurm.end_time())
         environ[BEATS] = str(self.beats)
+        if self.topology.num_machines > 1:
+            environ[WAITS] = "1" if self.machines.shares_cache else "0"
         for lock in remove_left_locks(extensions_cache(environ), self.began):
             print(f"note: {lock}, which a killed process left, is removed; the ranks would wait for it.")
         for old in self.beats.iterdir():
@@ -208,13 +234,22 @@ class Supervisor:
     def _say_stopped(self, stopped: list[Ended]) -> int:
         name = signal.Signals(stopped[0].stopped).name
         saved = next((one.saved for one in stopped if one.saved), "")
-        # SIGTERM and SIGINT are of somebody who ends the run; the others warn of the end of the job.
-        self.comes_back = stopped[0].stopped in (signal.SIGUSR1, signal.SIGUSR2)
+        self._think_of_coming_back(stopped[0].stopped)
         if saved:
             print(f"stopped by {name}: {saved}; `phalanx train` with --resume goes on", file=sys.stderr)
             return SAVED
         print(f"stopped by {name}; nothing was saved; logs: {stopped[0].folder}", file=sys.stderr)
         return 128 + stopped[0].stopped
+
+    def _think_of_coming_back(self, received: int) -> None:
+        """Whether the job goes back into the queue after a signal.
+
+        SIGUSR1 and SIGUSR2 warn of the job's end. SIGTERM and SIGINT are of somebody who ends the run; but
+        SLURM sends SIGTERM too, to a job that is to make room.
+        """
+        job = slurm.this_job()
+        warned = received in (signal.SIGUSR1, signal.SIGUSR2)
+        self.comes_back = warned or (job is not None and slurm.preempted(job))
 
     def _reached(self) -> int:
         """The step of the newest checkpoint."""
@@ -269,6 +304,7 @@ class Supervisor:
         elif self.idle >= WITHOUT_PROGRESS:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
         if (received := self.signals.received) is not None:
+            self._think_of_coming_back(received)
             print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
         shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
         code = report(failure, Path(where.folder), shown, lines)

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from launcher.config import LaunchConfig
@@ -47,6 +48,7 @@ class Topology:
     main_process_ip: str
     main_process_port: int
     hardware: Hardware = field(repr=False, default=Hardware())
+    neighbour: str | None = None  # the name of another machine, where one is known
 
     @property
     def local_processes(self) -> int:
@@ -128,7 +130,7 @@ def resolve_topology(
             f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} "
             f"visible GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
         )
-    address = launch.main_process_ip or (_first_slurm_host(environ) if in_step else LOOPBACK)
+    address = launch.main_process_ip or (_slurm_hosts(environ)[0] if in_step else LOOPBACK)
     if machines > 1 and address == LOOPBACK and not launch.main_process_ip:
         raise ConfigError(
             "launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip)."
@@ -140,23 +142,27 @@ def resolve_topology(
             f"launch.main_process_port: {port} is in use on this machine. Give another one, or leave it out: "
             "a free one is found."
         )
-    return Topology(machines, rank, processes, address, port, hardware)
+    known = in_step and not launch.main_process_ip
+    neighbour = address if rank else _slurm_hosts(environ)[-1] if known else None
+    return Topology(machines, rank, processes, address, port, hardware, neighbour)
 
 
-def _first_slurm_host(environ: Mapping[str, str]) -> str:
+def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     try:
-        return hosts(nodes)[0]
-    except (ValueError, IndexError):
-        raise ConfigError(
-            f"SLURM's list of nodes {nodes!r} cannot be read. Give --main-process-ip."
-        ) from None
+        found = hosts(nodes)
+    except ValueError:
+        found = []
+    if not found:
+        raise ConfigError(f"SLURM's list of nodes {nodes!r} cannot be read. Give --main-process-ip.")
+    return found
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches an address, its own too; None where none is found.
+    """The network interface by which this machine reaches an address; None where none is found.
 
     Machines with several take the wrong one by themselves. Nothing is sent: a datagram socket is only bound.
+    A name that leads to loopback tells nothing: Debian gives a machine's own name 127.0.1.1.
     """
     import psutil
 
@@ -166,6 +172,8 @@ def interface_to(address: str) -> str | None:
             probe.connect(peer)
             own = probe.getsockname()[0]
     except OSError:
+        return None
+    if ip_address(own).is_loopback and address not in (LOOPBACK, "::1"):
         return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == own for entry in addresses):

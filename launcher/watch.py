@@ -18,6 +18,7 @@ from trainers.stopping import STACK_SIGNAL
 
 SHORTEST = 60.0  # seconds; the default timeout is never below
 STEPS = 10  # median steps without a beat
+ASLEEP = 20.0  # between two looks, some tenths of a second apart: longer than a busy machine takes
 STACK_SECONDS = 2.0  # how long a rank has to write its stack
 _PREFIX = "phalanx-beats-"
 # Where a rank waits for others: the innermost frames of one that does not hang itself.
@@ -59,15 +60,36 @@ def make_beats_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 
-def find_hang(beats: Path, ranks: Mapping[int, int], timeout: float | None, logs: Path) -> Hang | None:
+class Wakefulness:
+    """Since when this process looks, without a pause in which it could not.
+
+    A job is suspended as a whole (preemption, `scontrol suspend`, a laptop's lid), and its clock goes on.
+    """
+
+    def __init__(self) -> None:
+        self.since = self.last = time.monotonic()
+
+    def look(self) -> float:
+        """Call it often; returns since when, as time.monotonic() gives it."""
+        now = time.monotonic()
+        if now - self.last > ASLEEP:
+            self.since = now
+        self.last = now
+        return self.since
+
+
+def find_hang(
+    beats: Path, ranks: Mapping[int, int], timeout: float | None, logs: Path, awake: float = 0.0
+) -> Hang | None:
     """The rank that hangs, if one has not beaten for `timeout` seconds; `ranks` is rank -> pid.
 
     The others wait for it and soon do not beat either. It is the one that is stopped, else the one at the
     earliest step, else the one whose stack does not wait for others, else the one with the fewest beats.
+    What was before `awake` does not count: nobody ran then.
     """
     now = time.monotonic()
     last = {rank: beat for rank in ranks if (beat := read_beat(beats / f"rank-{rank}")) is not None}
-    silent = {rank: now - beat.time for rank, beat in last.items()}
+    silent = {rank: now - max(beat.time, awake) for rank, beat in last.items()}
     suspects = [rank for rank, beat in last.items() if silent[rank] > limit(beat, timeout)]
     if not suspects:
         return None

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Trains many configs, each a task of one array. Every line of the list is the flags of one run, in words without
+# Trains many runs, each a task of one array. Every line of the list is the flags of one run, in words without
 # quotes, and what follows the list is the same for all:
 #
-#   sbatch --array=1-3 slurm/array.sh sweep.txt config.yaml
-#   phalanx submit config.yaml --array sweep.txt                                (checks every line before)
+#   sbatch --array=1-3%2 slurm/array.sh sweep.txt config.yaml
+#   phalanx submit config.yaml --array sweep.txt%2                              (checks every line before)
 #
 #   sweep.txt:  --lr 1e-4 --project-name low
 #               --lr 3e-4 --project-name middle
 #               --lr 1e-3 --project-name high
+#
+# A line may also begin with a config of its own; then none follows the list.
 #SBATCH --job-name=phalanx
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -33,4 +35,8 @@ if [ "$SLURM_ARRAY_TASK_ID" -lt 1 ] || [ "$SLURM_ARRAY_TASK_ID" -gt "${#lines[@]
     exit 2
 fi
 read -r -a own <<<"${lines[SLURM_ARRAY_TASK_ID - 1]}"
+if [[ ${own[0]-} != -* ]]; then # the line's config comes first
+    set -- "${own[@]:0:1}" "$@"
+    own=("${own[@]:1}")
+fi
 exec srun --ntasks-per-node=1 --kill-on-bad-exit=0 phalanx train "$@" "${own[@]}"

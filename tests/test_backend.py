@@ -307,6 +307,8 @@ def test_the_interface_between_machines(resolve: Resolve) -> None:
     run, topology, _ = resolve(num_machines=2, main_process_ip="127.0.0.1", num_processes=2)
     made = build_environment(run, topology, {"NCCL_SOCKET_IFNAME": "ib0"}, HERE, live_terminal=False)
     assert (made["NCCL_SOCKET_IFNAME"], made["GLOO_SOCKET_IFNAME"]) == ("ib0", "lo")
+    made = build_environment(run, topology, {}, HERE, live_terminal=False)
+    assert made["NCCL_SOCKET_IFNAME"] == "=lo", "and not every one whose name begins so"
     run, topology, _ = resolve(num_processes=2)
     assert "GLOO_SOCKET_IFNAME" not in build_environment(run, topology, {}, HERE, live_terminal=False)
 

@@ -285,6 +285,25 @@ def test_a_rank_that_never_beat_is_still_starting(ranks: Ranks) -> None:
     assert ranks.find(ranks.start("itself")) is None
 
 
+def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is suspended as a whole, and its clock goes on."""
+    pids = ranks.start("others", "itself")
+    now = time.monotonic()
+    wakefulness = watch.Wakefulness()
+    for rank in pids:
+        ranks.beat(rank, ago=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
+    awake = wakefulness.look()
+    assert ranks.find(pids) is not None, "without it, both are silent for an hour"
+    assert find_hang(ranks.folder, pids, None, ranks.folder, awake) is None
+    now += watch.SHORTEST + 1
+    for _ in range(10):
+        now += watch.ASLEEP / 2
+        assert wakefulness.look() == awake, "looks that are a little apart are no pause"
+    hang = find_hang(ranks.folder, pids, None, ranks.folder, awake)
+    assert hang is not None and hang.rank == 1
+
+
 def test_a_stopped_rank_is_named_whatever_its_beats(ranks: Ranks) -> None:
     pids = ranks.start("itself", "others")
     os.kill(pids[1], signal.SIGSTOP)

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher import slurm
 from launcher.cli import main
-from launcher.jobs import status
-from launcher.submit import note
+from launcher.config import load_run
+from launcher.jobs import _goes_on, status
+from launcher.journal import note
 from trainers.run_folder import PROGRESS
 
 HOLD = """
@@ -156,6 +157,7 @@ def test_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     ("known", "comes_back"),
     [
         ("JobState=RUNNING Requeue=1 BatchFlag=1", True),
+        ("JobState=RUNNING Requeue=1 BatchFlag=2", True),
         ("JobState=RUNNING Requeue=0 BatchFlag=1", False),
         ("JobState=RUNNING Requeue=1 BatchFlag=0", False),
         ("JobState=CANCELLED Requeue=1 BatchFlag=1", False),
@@ -166,3 +168,109 @@ def test_which_job_comes_back(monkeypatch: pytest.MonkeyPatch, known: str, comes
     monkeypatch.setattr(slurm, "ask", lambda *argv: asked.append(argv) or known)
     assert slurm.requeue("7") is comes_back
     assert (("scontrol", "requeue", "7") in asked) is comes_back
+
+
+def test_a_job_that_is_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, makes_room in (("None", False), ("2026-01-02T03:04:05", True)):
+        monkeypatch.setattr(slurm, "ask", lambda *_, told=told: f"JobId=7 PreemptTime={told} Requeue=1")
+        assert slurm.preempted("7") is makes_room
+
+
+def test_what_all_tasks_of_a_start_know() -> None:
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    assert slurm.this_start({}) is None
+    assert slurm.this_start(task) == "7.0.0"
+    assert slurm.this_start({**task, "SLURM_RESTART_COUNT": "2"}) == "7.0.2"
+
+
+def test_a_job_that_came_back_goes_on_with_what_is_its_own() -> None:
+    """Before its first start had the folder, another's run lay there, to be overwritten."""
+    Path("c.yaml").write_text("task: llm-sft\nbase_model: m\nproject_name: run\ndata: {path: data}\n")
+    run_in("run")
+    run = load_run(Path("c.yaml"), {"overwrite": "true"})
+    environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+    assert slurm.going_on(run, environ) is run
+    note(Path("run"), "7")
+    assert slurm.going_on(run, environ) is run
+    note(Path("run"), "7", 0)
+    train = slurm.going_on(run, environ).train
+    assert (train.resume, train.overwrite) == (True, False)
+    assert slurm.going_on(run, {"SLURM_RESTART_COUNT": "1"}) is run, "a variable that somebody exported"
+
+
+# ----------------------------------------------------------------------------- cancel, where SLURM answers
+
+
+class Controller:
+    """What scontrol, scancel and squeue are asked, and what they say of these jobs."""
+
+    def __init__(self, **states: str) -> None:
+        self.states = {name.removeprefix("job"): state for name, state in states.items()}
+        self.asked: list[tuple[str, ...]] = []
+
+    def __call__(self, *argv: str) -> str:
+        if argv[0] == "scontrol":
+            if (state := self.states.get(argv[-1])) is None:
+                raise slurm.NoSlurm("scontrol: Invalid job id specified")
+            return f"JobId={argv[-1]} JobState={state} Reason=None"
+        if argv[0] == "squeue":
+            return f"{argv[4]}.0" if self.states[argv[4]] == "RUNNING" else ""
+        self.asked.append(argv)
+        return ""
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller]:
+    def answer(**states: str) -> Controller:
+        made = Controller(**states)
+        monkeypatch.setattr(slurm, "ask", made)
+        monkeypatch.setattr("launcher.jobs.ask", made)
+        for job in made.states:
+            note(Path("run"), job)
+        return made
+
+    return answer
+
+
+def test_all_jobs_of_a_run_are_cancelled(
+    controller: Callable[..., Controller], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
+    assert main(["cancel", "run"]) == 0
+    assert told.asked == [("scancel", "--signal=TERM", "2"), ("scancel", "3")]
+    assert capsys.readouterr().out == "run: job 2 saves and ends\nrun: job 3 was PENDING and is cancelled\n"
+
+
+@pytest.mark.parametrize(("job", "asked"), [("1", []), ("3", [("scancel", "3")])])
+def test_a_job_that_is_named_is_cancelled_alone(
+    controller: Callable[..., Controller], job: str, asked: list[tuple[str, ...]]
+) -> None:
+    told = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
+    assert main(["cancel", job]) == 0
+    assert told.asked == asked
+
+
+def test_a_job_that_is_still_setting_up_has_nothing_to_save(
+    controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = controller(job2="RUNNING")
+    monkeypatch.setattr("launcher.jobs._has_begun", lambda job: False)
+    assert main(["cancel", "run"]) == 0
+    assert told.asked == [("scancel", "2")]
+
+
+def test_a_controller_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is taken for its end."""
+    Path("bin").mkdir()
+    Path("bin/scontrol").write_text(
+        "#!/bin/sh\necho 'Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+    )
+    Path("bin/scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:/bin")
+    note(run_in("run"), "7")
+    assert main(["status", "run"]) == 0
+    assert capsys.readouterr().out.startswith("run  UNKNOWN (scontrol: Unable to contact slurm controller")
+    assert _goes_on(Path("run"))
+    assert main(["cancel", "run"]) == 2

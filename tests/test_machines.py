@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,16 @@ import pytest
 
 from launcher import machines
 from launcher.diagnosis import Failure
-from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause, refuse
 from launcher.topology import Topology
-from trainers.config import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, ConfigError
+from trainers.config import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 
 ORDER = Order(attempt=1, port=1234)
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machines, "LOOK_SECONDS", 0.01)
 
 
@@ -49,6 +51,7 @@ def test_one_machine_decides_alone_and_writes_nothing(tmp_path: Path) -> None:
     assert alone.join(lambda: ORDER) == ORDER
     assert alone.elsewhere() is None
     assert alone.settle(ended(0, code=3), lambda all_: replace(ORDER, end=all_[0].code)).end == 3
+    alone.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +128,78 @@ def test_machines_that_do_not_share_the_folder(tmp_path: Path, monkeypatch: pyte
         folder = tmp_path / str(rank)
         with pytest.raises(ConfigError, match=rf"no sign of {missing} within .* must see the same {folder}"):
             machine(folder, rank).join(lambda: ORDER)
+
+
+def test_who_has_the_cache_of_machine_0_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
+    first, second = together(tmp_path)
+    assert second.shares_cache and not first.shares_cache
+    first.close()
+    second.close()
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+def test_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have a folder of that name, and not the same."""
+    for number in range(2):
+        (tmp_path / f"disk_{number}").mkdir()
+    monkeypatch.setattr(machines, "cache_root", lambda: tmp_path / threading.current_thread().name)
+    made = [machine(tmp_path, rank) for rank in range(2)]
+    with ThreadPoolExecutor(2, thread_name_prefix="disk") as pool:
+        list(pool.map(lambda one: one.join(lambda: ORDER), made))
+    assert not made[1].shares_cache
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_machine_that_does_not_begin_says_so(tmp_path: Path, number: int) -> None:
+    """Else the other would wait for it, and hold its GPUs."""
+    refuse(tmp_path, number, None, "nobody knows of which start")
+    assert not tmp_path.joinpath("launch").exists()
+    refuse(tmp_path, number, "6.0.0", "of an earlier start")
+    refuse(tmp_path, number, "7.0.0", "the folder is in use")
+    topology = Topology(2, 1 - number, 2, "here", 1)
+    waits = Machines(tmp_path, topology, lambda: False, "7.0.0")
+    with pytest.raises(ConfigError, match=f"machine {number} does not begin: the folder is in use"):
+        waits.join(lambda: ORDER)
+
+
+def test_machines_that_count_other_ranks_do_not_begin(tmp_path: Path) -> None:
+    """As with a GPU that fell off: two ranks would have one number, and wait for ever."""
+    first, second = machine(tmp_path, 0), machine(tmp_path, 1)
+    second.ranks = "7 ranks on GPUs"
+    with ThreadPoolExecutor(2) as pool:
+        told = pool.submit(second.join, lambda: ORDER)
+        with pytest.raises(
+            ConfigError, match=r"machine 0 counts 2 ranks on CPUs in all, and .* counts 7 ranks"
+        ):
+            pool.submit(first.join, lambda: ORDER).result()
+        assert told.result().end == USAGE_ERROR
+
+
+def test_machine_0_tells_the_others_of_an_end_that_all_must_follow(tmp_path: Path) -> None:
+    """They look at its files alone: of many machines, not each looks at each."""
+    first, second, third = together(tmp_path, 3)
+    failed = ended(2, code=1, failure=Failure(2, "planted"))
+    path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
+    machines._write(path, machines.asdict(failed))
+    second.looked = first.looked = 0.0
+    assert second.elsewhere() is None
+    assert first.elsewhere() == failed
+    second.looked = 0.0
+    assert second.elsewhere() == failed
+    assert list(second.heard) == list(third.heard) == [0]
+
+
+def test_what_is_heard_again_after_a_pause_of_all_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspended job's clock goes on."""
+    first, _ = together(tmp_path)
+    assert first._gone(1) is None
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    first._sign()
+    assert first._gone(1) is None
 
 
 def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:

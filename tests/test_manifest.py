@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ from trainers.manifest import (
     read_manifest,
     step_of,
 )
-from trainers.run_folder import hold, resume_checkpoint, set_aside_later
+from trainers.run_folder import hold, holder, resume_checkpoint, set_aside_later
 
 DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
 FSDP = replace(DDP, backend="fsdp", shards=2)
@@ -322,6 +323,23 @@ def test_the_folder_is_free_when_its_process_is_gone(other: subprocess.Popen[str
     other.wait()
     hold(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a Lustre that was mounted without them; what flock says there."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    hold(tmp_path / "run")
+    assert (
+        "run cannot be locked (Function not implemented); start no second run there"
+        in capsys.readouterr().out
+    )
+    assert holder(tmp_path / "run") is None
 
 
 def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import yaml
 from fakes import listing, run_command
 
 from launcher.config import Run, load_run
-from launcher.submit import TRAIN as SCRIPT
-from launcher.submit import sbatch_argv
+from launcher.request import TRAIN as SCRIPT
+from launcher.request import sbatch_argv
 from trainers.config import ConfigError
 
 BASE = "task: llm-sft\nbase_model: model\nproject_name: run\ndata: {path: data}\n"

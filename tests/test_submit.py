@@ -13,7 +13,9 @@ import pytest
 
 from launcher.cli import main
 from launcher.config import load_run
-from launcher.submit import ARRAY, TRAIN, jobs, note, requested, starts_in_vain
+from launcher.journal import jobs, note, started, starts_in_vain
+from launcher.request import TRAIN, requested
+from launcher.submit import ARRAY
 
 BASE = """\
 task: llm-sft
@@ -54,7 +56,7 @@ def test_the_same_template_and_the_flags_of_both(asked: Asked, capsys: pytest.Ca
     (argv,) = asked()
     flags = ["--parsable", "--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--job-name=run"]
     assert sorted(argv[:6]) == sorted([*flags, str(TRAIN)])
-    assert argv[5:] == [str(TRAIN), "c.yaml", "--lr", "1e-4"]
+    assert argv[5:] == [str(TRAIN), "c.yaml", "--lr=1e-4"]
     assert jobs(Path("run")) == ["4711"]
 
 
@@ -75,8 +77,11 @@ def test_a_dry_run_submits_nothing(asked: Asked, capsys: pytest.CaptureFixture[s
         (["--gres", "gpu:2", "--num-processes", "4"], "4 ranks do not fit on 1 nodes of 2 GPUs"),
         (["--nodes", "2", "--num-machines", "4"], "4 is not the 2 of slurm.nodes"),
         (["--partition", "gpu --wrap=id"], "partition: 'gpu --wrap=id' holds a character"),
+        (["--machine-rank", "0"], "launch.machine_rank: it is for machines without SLURM"),
+        (["--main-process-ip", "node1"], "launch.main_process_ip: it is for machines without SLURM"),
+        (["--token", "hf_secret"], "--token: everybody could read it in the job's command"),
         (["--comment", "a"], "unrecognized arguments: --comment"),
-        (["--project-name", "a\nb"], "not a plain path"),
+        (["--project-name", "a\nb"], "control characters"),
         (["--model-ref", "a\nb"], "control characters"),
     ],
 )
@@ -130,7 +135,7 @@ def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -
     assert main(["submit", "c.yaml", "--array", "sweep.txt", "--epochs", "2"]) == 0
     (argv,) = asked()
     assert "--array=1-2" in argv
-    assert argv[argv.index(str(ARRAY)) :] == [str(ARRAY), "sweep.txt", "c.yaml", "--epochs", "2"]
+    assert argv[argv.index(str(ARRAY)) :] == [str(ARRAY), "sweep.txt", "c.yaml", "--epochs=2"]
     assert jobs(Path("low")) == ["4711_1"] and jobs(Path("high")) == ["4711_2"]
     assert capsys.readouterr().out == "job 4711: low, high\n"
 
@@ -139,8 +144,18 @@ def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -
     ("text", "words"),
     [
         ("--lr fast --project-name a", "sweep.txt:1: flag --lr"),
-        ("--project-name a\n--project-name a", "two lines have one project_name, a"),
+        ("--project-name a\n--project-name a", "two tasks have one project_name, a"),
         ("--project-name a\nlr 2", "sweep.txt:2: 'lr 2' is not a list of `--flag value`"),
+        (
+            "--project-name a\nc.yaml --lr 2",
+            "sweep.txt:2: c.yaml: the command names a config already, c.yaml",
+        ),
+        ("--project-name a --nodes 2", "sweep.txt:1: nodes is asked for all tasks at once"),
+        ("--project-name a --token hf_x", "sweep.txt:1: --token: everybody could read it"),
+        ("--project-name a\r\n--project-name b\r\n", "sweep.txt:1: control characters (a file of Windows?)"),
+        ("--project-name a\n--project-name\u2028b", "sweep.txt:2: control characters"),
+        ("--project-name a --data-path -x", "sweep.txt:1: -x would be taken for a flag"),
+        ("--project-name a\n-x.yaml --lr 2", "sweep.txt:2: '-x.yaml --lr 2' is not a list"),
         ("--project-name $(id)", "sweep.txt:1: '$(id)' may not stand here"),
         ("--project-name a --lr", "sweep.txt:1: "),
         ("\n\n", "has no lines"),
@@ -149,8 +164,55 @@ def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -
 def test_lines_that_are_refused(
     asked: Asked, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
-    Path("sweep.txt").write_text(text)
+    Path("sweep.txt").write_bytes(text.encode())
     assert main(["submit", "c.yaml", "--array", "sweep.txt"]) == 2
+    assert words in capsys.readouterr().err
+    assert asked() == []
+
+
+def test_lines_with_a_config_of_their_own(asked: Asked) -> None:
+    Path("other.yaml").write_text(BASE.replace("project_name: run", "project_name: other"))
+    Path("sweep.txt").write_text("c.yaml --lr 1e-4\nother.yaml\n")
+    assert main(["submit", "--array", "sweep.txt%1", "--epochs", "2"]) == 0
+    (argv,) = asked()
+    assert "--array=1-2%1" in argv and "--job-name=sweep" in argv
+    assert argv[argv.index(str(ARRAY)) :] == [str(ARRAY), "sweep.txt", "--epochs=2"]
+    assert jobs(Path("run")) == ["4711_1"] and jobs(Path("other")) == ["4711_2"]
+
+
+def test_numbers_as_sbatch_takes_them(asked: Asked) -> None:
+    Path("c.yaml").write_text(BASE.replace("project_name: run", "project_name: run-${SLURM_ARRAY_TASK_ID}"))
+    assert main(["submit", "c.yaml", "--array", "1,4-8:2%2", "--parsable"]) == 0
+    (argv,) = asked()
+    assert "--array=1,4-8:2%2" in argv and "--job-name=c" in argv
+    assert argv[argv.index(str(TRAIN)) :] == [str(TRAIN), "c.yaml"]
+    assert sorted(path.name for path in Path().glob("run-*")) == ["run-1", "run-4", "run-6", "run-8"]
+    assert jobs(Path("run-6")) == ["4711_6"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "submit: no config"),
+        (["--array", "1-3"], "submit: no config"),
+        (["c.yaml", "--array", "1-3"], "two tasks have one project_name, run. Write ${SLURM_ARRAY_TASK_ID}"),
+        (["c.yaml", "--array", "1-999999999"], "no range of at most 10000 tasks"),
+        (["c.yaml", "--array", "3-1"], "--array=3-1 names no task"),
+        (["c.yaml", "--array", "1-9:0"], "no range of at most"),
+        (["c.yaml", "--array", "1-3", "--lr", "fast"], "SLURM_ARRAY_TASK_ID=1: flag --lr"),
+        (["c.yaml", "--array", "lines.txt%x"], "'x' is no number of tasks that may run at once"),
+        (["--array", "lines.txt"], "lines.txt:1: no config. Begin the line with one"),
+        (["c.yaml", "--array", "nowhere.txt"], "--array: nowhere.txt: No such file"),
+        (["--array", "two.txt"], "two.txt: the tasks differ in what they ask of SLURM"),
+    ],
+)
+def test_arrays_that_are_refused(
+    asked: Asked, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    Path("other.yaml").write_text(BASE.replace("run", "other").replace("gpu", "cpu"))
+    Path("two.txt").write_text("c.yaml\nother.yaml\n")
+    Path("lines.txt").write_text("--lr 1e-4\n")
+    assert main(["submit", *argv]) == 2
     assert words in capsys.readouterr().err
     assert asked() == []
 
@@ -182,10 +244,14 @@ def test_a_thousand_nodes_of_eight(asked: Asked) -> None:
 
 
 def test_the_jobs_of_a_run(work: Path) -> None:
-    note(Path("run"), "1")
-    for job, step in (("1", 0), ("2", 4), ("2", 8)):
+    """One that starts stands behind one that was submitted to follow it."""
+    for job, step in (("1", None), ("2", None), ("1", 0)):
         note(Path("run"), job, step)
-    assert jobs(Path("run")) == ["1", "2"]
+    assert jobs(Path("run")) == ["2", "1"]
+    assert started(Path("run"), "1") and not started(Path("run"), "2")
+    with Path("run/launch/jobs.jsonl").open("a") as file:
+        file.write('{"job": "3", "ti\n')  # two machines wrote at once, on a network file system
+    assert jobs(Path("run")) == ["2", "1"]
 
 
 @pytest.mark.parametrize(
@@ -196,9 +262,16 @@ def test_starts_of_a_job_that_came_no_further(work: Path, steps: list[int], in_v
     """Another job of the run is another matter: somebody has submitted it anew."""
     for job in ("1", "2"):
         note(Path("run"), job)
-        for step in steps:
-            note(Path("run"), job, step)
+        for restart, step in enumerate(steps):
+            note(Path("run"), job, step, restart)
         assert starts_in_vain(Path("run"), job) == in_vain
+
+
+def test_runs_that_one_start_of_a_job_makes_are_no_restarts(work: Path) -> None:
+    """As in an interactive job."""
+    for _ in range(5):
+        note(Path("run"), "1", 0)
+    assert starts_in_vain(Path("run"), "1") == 0
 
 
 def test_the_folder_of_a_job_that_waits_is_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

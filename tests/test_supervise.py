@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from fakes import fake_checkpoint, machine
 
-from launcher import supervise
+from launcher import slurm, supervise
 from launcher.attempt import Outcome, Signals
 from launcher.backend import resolve_backend
 from launcher.config import load_run
@@ -79,6 +79,7 @@ class Done:
     configs: list[tuple[bool | str, bool]]  # resume and overwrite, of each attempt
     pauses: list[float]
     err: list[str]
+    comes_back: bool = False
 
     @property
     def attempts(self) -> int:
@@ -122,6 +123,7 @@ class Life:
             done.code = supervisor.run_to_end()
         finally:
             supervisor.close()
+        done.comes_back = supervisor.comes_back
         assert next(left, None) is None, "an attempt too few"
         done.err = self.capsys.readouterr().err.splitlines()
         return done
@@ -373,3 +375,36 @@ def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_t
     supervisor.run = supervisor._going_on()
     assert supervisor._order().resume is True
     supervisor.close()
+
+
+# ------------------------------------------------------------------------------- a job that comes back
+
+
+@pytest.mark.parametrize(
+    ("number", "preempted", "comes_back"),
+    [
+        (signal.SIGUSR1, False, True),
+        (signal.SIGTERM, False, False),
+        (signal.SIGTERM, True, True),
+        (signal.SIGINT, False, False),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "within", "between"])
+def test_whether_the_job_comes_back_after_a_signal(
+    life: Life, monkeypatch: pytest.MonkeyPatch, moment: str, number: int, preempted: bool, comes_back: bool
+) -> None:
+    """Whenever it came: before the first attempt, within one, or between two."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
+    monkeypatch.setattr(slurm, "preempted", lambda job: preempted)
+    if moment == "before":
+        life.signals.received = number
+        done = life()
+    elif moment == "within":
+        done = life(Ends(0, saves=7, stopped="saved at step 7", received=number))
+    else:
+        life.after_pause = lambda: setattr(life.signals, "received", number)
+        done = life(killed(saves=4))
+    assert done.comes_back is comes_back
+    assert done.code == (SAVED if moment == "within" else 128 + number)

@@ -127,6 +127,7 @@ def test_one_machine_takes_a_free_port_or_the_one_given(monkeypatch: pytest.Monk
 
 def test_the_interface_to_an_address() -> None:
     assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("localhost") is None, "as a machine's own name on Debian"
     assert interface_to("no such host.invalid") is None
 
 

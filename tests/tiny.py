@@ -5,6 +5,7 @@ Real files, built in a second, offline.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 TEMPLATE = (
@@ -108,4 +109,28 @@ def build_tiny_masked_model(folder: Path) -> Path:
         sep_token_id=fast.sep_token_id,
     )
     ModernBertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_evaluation(folder: Path) -> Path:
+    """A task of lm-eval, `capitals`, whose two rows lie in the folder."""
+    folder.mkdir()
+    rows = [
+        {"question": "The capital of France is", "choices": ["Paris", "Rome"], "answer": 0},
+        {"question": "The capital of Italy is", "choices": ["Paris", "Rome"], "answer": 1},
+    ]
+    data = folder.resolve() / "capitals.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "capitals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "capitals.yaml").write_text(json.dumps(task))
     return folder

@@ -1,7 +1,7 @@
-"""Loading and tokenizing: once per node, before the process group exists, into a cache keyed by content.
+"""Loading and tokenizing, before the process group exists, into a cache keyed by content.
 
-The first rank to take the lock builds the cache; the others wait for it and map the same files. No
-collective is open meanwhile, so a long preparation cannot time out.
+Once per node, or per job where the nodes share the cache: one rank makes it (trainers/cache.py), the others
+wait for it and map the same files. No collective is open meanwhile, so a long preparation cannot time out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.batches import count_packs
+from trainers.cache import cache_root, make_once
 from trainers.chat import RowError, forget_truncation
 from trainers.config import ConfigError, TrainConfig
 from trainers.data_files import Columns, Split, column_names, find_columns, find_split, place_of, rows
@@ -26,7 +27,6 @@ from trainers.rows import COUNTS, Encoder, check_label_balance
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-    from filelock import BaseFileLock
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
@@ -68,11 +68,6 @@ class Prepared:
     key: str  # names the content: rows, tokenizer, template, and what the config says of rows
 
 
-def cache_root() -> Path:
-    """Where prepared data lies: $PHALANX_CACHE, or ~/.cache/phalanx."""
-    return Path(os.environ.get("PHALANX_CACHE") or Path.home() / ".cache" / "phalanx") / "data"
-
-
 def parts(config: TrainConfig) -> list[Part]:
     """What a run has rows for."""
     found: list[Part] = ["train"]
@@ -87,7 +82,6 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
         ConfigError: the split, a column or a row is not as the config says.
     """
     from datasets import Dataset, load_from_disk
-    from filelock import FileLock
 
     key, name = _split_of(config, part)
     split = find_split(config.data_path, name, key)
@@ -98,17 +92,15 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     columns = find_columns(names, config)
     fingerprint = _files_digest(split) if source is None else source._fingerprint
     folder = cache_root() / _cache_key(config, tokenizer, fingerprint, columns, part)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _waiting_for(FileLock(f"{folder}.lock")):
-        if not folder.exists():
-            unfinished = folder.with_suffix(".part")
-            shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted run left
-            raw = source if source is not None else _load_files(split, unfinished / "raw")
-            data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
-            data.save_to_disk(unfinished / "data")
-            (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
-            shutil.rmtree(unfinished / "raw", ignore_errors=True)
-            unfinished.rename(folder)
+
+    def make(unfinished: Path) -> None:
+        raw = source if source is not None else _load_files(split, unfinished / "raw")
+        data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
+        data.save_to_disk(unfinished / "data")
+        (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
+        shutil.rmtree(unfinished / "raw", ignore_errors=True)
+
+    make_once(folder, make)
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
@@ -120,23 +112,6 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     assert isinstance(dataset, Dataset)
     summary.blocks = count_packs(config, dataset)
     return Prepared(dataset, summary, folder.name)
-
-
-@contextmanager
-def _waiting_for(lock: BaseFileLock) -> Iterator[None]:
-    """Holds a lock; says so where another process has it for longer than a moment."""
-    from filelock import Timeout
-
-    try:
-        lock.acquire(timeout=2)
-    except Timeout:
-        if rank() == 0:
-            print("data: another process is preparing it; waiting.", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:

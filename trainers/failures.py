@@ -20,6 +20,7 @@ from trainers.config import (
 from trainers.out_of_memory import ran_out_of_memory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 # What safetensors and torch's zip writer say of a full disk; neither raises an OSError.
 _FULL_SIGNS = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)", re.I)
@@ -47,6 +48,11 @@ def disk_is_full(error: BaseException) -> bool:
         if _FULL_SIGNS.search(str(link)) or _TORCH_WRITER.search(str(link)):
             return True
     return False
+
+
+def knows_no_locks(error: OSError) -> bool:
+    """Whether a lock failed because the file system has none, as some mounts of Lustre and NFS."""
+    return error.errno in _NO_LOCKS
 
 
 def code_of(error: BaseException) -> int:

@@ -156,13 +156,16 @@ def _resolve_deepspeed_pointer() -> None:
 
 def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.attention import choose_attention
+    from trainers.cache import tell_prepared, wait_for_machine_0
     from trainers.data import parts, prepare
     from trainers.example import show_example
     from trainers.model import load_tokenizer, model_config
 
     config = settings.train
     tokenizer, new_tokens = load_tokenizer(config)
+    wait_for_machine_0()
     data = {part: prepare(config, tokenizer, part) for part in parts(config)}
+    tell_prepared()
     if rank() == 0:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:

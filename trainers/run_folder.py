@@ -13,11 +13,13 @@ import json
 import os
 import shutil
 import socket
+import time
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from trainers.config import ConfigError, TrainConfig
+from trainers.failures import knows_no_locks
 from trainers.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
 from trainers.settings import Settings
 
@@ -67,23 +69,37 @@ def check_free(folder: Path, config: TrainConfig) -> None:
         resume_checkpoint(folder, config, content=False)
 
 
-def hold(folder: Path) -> IO[str]:
+def hold(folder: Path, patience: float = 0.0) -> IO[str]:
     """Keeps the folder for this process, until it ends: two runs in one folder would ruin both.
+
+    Tries for `patience` seconds, and once at least.
 
     Raises:
         ConfigError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "just started"
-        raise ConfigError(
-            f"project_name: {folder} is in use: a run is going on there ({owner}). "
-            "Wait for its end, stop it, or give another project_name."
-        ) from None
+    file, end = (folder / LOCK).open("a+", encoding="utf-8"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            owner = file.read().strip() or "just started"
+            raise ConfigError(
+                f"project_name: {folder} is in use: a run is going on there ({owner}). "
+                "Wait for its end, stop it, or give another project_name."
+            ) from None
+        except OSError as error:
+            if not knows_no_locks(error):
+                raise
+            print(
+                f"note: {folder} cannot be locked ({error.strerror}); start no second run there", flush=True
+            )
+            return file
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -102,6 +118,9 @@ def holder(folder: Path) -> tuple[int, str] | None:
         except BlockingIOError:
             _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
             return int(pid), host
+        except OSError as error:
+            if not knows_no_locks(error):
+                raise
     return None
 
 

@@ -1,9 +1,10 @@
 """A real two-node SLURM on this machine: slurmctld, munged, and a slurmd in a network namespace a node.
 
-    host  10.S.T.1 -- bridge --+-- 10.S.T.11  phx<id>n1  (own network, host name, /etc/hosts)
+    host  10.S.T.1 -- bridge --+-- 10.S.T.11  phx<id>n1  (own network, host name, /etc/hosts, disk)
                                +-- 10.S.T.12  phx<id>n2
 
-S, T, the names and the port are random, so that several clusters can stand side by side. Needs root.
+Each node has a second interface that leads nowhere. S, T, the names and the port are random, so that several
+clusters can stand side by side. With ipv6 there are addresses fd00:S:T::11 alone. Needs root.
 """
 
 from __future__ import annotations
@@ -79,20 +80,23 @@ class Job:
 class Cluster:
     """Two nodes of `cpus` cores; `up` starts them, `down` leaves no process, namespace or link behind."""
 
-    def __init__(self, cpus: int = 4) -> None:
+    def __init__(self, cpus: int = 4, ipv6: bool = False) -> None:
         # Not below pytest's own folder: munge wants a path that everybody may pass.
         self.root, self.cpus = Path(tempfile.mkdtemp(prefix="phalanx-slurm-")), cpus
         draw = random.SystemRandom()
         self.id = f"{draw.randrange(16**4):04x}"
-        self.net = f"10.{draw.randrange(64, 250)}.{draw.randrange(1, 250)}"
+        numbers = draw.randrange(64, 250), draw.randrange(1, 250)
+        self.ipv6, self.bits = ipv6, 64 if ipv6 else 24
+        self.net = "fd00:{}:{}::".format(*numbers) if ipv6 else "10.{}.{}.".format(*numbers)
         self.port = draw.randrange(30000, 32000)
         self.bridge = f"phx{self.id}"
-        self.nodes = {f"phx{self.id}n{number}": f"{self.net}.{10 + number}" for number in (1, 2)}
+        self.nodes = {f"phx{self.id}n{number}": f"{self.net}{10 + number}" for number in (1, 2)}
         self.conf = self.root / "etc" / "slurm.conf"
+        self.disk = self.root / "disk"  # another one on each node
         self.environ = dict(os.environ) | {"SLURM_CONF": str(self.conf)}
 
     def up(self) -> None:
-        for name in ("etc", "run", "log", "state", "munge"):
+        for name in ("etc", "run", "log", "state", "munge", "disk"):
             (self.root / name).mkdir(parents=True)
         self.root.chmod(0o755)
         self._write_files()
@@ -115,13 +119,14 @@ class Cluster:
         host, root = socket.gethostname().split(".")[0], self.root
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={self.port + 1} CPUs={self.cpus} "
-            "RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            "RealMemory=4000 Gres=gpu:8 State=UNKNOWN"
             for name, address in self.nodes.items()
         )
         self.conf.write_text(
             f"""\
 ClusterName=phx{self.id}
-SlurmctldHost={host}({self.net}.1)
+SlurmctldHost={host}({self.net}1)
+{"CommunicationParameters=EnableIPv6,DisableIPv4" if self.ipv6 else ""}
 SlurmctldPort={self.port}
 SlurmUser=root
 SlurmdUser=root
@@ -151,13 +156,16 @@ ReturnToService=2
 MinJobAge=3600
 KillWait=10
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE DefaultTime=10 State=UP
 """
         )
         # GPUs are what device files there are; a plain file would leave CUDA_VISIBLE_DEVICES empty.
-        for number in (0, 1):
+        for number in range(8):
             os.mknod(root / "etc" / f"card{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-        (root / "etc" / "gres.conf").write_text(f"Name=gpu File={root}/etc/card[0-1]\n")
+        (root / "etc" / "gres.conf").write_text(f"Name=gpu File={root}/etc/card[0-7]\n")
         (root / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nConstrainDevices=no\n")
         hosts = [
             f"127.0.0.1 localhost {host}",
@@ -167,7 +175,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
 
     def _network(self) -> None:
         _call("ip", "link", "add", self.bridge, "type", "bridge")
-        _call("ip", "addr", "add", f"{self.net}.1/24", "dev", self.bridge)
+        self._address(self.net + "1", self.bridge)
         _call("ip", "link", "set", self.bridge, "up")
         for number, (name, address) in enumerate(self.nodes.items()):
             link = f"{self.bridge}v{number}"
@@ -175,14 +183,24 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
             _call("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
             _call("ip", "link", "set", link, "master", self.bridge, "up")
             _call("ip", "-n", name, "link", "set", "lo", "up")
-            _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._address(address, "eth0", name)
             _call("ip", "-n", name, "link", "set", "eth0", "up")
+            _call("ip", "-n", name, "link", "add", "astray0", "type", "veth", "peer", "name", "astray1")
+            _call("ip", "-n", name, "addr", "add", "192.168.77.1/24", "dev", "astray0")
+            for end in ("astray0", "astray1"):
+                _call("ip", "-n", name, "link", "set", end, "up")
+
+    def _address(self, address: str, device: str, node: str | None = None) -> None:
+        where = ("-n", node) if node else ()
+        at_once = ("nodad",) if self.ipv6 else ()  # not after a second of asking whether somebody has it
+        _call("ip", *where, "addr", "add", f"{address}/{self.bits}", "dev", device, *at_once)
 
     def _start_node(self, name: str) -> None:
         (self.root / f"spool.{name}").mkdir(exist_ok=True)
         # slurmd 22.05 asks for cgroups though no plugin uses them: an empty hierarchy, in this namespace.
         inside = (
             'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && '
+            'mount -t tmpfs none "$2/disk" && '
             "mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/systemd && "
             'exec slurmd -N "$1" -f "$2/etc/slurm.conf"'
         )

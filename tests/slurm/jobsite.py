@@ -11,6 +11,7 @@ from cluster import Cluster, Job
 
 REPO = Path(__file__).parent.parent.parent
 SCRIPT = str(REPO / "slurm" / "train.sh")
+EVALUATE = str(REPO / "slurm" / "evaluate.sh")
 STEPS, EVERY = 12, 4
 CONFIG = """\
 task: llm-sft
@@ -56,7 +57,7 @@ class Site:
         """`sbatch slurm/train.sh name.yaml flags`: two ranks."""
         ask = ("-N", str(nodes), "--cpus-per-task=1", *sbatch)
         argv = (*ask, SCRIPT, self.config(name), "--num-processes", "2", *flags)
-        return self.cluster.submit(self.folder, *argv, **self.environ, **more)
+        return self.cluster.submit(self.folder, *argv, **self.environ | more)
 
     def phalanx(self, *argv: str) -> tuple[int, str, str]:
         """A command of a user on the login node: its exit code and what it prints."""

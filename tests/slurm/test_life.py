@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import pytest
-from jobsite import slowly
+from jobsite import EVALUATE, STEPS, slowly
+from tiny import write_evaluation
+from tracked import wandb_files, wandb_history, wandb_run
 
 
-def under_way(site, name, nodes=1):
+def under_way(site, name, *flags, nodes=1, **environ):
     """A job that has taken five steps, and goes on."""
-    job = site.submit(name, nodes=nodes, **slowly())
+    job = site.submit(name, *flags, nodes=nodes, **slowly(), **environ)
     job.wait(lambda: site.step(name) >= 5, "it does not reach step 5")
     return job
 
@@ -33,9 +36,35 @@ def test_a_warning_saves_and_requeues_and_the_job_goes_on(site):
 
 
 def test_a_requeue_from_outside(site):
-    job = under_way(site, "requeued")
+    job = under_way(site, "requeued", "--log", "wandb", WANDB_MODE="offline")
     site.cluster.ask("scontrol", "requeue", job.number)
     finished(site, job, "requeued")
+    killed, last = wandb_files(site.folder / "requeued")
+    assert killed.name == last.name == f"run-{wandb_run(last).run_id}.wandb", "one run in the tracker"
+    assert wandb_history(last)[-1]["step"] == STEPS
+
+
+def test_a_job_that_makes_room_for_another_comes_back(site):
+    """The partition of the other is preferred; this one's gives a minute to end."""
+    job = under_way(site, "preempted")
+    other = site.cluster.submit(
+        site.folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    finished(site, job, "preempted")
+    assert other.end()[0] == "COMPLETED"
+    assert "stopped by SIGTERM: saved at step" in job.output
+    assert f"job {job.number} goes back into the queue" in job.output
+
+
+def test_a_job_that_was_suspended_does_not_hang(site):
+    """Its clock goes on meanwhile, and no rank gives a sign of life."""
+    job = under_way(site, "suspended", "--hang-timeout", "15", nodes=2)
+    sent = site.cluster.ask("scontrol", "suspend", job.number)
+    job.wait(lambda: job.state == "SUSPENDED", f"it is not suspended: {sent}")
+    time.sleep(25)  # longer than ASLEEP and hang_timeout
+    site.cluster.ask("scontrol", "resume", job.number)
+    finished(site, job, "suspended", nodes=2, restarts=0)
+    assert "failed first" not in job.output
 
 
 def test_the_time_limit_with_no_signal(site):
@@ -91,13 +120,20 @@ def test_status_and_logs(site):
     assert site.phalanx("logs", "nothing")[0] == 2
 
 
-def test_a_dependency(site):
+def test_what_depends_on_a_job(site):
+    """A run that goes on from its model, and its evaluation."""
     first = site.submit("before", "--max-steps", "1", "--save-strategy", "no")
-    flags = ("--dependency", f"afterok:{first.number}", "--max-steps", "1", "--save-strategy", "no")
+    after = f"afterok:{first.number}"
+    flags = ("--dependency", after, "--max-steps", "1", "--save-strategy", "no", "--cpus-per-task", "1")
     code, _, err = site.phalanx("submit", site.config("after"), *flags)
     assert code == 0, err
     assert "Dependency" in site.phalanx("status", "after")[1]
+    tasks = write_evaluation(site.folder / "tasks")
+    argv = (f"--dependency={after}", EVALUATE, "before", "--tasks", "capitals", "--include_path", str(tasks))
+    state, code, output = site.cluster.run(site.folder, *argv, **site.environ)
+    assert (state, code) == ("COMPLETED", 0), output
     assert first.end()[0] == "COMPLETED"
+    assert list((site.folder / "before" / "evaluation").glob("**/results_*.json"))
     site.cluster.wait(lambda: "COMPLETED" in site.phalanx("status", "after")[1], "it does not end", 120)
 
 

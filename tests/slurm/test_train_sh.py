@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
-from jobsite import REPO, losses, slowly
+from cluster import Cluster
+from jobsite import REPO, Site, losses, slowly
+
+from launcher.cli import build_parser
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
@@ -50,9 +54,9 @@ def test_an_array_of_three(site):
     lines = [
         f"--lr {rate} --project-name swept-{n}" for n, rate in enumerate(("1e-4", "1e-3", "1e-2"), start=1)
     ]
-    (site.folder / "sweep.txt").write_text("\n".join(lines) + "\n")
+    (site.folder / "three.txt").write_text("\n".join(lines) + "\n")
     more = ("--num-processes", "2", "--max-steps", "2", "--save-strategy", "no", "--cpus-per-task", "1")
-    code, out, err = site.phalanx("submit", config, "--array", "sweep.txt", "--parsable", *more)
+    code, out, err = site.phalanx("submit", config, "--array", "three.txt%2", "--parsable", *more)
     assert code == 0, err
     job = out.strip()
     site.cluster.wait(
@@ -66,8 +70,74 @@ def test_an_array_of_three(site):
     assert code == 0 and out.startswith("swept-2  "), out + err
 
 
+def test_nodes_with_disks_of_their_own_each_prepare_the_data(site):
+    """The cache has one name and is another on each node. Of two interfaces the right one is taken."""
+    local = site.folder / "local.env"
+    local.write_text(
+        Path(site.environ["PHALANX_SITE_ENV"]).read_text() + f"export PHALANX_CACHE={site.cluster.disk}\n"
+    )
+    job = site.submit("local", "--max-steps", "1", nodes=2, PHALANX_SITE_ENV=str(local))
+    state, _, output = job.end()
+    assert state == "COMPLETED", output
+    assert f"cache: {site.cluster.disk}/data is not shared by the machines: each prepares the data" in output
+    assert output.count("network: GLOO_SOCKET_IFNAME=eth0") == 2
+
+
+def test_the_commands_of_the_page(site):
+    """Each of docs/slurm.md is understood: by sbatch, by submit's checks, or by the command's parser."""
+    page = (REPO / "docs" / "slurm.md").read_text()
+    lines = [line for block in page.split("```\n")[1::2] for line in block.splitlines()]
+    commands = [
+        shlex.split(line, comments=True) for line in lines if line.startswith(("phalanx ", "sbatch "))
+    ]
+    assert len(commands) >= 10
+    (site.folder / "slurm").symlink_to(REPO / "slurm")
+    (site.folder / "config.yaml").write_text((site.folder / site.config("my-run")).read_text())
+    for name in ("sweep.txt", "sweep-of-configs.txt"):
+        (site.folder / name).write_text(block_after(page, f"`{name}`"))
+    for other in ("a.yaml", "b.yaml"):
+        (site.folder / other).write_text((site.folder / site.config(other[0])).read_text())
+    for command in commands:
+        if command[0] == "sbatch":
+            done = site.cluster.call(site.folder, "sbatch", "--test-only", *command[1:], **site.environ)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        elif command[1] == "submit":
+            code, out, err = site.phalanx(*command[1:], "--dry-run")
+            assert code == 0 and out.startswith("sbatch "), f"{command}: {err}"
+        else:
+            build_parser(command[1]).parse_args(command[1:])
+
+
+def block_after(page, words):
+    """The first block of a page after some words."""
+    return page.partition(words)[2].split("```\n")[1]
+
+
+@pytest.mark.slow
+def test_a_cluster_with_ipv6_alone(site):
+    """The nodes' names and the controller have no other addresses."""
+    other = Cluster(ipv6=True)
+    try:
+        other.up()
+        for backend in ("ddp", "fsdp"):
+            job = Site(other, site.folder, site.model, site.environ).submit(
+                f"six-{backend}", "--distributed-backend", backend, nodes=2
+            )
+            state, _, output = job.end()
+            assert state == "COMPLETED", output + other.logs()
+            assert losses(site.folder / f"six-{backend}") == pytest.approx(
+                losses(site.unbroken("--distributed-backend", backend, nodes=2)), abs=1e-4
+            )
+    finally:
+        other.down()
+
+
 def test_scripts_are_plain_bash():
-    for name in ("train.sh", "array.sh"):
+    """sbatch runs a copy of a script from elsewhere, so each has the lines that set the site up."""
+    preambles = set()
+    for name in ("train.sh", "array.sh", "evaluate.sh"):
         text = (REPO / "slurm" / name).read_text()
-        assert text.startswith("#!/usr/bin/env bash\n") and "eval" not in text and "SLURM_PROCID" not in text
+        assert text.startswith("#!/usr/bin/env bash\n") and "eval " not in text and "SLURM_PROCID" not in text
+        preambles.add(text[text.index("set -euo") : text.index("fi\n")])
+    assert len(preambles) == 1
     assert Path(REPO / "slurm" / "site.env.example").exists()

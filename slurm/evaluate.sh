@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Evaluates the final model of a run with lm-eval, when its job has ended well:
+#
+#   job=$(phalanx submit config.yaml --parsable)
+#   sbatch --dependency=afterok:$job slurm/evaluate.sh my-run --tasks arc_easy,hellaswag
+#SBATCH --job-name=phalanx-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=phalanx-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# If that job fails, this one is not needed, and does not wait for ever.
+#SBATCH --kill-on-invalid-dep=yes
+
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+site=${PHALANX_SITE_ENV:-slurm/site.env}
+if [ -f "$site" ]; then
+    # shellcheck source=/dev/null
+    source "$site"
+fi
+
+exec srun --ntasks-per-node=1 phalanx evaluate "$@"

@@ -1,0 +1,107 @@
+"""The cache of prepared data: made once, whole or not at all, by whoever may."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainers import cache
+from trainers.cache import WAITS, cache_root, make_once, tell_prepared, wait_for_machine_0
+from trainers.config import ConfigError
+
+
+def fill(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "data").write_text("whole")
+
+
+def test_it_is_made_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.05)
+        fill(folder)
+
+    threads = [threading.Thread(target=make_once, args=(tmp_path / "key", make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.lock"}
+
+
+def test_a_node_that_was_sooner_wins(tmp_path: Path) -> None:
+    """As where the file system knows no locks between nodes."""
+
+    def make(folder: Path) -> None:
+        fill(folder)
+        (tmp_path / "key").mkdir()
+        (tmp_path / "key" / "data").write_text("the other's")
+
+    make_once(tmp_path / "key", make)
+    assert (tmp_path / "key" / "data").read_text() == "the other's"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = socket.gethostname()
+    names = {
+        "dead": f"key.{here}.{gone.pid}.part",
+        "alive": f"key.{here}.{os.getppid()}.part",
+        "elsewhere": "key.node7.example.org.12.part",
+        "long ago": "key.node8.13.part",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / names["long ago"], (0, 0))
+    make_once(tmp_path / "key", fill)
+    left = {name for name, path in names.items() if (tmp_path / path).exists()}
+    assert left == {"alive", "elsewhere"}
+
+
+def test_a_failure_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        folder.mkdir()
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        make_once(tmp_path / "key", fails)
+    assert not (tmp_path / "key").exists()
+    make_once(tmp_path / "key", fill)
+    assert (tmp_path / "key" / "data").exists()
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"PHALANX_CACHE: .*file/data cannot be made: Not a directory"):
+        cache_root()
+
+
+def test_the_ranks_of_another_machine_wait_for_machine_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LOOK_SECONDS", 0.01)
+    for name in ("machine-0", "machine-1"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("PHALANX_LOG_DIR", str(tmp_path / "machine-1"))
+    wait_for_machine_0()  # with a cache of its own
+    monkeypatch.setenv(WAITS, "1")
+    waits = threading.Thread(target=wait_for_machine_0)
+    waits.start()
+    waits.join(0.1)
+    assert waits.is_alive()
+    tell_prepared()  # rank 0; the attempt's folder is the same
+    waits.join(10)
+    assert not waits.is_alive()

@@ -1,0 +1,80 @@
+"""`phalanx evaluate`: lm-eval's command, and a real evaluation of rows that lie on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_evaluation
+
+from launcher import evaluate
+from launcher.cli import main
+from launcher.evaluate import command
+from trainers.config import ConfigError
+
+
+@pytest.fixture
+def whole(work: Path) -> Path:
+    folder = Path("run")
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    return folder
+
+
+def test_a_whole_model(whole: Path) -> None:
+    assert command(whole, ["--tasks", "arc_easy", "--limit", "10"], 0) == [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=run"),
+        *("--output_path", "run/evaluation", "--tasks", "arc_easy", "--limit", "10"),
+    ]
+
+
+def test_an_adapter_on_its_base(work: Path) -> None:
+    Path("run").mkdir()
+    Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    argv = command(Path("run"), ["--model_args", "dtype=float32", "-o", "elsewhere"], 1)
+    position = argv.index("--model_args")
+    assert argv[position + 1 : position + 3] == [
+        "pretrained=org/base,peft=run,tokenizer=run",
+        "dtype=float32",
+    ]
+    assert argv[argv.index("--output_path") + 1] == "elsewhere"
+
+
+def test_each_gpu_takes_a_share_unless_the_model_is_spread_over_them(whole: Path) -> None:
+    argv = command(whole, ["--tasks", "a"], 4)
+    assert argv[2] == "accelerate.commands.launch" and argv[argv.index("--num_processes") + 1] == "4"
+    assert argv[argv.index("lm_eval") - 1] == "-m"
+    assert command(whole, ["--model_args", "parallelize=True"], 4)[2] == "lm_eval"
+
+
+def test_what_cannot_be_evaluated(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "nothing", "--tasks", "arc_easy"]) == 2
+    assert "nothing: there is no final model" in capsys.readouterr().err
+    Path("run").mkdir()
+    Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a,trust=1"}))
+    with pytest.raises(ConfigError, match="no path with a comma"):
+        command(Path("run"), [], 0)
+    with pytest.raises(ConfigError, match="write name=value, not JSON"):
+        command(Path("run"), ["--model_args", '{"dtype": "float32"}'], 0)
+
+
+def test_without_lm_eval(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    assert main(["evaluate", "run", "--tasks", "arc_easy"]) == 2
+    assert "pip install 'phalanx[evaluate]'" in capsys.readouterr().err
+
+
+def test_a_real_evaluation(work: Path, tiny_model: Path) -> None:
+    Path("run").symlink_to(tiny_model)
+    tasks = write_evaluation(Path("tasks"))
+    argv = ["evaluate", "run", "--tasks", "capitals", "--include_path", str(tasks), "-o", "out"]
+    done = subprocess.run([sys.executable, "-m", "launcher", *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [results] = Path("out").glob("**/results_*.json")
+    assert json.loads(results.read_text())["results"]["capitals"]["acc,none"] in (0.0, 0.5, 1.0)
