@@ -58,7 +58,8 @@ def files_of_a_machine(folder: Path, environ: dict[str, str]) -> int:
 
 
 def submit(folder: Path, nodes: int) -> None:
-    argv = ["submit", "config.yaml", "--nodes", str(nodes), "--gpus-per-node", str(GPUS), "--dry-run"]
+    argv = ["submit", "config.yaml", "--nodes", str(nodes), "--gpus-per-node", str(GPUS)]
+    argv += ["--project-name", "another", "--dry-run"]
     environ = os.environ | {"PYTHONPATH": str(REPO)}
     command = [sys.executable, "-m", "launcher", *argv]
     subprocess.run(command, cwd=folder, env=environ, check=True, stdout=subprocess.DEVNULL)
