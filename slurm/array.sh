@@ -26,6 +26,10 @@ if [ -f "$site" ]; then
     # shellcheck source=/dev/null
     source "$site"
 fi
+# From 22.05 on srun does not take sbatch's --cpus-per-task over, and where it binds tasks, binds them to one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 
 list=$1
 shift

@@ -24,6 +24,10 @@ if [ -f "$site" ]; then
     # shellcheck source=/dev/null
     source "$site"
 fi
+# From 22.05 on srun does not take sbatch's --cpus-per-task over, and where it binds tasks, binds them to one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 
 # One task on each node starts the ranks of that node. Rank, address and port are read inside the task: here they
 # would be the same on every node. The tasks restart failed ranks among themselves, so one that ends early is no

@@ -138,6 +138,19 @@ def test_what_depends_on_a_job(site):
 
 
 @pytest.mark.slow
+def test_a_job_that_comes_back_in_vain_ends(site):
+    """The third start in a row that finds nothing new is the last."""
+    job = site.submit("in-vain", **slowly(20.0))
+    for count in range(3):
+        job.wait(lambda count=count: job.output.count("example: ") > count, f"start {count} does not train")
+        site.cluster.ask("scontrol", "requeue", job.number)
+        job.wait(lambda count=count: job.facts["Restarts"] == str(count + 1), "it is not requeued")
+    state, code, output = job.end()
+    assert (state, code, job.facts["Restarts"]) == ("FAILED", 2, "3"), output
+    assert f"error: job {job.number}: 3 starts in a row came no further; it does not come back" in output
+
+
+@pytest.mark.slow
 def test_slurmd_is_killed_and_comes_back(site):
     """The job does not notice."""
     node = list(site.cluster.nodes)[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from jobsite import REPO, Site, losses, slowly
+from jobsite import REPO, SCRIPT, Site, losses, slowly
 
 from launcher.cli import build_parser
 
@@ -41,12 +41,27 @@ def test_two_jobs_on_one_node_at_once(site):
         site.same_end(f"side-{number}")
 
 
-def test_gpus_of_the_job_are_its_own(site):
-    """Fake ones: SLURM hands them out, and NVML sees none."""
-    job = site.submit("gpus", "--max-steps", "1", "--save-strategy", "no", sbatch=("--gpus-per-node=2",))
-    state, _, output = job.end()
-    assert state == "COMPLETED", output
-    assert job.facts["TresPerNode"] == "gres:gpu:2"
+@pytest.mark.parametrize(
+    ("flags", "gpus", "cores"),
+    [
+        (("--gpus-per-node=2", "--cpus-per-task=2"), "0,1", "2"),
+        (("--gres=gpu:2", "--cpus-per-task=3"), "0,1", "3"),
+        (("--gpus-per-node=1",), "0", ""),
+        (("--cpus-per-task=2",), "", "2"),
+    ],
+)
+def test_what_a_task_is_given(site, flags, gpus, cores):
+    """In place of phalanx a script says it. The GPUs are files: SLURM hands them out, and NVML sees none."""
+    folder = site.folder / "instead"
+    folder.mkdir(exist_ok=True)
+    (folder / "phalanx").write_text(
+        '#!/bin/bash\necho "$@: GPUs ${CUDA_VISIBLE_DEVICES-}; cores ${SLURM_CPUS_PER_TASK-}"\n'
+    )
+    (folder / "phalanx").chmod(0o755)
+    (folder / "site.env").write_text(f'PATH="{folder}:$PATH"\n')
+    environ = {"PHALANX_SITE_ENV": str(folder / "site.env")}
+    state, _, output = site.cluster.run(site.folder, *flags, SCRIPT, "a b.yaml", **environ)
+    assert (state, output) == ("COMPLETED", f"train a b.yaml: GPUs {gpus}; cores {cores}\n")
 
 
 def test_an_array_of_three(site):
@@ -138,6 +153,6 @@ def test_scripts_are_plain_bash():
     for name in ("train.sh", "array.sh", "evaluate.sh"):
         text = (REPO / "slurm" / name).read_text()
         assert text.startswith("#!/usr/bin/env bash\n") and "eval " not in text and "SLURM_PROCID" not in text
-        preambles.add(text[text.index("set -euo") : text.index("fi\n")])
+        preambles.add(text[text.index("set -euo") : text.index("    export SRUN_CPUS_PER_TASK")])
     assert len(preambles) == 1
     assert Path(REPO / "slurm" / "site.env.example").exists()
