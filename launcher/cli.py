@@ -243,8 +243,9 @@ def _train(run: Run, layout: Topology) -> int:
             print(f"note: {note}")
         where = "GPU" if layout.on_gpu else "CPU"
         print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
-        for variable, name in command.socket_interfaces(layout, os.environ).items():
-            print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
+        if layout.num_machines > 1:
+            for variable, name in command.socket_interfaces(layout, os.environ).items():
+                print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
         code = supervise.train(run, layout, chosen, signals)
     if code == 0 and layout.machine_rank == 0:
         print(f"done: {run.folder} (model, run.json, metrics.jsonl)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.backend import Backend
 from launcher.config import Run
-from launcher.topology import Topology, interface_to
+from launcher.topology import LOOPBACK, Topology, interface_to
 from trainers.config import MODULES
 from trainers.stopping import JOB_END
 
@@ -33,14 +33,13 @@ def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) 
 
 
 def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:
-    """By which network interface the ranks of several machines talk, where the site has not said it.
+    """By which network interface the ranks talk, where the site has not said it: on one machine, loopback.
 
     `=` is for NCCL, which else takes every interface whose name begins so.
     """
-    if (
-        topology.num_machines == 1
-        or (name := interface_to(topology.neighbour or topology.main_process_ip)) is None
-    ):
+    several = topology.num_machines > 1
+    name = interface_to((topology.neighbour or topology.main_process_ip) if several else LOOPBACK)
+    if name is None:
         return {}
     found = {"NCCL_SOCKET_IFNAME": f"={name}", "GLOO_SOCKET_IFNAME": name}
     return {variable: value for variable, value in found.items() if variable not in base}

@@ -38,7 +38,7 @@ from trainers.run_folder import LAUNCH, claim, hold, release
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
-TAKE_SECONDS = 2.0  # `phalanx status` has the folder's lock for a moment
+TAKE_SECONDS = 0.5  # `phalanx status` has the folder's lock for a moment
 RETAKE_SECONDS = 180.0  # by a job that came back: a file server may keep the lock of a lost node for a while
 PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
 

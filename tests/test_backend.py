@@ -295,8 +295,13 @@ def test_environment(resolve: Resolve) -> None:
     run, topology, _ = resolve(token="hf_secret")
     base = {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     made = build_environment(run, topology, base, HERE, live_terminal=False)
-    ours = {"PHALANX_LOG_DIR": str(HERE), "PHALANX_LIVE": "0", "OMP_NUM_THREADS": "8"}
-    assert made == {**base, **ours, "HF_TOKEN": "hf_secret"}
+    ours = {
+        "PHALANX_LOG_DIR": str(HERE),
+        "PHALANX_LIVE": "0",
+        "OMP_NUM_THREADS": "8",
+        "HF_TOKEN": "hf_secret",
+    }
+    assert made == {**base, **ours, "NCCL_SOCKET_IFNAME": "=lo", "GLOO_SOCKET_IFNAME": "lo"}
     assert build_environment(run, topology, base, HERE, live_terminal=True)["PHALANX_LIVE"] == "1"
     assert base == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     assert "HF_TOKEN" not in build_environment(resolve()[0], topology, base, HERE, live_terminal=False)
@@ -310,7 +315,8 @@ def test_the_interface_between_machines(resolve: Resolve) -> None:
     made = build_environment(run, topology, {}, HERE, live_terminal=False)
     assert made["NCCL_SOCKET_IFNAME"] == "=lo", "and not every one whose name begins so"
     run, topology, _ = resolve(num_processes=2)
-    assert "GLOO_SOCKET_IFNAME" not in build_environment(run, topology, {}, HERE, live_terminal=False)
+    made = build_environment(run, topology, {}, HERE, live_terminal=False)
+    assert made["GLOO_SOCKET_IFNAME"] == "lo", "the ranks of one machine need no other"
 
 
 def test_threads_that_were_asked_for_stay(resolve: Resolve) -> None:

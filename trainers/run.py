@@ -78,6 +78,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
 
     from trainers.agreement import check_alike
     from trainers.pickles import allow_deepspeed, weights_only
+    from trainers.rendezvous import meet_on_loopback
     from trainers.trackers import open_tracker
 
     allow_deepspeed() if "ACCELERATE_USE_DEEPSPEED" in os.environ else weights_only()
@@ -85,8 +86,10 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
+    store = meet_on_loopback()
     with taking_batches() if config.precompute_ref_log_probs else nullcontext():
         trainer = build(context)
+    del store  # the process group has it now
     complete(trainer, context)
     check_alike(trainer.agreement, _of_all_ranks(settings, context))
     checkpoint, passed = trainer.find_checkpoint()

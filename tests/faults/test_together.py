@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 
+import psutil
 import pytest
 from planted import EVERY
 from ranks import BACKENDS
@@ -18,7 +19,7 @@ def test_two_runs_on_one_machine(faults):
 
 
 def test_two_runs_in_one_folder(faults):
-    first = faults.start("shared", "ddp", pause=0.2)
+    first = faults.start("shared", "ddp", pause=1.0)
     first.wait_for_step(1)
     for flags in ((), ("--resume",), ("--overwrite",)):
         second = faults.run("shared", "ddp", *flags)
@@ -30,6 +31,22 @@ def test_two_runs_in_one_folder(faults):
                 in second.err
             )
     faults.same_end(first.end(), "ddp")
+
+
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_the_ranks_of_one_machine_listen_on_loopback_alone(faults, backend):
+    """Neither torch's rendezvous nor Gloo asks for a password."""
+    running = faults.start(f"alone-{backend}", backend, pause=0.2)
+    running.wait_for_step(1)
+    ranks = [psutil.Process(running.pid(rank)) for rank in (0, 1)]
+    addresses = {
+        found.laddr.ip
+        for process in ranks
+        for found in process.net_connections("inet")
+        if found.status == psutil.CONN_LISTEN
+    }
+    assert addresses == {"127.0.0.1"}
+    faults.same_end(running.end(), backend)
 
 
 def test_a_port_that_is_taken(faults):
