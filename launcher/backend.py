@@ -187,9 +187,6 @@ RULES = (
     Rule("attention", lambda c: c.train.attention in ("flash_attention_2", "varlen", "flex_attention")
          and not c.topology.on_gpu, "it needs a GPU, and there is none.",
          "Use attention: auto, which takes documents here."),
-    Rule("auto_find_batch_size", lambda c: c.train.auto_find_batch_size and c.topology.num_machines > 1,
-         "each machine starts its own ranks again, and several would not do so together.",
-         "Let one machine find the batch_size (num_machines: 1), and set that."),
     Rule("unsloth", lambda c: c.train.unsloth and c.several, "unsloth does not run on several ranks.",
          "Use unsloth: false."),
     Rule("log", lambda c: c.train.log == "wandb" and not installed("wandb"),

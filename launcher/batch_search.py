@@ -113,9 +113,8 @@ def advice(
         return [f"Lower tokens_per_batch ({budget}) and raise gradient_accumulation by as much."]
     smaller = next_smaller(run.train)
     if of_batches and smaller and not run.train.auto_find_batch_size:
-        search = ", or auto_find_batch_size: true" if topology.num_machines == 1 else ""
         values = "batch_size: {} and gradient_accumulation: {}".format(*smaller)
-        return [f"Set {values} (the same global batch){search}."]
+        return [f"Set {values} (the same global batch), or auto_find_batch_size: true."]
     stage = run.launch.zero_stage or AUTOTRAIN_ZERO_STAGE
     case = Case(run.train, backend, topology, run.launch.offload, stage)
     mends = [mend.text(case) for mend in MENDS if mend.helps(case) and (of_batches or not mend.of_batches)]

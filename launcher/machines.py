@@ -45,6 +45,7 @@ class Order:
     attempt: int
     port: int
     resume: bool = False  # from the newest checkpoint
+    batch_size: int | None = None  # None: as it was; else what auto_find_batch_size has come to
     end: int | None = None
 
 

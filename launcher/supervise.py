@@ -143,7 +143,8 @@ class Supervisor:
         last one need not be now."""
         port = self.run.launch.main_process_port or free_port()
         newest = self.run.train.resume is True  # not of a checkpoint that the user has named
-        return Order(attempt.next_attempt(self.run.folder), port, newest, end)
+        size = self.run.train.batch_size if self.tried else None
+        return Order(attempt.next_attempt(self.run.folder), port, newest, size, end)
 
     def _follow(self, order: Order) -> None:
         """Sets the attempt up; machine 0 has done so when it decided, but for the rendezvous."""
@@ -151,6 +152,10 @@ class Supervisor:
         self.topology = replace(self.topology, main_process_port=order.port)
         if order.resume and self.run.train.resume is not True:
             self.run = self._resumed()
+        while order.batch_size is not None and order.batch_size < self.run.train.batch_size:
+            smaller = with_smaller_batch(self.run)
+            assert smaller is not None, "machine 0 has found it on the same way"
+            self.run = smaller
 
     def _attempt(self) -> Outcome:
         """Starts the ranks once, and waits for their end."""

@@ -780,8 +780,6 @@ PAIRS = [
      ["use_flash_attention_2", "no GPU", "use_flash_attention_2: false"]),
     (GPUS, ["--use-flash-attention-2"], ["use_flash_attention_2", "mixed_precision: bf16"]),
     (OLD, ["--use-flash-attention-2", "--mixed-precision", "fp16"], ["use_flash_attention_2", "8.0"]),
-    (machine(), [*TWO, "--num-machines", "2", "--main-process-ip", "10.0.0.1", "--auto-find-batch-size"],
-     ["auto_find_batch_size", "several", "num_machines: 1"]),
     (machine(), ["--attention", "varlen"], ["attention", "needs a GPU", "attention: auto"]),
     (GPUS, ["--attention", "eager", "--use-flash-attention-2", "--mixed-precision", "bf16"],
      ["attention", "use_flash_attention_2", "Keep one of the two"]),

@@ -209,8 +209,6 @@ GPUS = machine(gpus=2)
          ["Set batch_size: 4 and gradient_accumulation: 8 (the same global batch), or "
           "auto_find_batch_size: true."],
          ["What needs less"]),
-        (GPUS, {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1"}, [8], True,
-         ["Set batch_size: 4"], ["auto_find"]),
         (GPUS, {"tokens_per_batch": 4096}, [8], True,
          ["Lower tokens_per_batch (4096) and raise gradient_accumulation"], ["batch_size: 4", "auto_find"]),
         (GPUS, {"batch_size": 1}, [1], True,

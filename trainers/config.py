@@ -270,7 +270,7 @@ class TrainConfig(BaseModel):
     auto_find_batch_size: bool = Field(
         False,
         description="When memory runs out, start again with half the batch_size and twice the "
-        "gradient_accumulation, from the newest checkpoint (one machine).",
+        "gradient_accumulation, from the newest checkpoint.",
     )
     optimizer: str = Field(
         "adamw_torch", description="Any optimiser name of transformers' TrainingArguments.optim."

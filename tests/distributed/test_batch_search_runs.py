@@ -141,3 +141,22 @@ def test_by_hand_the_rank_says_that_the_launcher_searches(bench: Bench, tmp_path
     assert "note: auto_find_batch_size: has no effect without the launcher" in run.out
     assert "error: rank 1 ran out of memory. Lower batch_size" in run.err
     assert "phalanx train config.yaml --auto-find-batch-size" in run.err
+
+
+def test_two_machines_search_together(bench: Bench, trained, tmp_path: Path):
+    """The rank whose memory runs out is on the second."""
+    small = on_small_device(tmp_path, 1)
+    flags = [*BACKENDS["ddp"], *TWICE, "--per-device-eval-batch-size", "1", "--auto-find-batch-size"]
+    flags += ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--machine-rank"]
+    first, second = [bench.start("search-together", *flags, str(number), **small) for number in (0, 1)]
+    out, err = first.communicate(timeout=300)
+    assert second.wait(timeout=60) == 0, second.communicate()
+    assert first.returncode == 0, out + err
+    assert (
+        "rank 1 ran out of memory with batch_size 2: trying batch_size 1 and gradient_accumulation 2" in out
+    )
+    run = Finished(bench.root / "search-together", 0, out, err)
+    configs = sorted((run.folder / "launch").glob("attempt-*/machine-*/config.json"))
+    sizes = [json.loads(path.read_text())["config"]["batch_size"] for path in configs]
+    assert sizes == [2, 2, 1, 1]
+    assert run.losses == pytest.approx(trained("ddp", "full").losses, abs=1e-6)
