@@ -52,7 +52,7 @@ def environment(nodes: int) -> dict[str, str]:
 def files_of_a_machine(folder: Path, environ: dict[str, str]) -> int:
     """Config, topology, backend, and what is written for an attempt; returns the number of ranks."""
     run = load_run(folder / "config.yaml", {})
-    topology = resolve_topology(run.launch, NODE, run.train.project_name, environ)
+    topology = resolve_topology(run.launch, NODE, environ)
     attempt.prepare(run, topology, resolve_backend(run, topology), 1)
     return topology.num_processes
 

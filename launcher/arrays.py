@@ -94,6 +94,8 @@ def _lines(sweep: Path) -> list[str]:
     try:
         with sweep.open(encoding="utf-8", newline="") as file:
             lines = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--array: {sweep} is no text in UTF-8: {error}.") from None
     except OSError as error:
         raise ConfigError(
             f"--array: {sweep}: {error.strerror}. Give a file with a line of flags a run, or numbers (1-8%2)."

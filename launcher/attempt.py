@@ -252,12 +252,15 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        ends = (signal.SIGINT, signal.SIGTERM)
         if self.received is None:
             name = signal.Signals(number).name
-            os.write(2, f"{name}: the ranks save at the end of this step, then stop\n".encode())
+            os.write(2, f"{name}: what trains saves at the end of this step, then stops\n".encode())
             self.received = number
-        elif number in (signal.SIGINT, signal.SIGTERM):
+        elif number in ends and self.received in ends:
             self.twice = True
+        elif number in ends:  # somebody ends what was only warned
+            self.received = number
 
     def pass_on(self, ranks: Mapping[int, int]) -> None:
         """Passes what was received to the ranks that have not got it."""

@@ -214,13 +214,17 @@ def _run(command: str, options: dict[str, Any]) -> int:
     if command != "show":
         run = slurm.going_on(run)
     try:
-        layout = topology.resolve_topology(run.launch, topology.detect_hardware(), run.train.project_name)
+        layout = topology.resolve_topology(run.launch, topology.detect_hardware())
         return _show(run, layout, as_json) if command == "show" else _train(run, layout)
-    except ConfigError as error:
+    except machines.AnotherRefused:
+        raise
+    except Exception as error:
         message, (number, count) = _located(run, str(error)), slurm.this_node()
         if command != "show" and count > 1:
             machines.refuse(run.folder, number, slurm.this_start(), message)
-        raise ConfigError(message) from None
+        if isinstance(error, ConfigError):
+            raise ConfigError(message) from None
+        raise
 
 
 def _located(run: Run, message: str) -> str:

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.journal import JOBS, jobs
+from launcher.journal import JOBS, ended, jobs
 from launcher.slurm import ENDED, NoAnswer, NoSlurm, ask, facts
 from trainers.config import ConfigError
 from trainers.manifest import CHECKPOINT_PREFIX
 from trainers.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
 
 FOLLOW_SECONDS = 0.5
+AT_WORK = ("RUNNING", "COMPLETING")
 UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
 STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
 
@@ -84,8 +85,10 @@ def _state(folder: Path, job: str | None) -> tuple[str, str | None, int]:
     if job is not None:
         try:
             known = facts(job)
-            reason = known.get("Reason", "None")
-            return known["JobState"], None if reason == "None" else reason, int(known.get("Restarts", "0"))
+            reason, state = known.get("Reason", "None"), known["JobState"]
+            # A job may make several runs, one after the other.
+            if not (ended(folder, job) and state in AT_WORK):
+                return state, None if reason == "None" else reason, int(known.get("Restarts", "0"))
         except NoAnswer as error:
             return UNKNOWN, str(error), 0
         except NoSlurm:
@@ -163,10 +166,13 @@ def show_logs(name: str, rank: int, follow: bool) -> int:
     """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
     folder = _one(name)
     seen: Path | None = None
-    for path in _logs(folder, rank, follow):
-        if path != seen:
-            print(f"--- {path}", file=sys.stderr)
-        seen = path
+    try:
+        for path in _logs(folder, rank, follow):
+            if path != seen:
+                print(f"--- {path}", file=sys.stderr)
+            seen = path
+    except KeyboardInterrupt:  # the way to end it; the run goes on
+        return 128 + signal.SIGINT
     if seen is None:
         raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
     return 0
@@ -240,17 +246,19 @@ def cancel(name: str) -> int:
 
 
 def _cancel_job(folder: Path, job: str) -> str | None:
-    """What was done; None where the job has ended, or SLURM knows it no more."""
+    """What was done; None where the job, or the run within it, has ended, or SLURM knows it no more."""
     try:
         state = facts(job)["JobState"]
     except NoAnswer:
         raise
     except NoSlurm:
         return None
-    if state in ENDED or state == "COMPLETING":
+    if state in ENDED or (ended(folder, job) and state in AT_WORK):
         return None
     try:
         if state == "RUNNING" and _has_begun(job):
+            # It may be on its way back into the queue: it shall not go.
+            ask("scontrol", "update", f"JobId={job}", "Requeue=0")
             ask(
                 "scancel", "--signal=TERM", job
             )  # its steps alone: the ranks save, and the job ends by itself

@@ -19,22 +19,35 @@ def note(folder: Path, job: str, step: int | None = None, restart: int = 0) -> N
 
     `restart` is SLURM's count of the job's restarts.
     """
+    _add(folder, job, step=step, restart=restart)
+
+
+def note_end(folder: Path, job: str) -> None:
+    """Notes that a run has ended within a job, which may go on with others."""
+    _add(folder, job, end=True)
+
+
+def _add(folder: Path, job: str, **what: Any) -> None:
     path = folder / JOBS
     path.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"job": job, "time": round(time.time()), "step": step, "restart": restart}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(json.dumps({"job": job, "time": round(time.time()), **what}) + "\n")
 
 
 def jobs(folder: Path) -> list[str]:
     """The jobs of a run; the one that was submitted or started last stands last."""
-    latest_first = dict.fromkeys(entry["job"] for entry in reversed(_noted(folder)))
+    latest_first = dict.fromkeys(entry["job"] for entry in reversed(_noted(folder)) if "end" not in entry)
     return list(reversed(latest_first))
 
 
 def started(folder: Path, job: str) -> bool:
     """Whether a job has had the run's folder before."""
-    return any(entry["job"] == job and entry["step"] is not None for entry in _noted(folder))
+    return bool(_starts(folder, job))
+
+
+def ended(folder: Path, job: str) -> bool:
+    """Whether the run has ended within the job, since the job's last start of it."""
+    return any("end" in entry for entry in [entry for entry in _noted(folder) if entry["job"] == job][-1:])
 
 
 def starts_in_vain(folder: Path, job: str) -> int:
@@ -42,9 +55,12 @@ def starts_in_vain(folder: Path, job: str) -> int:
 
     Runs that one start of a job makes one after the other in the same folder count as one.
     """
-    noted = [entry for entry in _noted(folder) if entry["job"] == job and entry["step"] is not None]
-    steps = list({entry["restart"]: entry["step"] for entry in noted}.values())
+    steps = list({entry.get("restart", 0): entry["step"] for entry in _starts(folder, job)}.values())
     return sum(1 for _ in takewhile(lambda step: step == steps[-1], reversed(steps[:-1])))
+
+
+def _starts(folder: Path, job: str) -> list[dict[str, Any]]:
+    return [entry for entry in _noted(folder) if entry["job"] == job and entry.get("step") is not None]
 
 
 def _noted(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@
     launch/attempt-K/machine-M/ended.json   how the attempt ended there
     launch/attempt-K/cut.json               machine 0: the end of one of them that all must follow
     launch/attempt-K/order.json             machine 0, when it has ended everywhere: what all do next
+    launch/attempt-K/prepared               machine 0's rank 0: the data is there (trainers/cache.py)
 
 Machine 0 alone decides, and the others look at its files alone. A run of one machine writes none of this.
 Before it begins, machine 0 leaves its word in the cache of prepared data: who finds it shares that cache.
@@ -54,7 +55,6 @@ class Ended:
     """How an attempt ended on a machine; `stopped` is the signal that ended it, `saved` what was saved."""
 
     machine: int
-    code: int
     folder: str
     time: float  # time.time(): only to order what several machines say
     failure: Failure | None = None
@@ -128,7 +128,7 @@ class Machines:
         cards: dict[int, dict[str, Any]] = {}
         for _ in self._patiently():
             found = {number: _read(self._folder / f"member-{number}.json") for number in self.others}
-            cards = {number: card for number, card in found.items() if card}
+            cards = {n: card for n, card in found.items() if card and card["start"] == self.start_id}
             if len(cards) == len(self.others):
                 break
         words = {str(number): card["word"] for number, card in cards.items()}
@@ -169,7 +169,8 @@ class Machines:
                 return Order(**start["order"])
             # Machine 0 empties the folder when it begins.
             if (_read(card) or {}).get("word") != self.word:
-                _write(card, {"word": self.word, "ranks": self.ranks, "host": socket.gethostname()})
+                own = {"word": self.word, "start": self.start_id, "ranks": self.ranks}
+                _write(card, {**own, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
     def _patiently(self) -> Iterator[None]:
@@ -178,7 +179,7 @@ class Machines:
         while time.monotonic() < end and not self.given_up():
             for path in sorted(self._folder.glob(f"refused-{self.start_id}-*.json")):
                 if refused := _read(path):
-                    raise ConfigError(f"machine {refused['machine']} does not begin: {refused['why']}")
+                    raise AnotherRefused(f"machine {refused['machine']} does not begin: {refused['why']}")
             yield
             time.sleep(LOOK_SECONDS)
         if self.given_up():
@@ -276,7 +277,7 @@ class Machines:
         host = (_read(self._folder / f"member-{number}.json") or {}).get("host", "the first")
         reason = f"machine {number} ({host}) gave no sign of life for {now - since:.0f} s"
         folder = str(self._attempt / f"machine-{number}")
-        return Ended(number, PEER_LOST, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
+        return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
 
     # ------------------------------------------------------------------------------------- folders
 
@@ -303,6 +304,10 @@ def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:
         path = folder / LAUNCH / "machines" / f"refused-{start_id}-{number}.json"
         with contextlib.suppress(OSError):  # the folder may be what is wrong
             _write(path, {"machine": number, "why": why})
+
+
+class AnotherRefused(ConfigError):
+    """Another machine does not begin."""
 
 
 class StoppedWaiting(Exception):

@@ -25,7 +25,7 @@ from launcher.batons import extensions_cache, remove_left_locks
 from launcher.command import build_environment, launch_arguments
 from launcher.config import Run
 from launcher.diagnosis import Failure, diagnose, read_notes, report
-from launcher.journal import note, starts_in_vain
+from launcher.journal import note, note_end, starts_in_vain
 from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
 from launcher.topology import Topology, free_port
 from launcher.warm import GivenUp, Refused, WarmParent
@@ -34,7 +34,7 @@ from trainers.cache import WAITS, cache_root
 from trainers.config import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.heartbeat import FOLDER as BEATS
 from trainers.manifest import newest_usable, step_of
-from trainers.run_folder import LAUNCH, claim, hold, release
+from trainers.run_folder import LAUNCH, InUse, claim, hold, release
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
@@ -46,26 +46,38 @@ PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two withou
 def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> int:
     """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
     job = slurm.this_job()
-    lock = _take_folder(run, job) if topology.machine_rank == 0 else None
+    lock = _take_folder(run, job, signals) if topology.machine_rank == 0 else None
     supervisor = Supervisor(run, topology, backend, signals, lock)
     try:
         code = supervisor.run_to_end()
     finally:
         supervisor.close()
         release()
-    if supervisor.comes_back and job is not None and topology.machine_rank == 0:
-        slurm.requeue(job)
+    if job is not None and topology.machine_rank == 0:
+        goes_back = supervisor.comes_back and slurm.requeue(job)
+        if lock is not None and not goes_back:
+            note_end(run.folder, job)
     return code
 
 
-def _take_folder(run: Run, job: str | None) -> IO[str]:
-    """Makes the run's folder this start's own; returns the lock on it.
+def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
+    """Makes the run's folder this start's own; returns the lock on it, or None if it is to stop.
 
     Raises:
         ConfigError: it is not to be had, or the job has begun too often in vain.
     """
     restarts = slurm.restarts()
-    lock = hold(run.folder, RETAKE_SECONDS if restarts else TAKE_SECONDS)
+    end = time.monotonic() + (RETAKE_SECONDS if restarts else TAKE_SECONDS)
+    while signals.received is None:
+        try:
+            lock = hold(run.folder)
+            break
+        except InUse:
+            if time.monotonic() > end:
+                raise
+            time.sleep(attempt.POLL_SECONDS)
+    else:
+        return None
     claim(run.folder, run.train)
     if job is not None:
         note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
@@ -220,9 +232,9 @@ class Supervisor:
         number, folder, now = self.topology.machine_rank, str(outcome.folder), time.time()
         if received is not None and (outcome.code != 0 or notes):  # else it came too late: the run ended well
             saved = next((note["saved"] for note in notes if note["saved"]), "")
-            return Ended(number, outcome.code, folder, now, stopped=received, saved=saved)
+            return Ended(number, folder, now, stopped=received, saved=saved)
         failure = diagnose(outcome) if outcome.code else None
-        return Ended(number, outcome.code, folder, now, failure)
+        return Ended(number, folder, now, failure)
 
     def _decide(self, ended: list[Ended]) -> Order:
         """What all machines do after an attempt."""

@@ -100,7 +100,7 @@ def _nvml_gpus(visible: str | None) -> tuple[Gpu, ...]:
 
 
 def resolve_topology(
-    launch: LaunchConfig, hardware: Hardware, project_name: str, environ: Mapping[str, str] = os.environ
+    launch: LaunchConfig, hardware: Hardware, environ: Mapping[str, str] = os.environ
 ) -> Topology:
     """The topology of this run: the config first, then SLURM, then the hardware.
 

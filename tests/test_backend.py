@@ -41,7 +41,7 @@ def resolve(work: Path, packages: object) -> Callable[..., tuple[Run, Topology, 
     def decide(hardware: Hardware = CPU, **flags: object) -> tuple[Run, Topology, Backend]:
         given = {"trainer": "sft", "model": "model", "main_process_port": "23456", **flags}
         run = load_run(None, {name: str(value) for name, value in given.items()})
-        topology = resolve_topology(run.launch, hardware, run.train.project_name, {})
+        topology = resolve_topology(run.launch, hardware, {})
         return run, topology, resolve_backend(run, topology)
 
     return decide

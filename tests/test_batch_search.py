@@ -237,7 +237,7 @@ def test_advice(
     of_batches: bool, said: list[str], unsaid: list[str],
 ) -> None:  # fmt: skip
     run = asked(**{"distributed_backend": "ddp", **flags})
-    topology = resolve_topology(run.launch, hardware, "run", {})
+    topology = resolve_topology(run.launch, hardware, {})
     text = "\n".join(advice(run, resolve_backend(run, topology), topology, tried, of_batches))
     for words in said:
         assert words in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -105,3 +107,14 @@ def test_the_ranks_of_another_machine_wait_for_machine_0(
     tell_prepared()  # rank 0; the attempt's folder is the same
     waits.join(10)
     assert not waits.is_alive()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Lustre that was mounted without them; what flock says there."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    make_once(tmp_path / "key", fill)
+    assert (tmp_path / "key" / "data").exists()

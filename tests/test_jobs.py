@@ -17,7 +17,7 @@ from launcher import slurm
 from launcher.cli import main
 from launcher.config import load_run
 from launcher.jobs import _goes_on, status
-from launcher.journal import note
+from launcher.journal import note, note_end
 from trainers.run_folder import PROGRESS
 
 HOLD = """
@@ -209,7 +209,7 @@ class Controller:
         self.asked: list[tuple[str, ...]] = []
 
     def __call__(self, *argv: str) -> str:
-        if argv[0] == "scontrol":
+        if argv[:2] == ("scontrol", "show"):
             if (state := self.states.get(argv[-1])) is None:
                 raise slurm.NoSlurm("scontrol: Invalid job id specified")
             return f"JobId={argv[-1]} JobState={state} Reason=None"
@@ -237,7 +237,11 @@ def test_all_jobs_of_a_run_are_cancelled(
 ) -> None:
     told = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
     assert main(["cancel", "run"]) == 0
-    assert told.asked == [("scancel", "--signal=TERM", "2"), ("scancel", "3")]
+    assert told.asked == [
+        ("scontrol", "update", "JobId=2", "Requeue=0"),
+        ("scancel", "--signal=TERM", "2"),
+        ("scancel", "3"),
+    ]
     assert capsys.readouterr().out == "run: job 2 saves and ends\nrun: job 3 was PENDING and is cancelled\n"
 
 
@@ -274,3 +278,28 @@ def test_a_controller_that_does_not_answer(
     assert capsys.readouterr().out.startswith("run  UNKNOWN (scontrol: Unable to contact slurm controller")
     assert _goes_on(Path("run"))
     assert main(["cancel", "run"]) == 2
+
+
+def test_a_job_that_goes_on_after_the_run(
+    controller: Callable[..., Controller], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its next run, or the shell of an interactive job, is not this run."""
+    told = controller(job2="RUNNING")
+    note(run_in("run"), "2", 0)
+    note_end(Path("run"), "2")
+    assert main(["status", "run"]) == 0 and main(["cancel", "run"]) == 0
+    assert told.asked == []
+    assert capsys.readouterr().out == "run  stopped  job 2\nrun: it does not run\n"
+    note(Path("run"), "2", 0)
+    assert main(["status", "run"]) == 0
+    assert capsys.readouterr().out == "run  RUNNING  job 2\n"
+
+
+def test_ctrl_c_ends_a_log_that_is_followed(held: subprocess.Popen[str]) -> None:
+    run_in("run")
+    argv = [sys.executable, "-m", "launcher", "logs", "run", "--follow"]
+    follower = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert follower.stdout is not None and follower.stdout.readline() == "step 1/4\n"
+    follower.send_signal(signal.SIGINT)
+    _, err = follower.communicate(timeout=60)
+    assert follower.returncode == 130 and "Traceback" not in err

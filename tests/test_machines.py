@@ -14,7 +14,16 @@ import pytest
 
 from launcher import machines
 from launcher.diagnosis import Failure
-from launcher.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause, refuse
+from launcher.machines import (
+    AnotherRefused,
+    Ended,
+    GoneMachine,
+    Machines,
+    Order,
+    StoppedWaiting,
+    first_cause,
+    refuse,
+)
 from launcher.topology import Topology
 from trainers.config import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 
@@ -34,7 +43,7 @@ def machine(
 
 
 def ended(number: int, **values: object) -> Ended:
-    return replace(Ended(number, 0, f"machine-{number}", 0.0), **values)  # type: ignore[arg-type]
+    return replace(Ended(number, f"machine-{number}", 0.0), **values)  # type: ignore[arg-type]
 
 
 def together(folder: Path, count: int = 2) -> list[Machines]:
@@ -50,7 +59,7 @@ def test_one_machine_decides_alone_and_writes_nothing(tmp_path: Path) -> None:
     alone = machine(tmp_path, 0, 1)
     assert alone.join(lambda: ORDER) == ORDER
     assert alone.elsewhere() is None
-    assert alone.settle(ended(0, code=3), lambda all_: replace(ORDER, end=all_[0].code)).end == 3
+    assert alone.settle(ended(0, stopped=3), lambda all_: replace(ORDER, end=all_[0].stopped)).end == 3
     alone.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -68,7 +77,7 @@ def test_all_do_what_machine_0_decides(tmp_path: Path) -> None:
         orders = list(
             pool.map(
                 lambda pair: pair[0].settle(pair[1], decide),
-                [(first, ended(0)), (second, ended(1)), (third, ended(2, code=1, failure=failure))],
+                [(first, ended(0)), (second, ended(1)), (third, ended(2, failure=failure))],
             )
         )
     assert orders == [Order(2, 99, resume=True)] * 3
@@ -99,8 +108,8 @@ def test_a_failure_elsewhere_is_seen_and_a_good_end_is_not(tmp_path: Path) -> No
     assert look() is None, "all ranks save, and end by themselves"
     tell(ended(1, stopped=15))
     assert look() == ended(1, stopped=15)
-    tell(ended(1, code=1, failure=Failure(1, "planted")))
-    assert look() == ended(1, code=1, failure=Failure(1, "planted"))
+    tell(ended(1, failure=Failure(1, "planted")))
+    assert look() == ended(1, failure=Failure(1, "planted"))
     assert second.number == 1
 
 
@@ -179,7 +188,7 @@ def test_machines_that_count_other_ranks_do_not_begin(tmp_path: Path) -> None:
 def test_machine_0_tells_the_others_of_an_end_that_all_must_follow(tmp_path: Path) -> None:
     """They look at its files alone: of many machines, not each looks at each."""
     first, second, third = together(tmp_path, 3)
-    failed = ended(2, code=1, failure=Failure(2, "planted"))
+    failed = ended(2, failure=Failure(2, "planted"))
     path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
     machines._write(path, machines.asdict(failed))
     second.looked = first.looked = 0.0
@@ -225,3 +234,18 @@ def test_what_is_written_is_json(tmp_path: Path) -> None:
     together(tmp_path)
     start = json.loads((tmp_path / "launch" / "machines" / "start.json").read_text())
     assert start["order"]["attempt"] == 1 and set(start["words"]) == {"1"}
+
+
+def test_a_machine_of_another_start_is_not_taken(tmp_path: Path) -> None:
+    """The same config, submitted twice: the second job's machine 1 comes before its machine 0 is refused."""
+    topologies = [Topology(2, rank, 2, "here", 1) for rank in range(2)]
+    other = Machines(tmp_path, topologies[1], lambda: False, "8.0.0")
+    first, second = (Machines(tmp_path, topology, lambda: False, "7.0.0") for topology in topologies)
+    with ThreadPoolExecutor(3) as pool:
+        lost = pool.submit(other.join, lambda: ORDER)
+        began = pool.submit(first.join, lambda: ORDER)
+        time.sleep(0.1)
+        refuse(tmp_path, 0, "8.0.0", "the folder is in use")
+        with pytest.raises(AnotherRefused):
+            lost.result()
+        assert pool.submit(second.join, lambda: ORDER).result() == began.result() == ORDER

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -339,7 +340,9 @@ def test_a_file_system_without_locks(
         "run cannot be locked (Function not implemented); start no second run there"
         in capsys.readouterr().out
     )
-    assert holder(tmp_path / "run") is None
+    assert holder(tmp_path / "run") == (os.getpid(), socket.gethostname())
+    (tmp_path / "run" / ".lock").write_text("process 1 on another\n")
+    assert holder(tmp_path / "run") is None, "whether it lives cannot be known from here"
 
 
 def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -387,7 +390,7 @@ def asked(work: Path, packages: object) -> Callable[..., Run]:
         given = {"trainer": "sft", "model": "model", "project_name": "run", "resume": True,
                  "num_processes": ranks, "batch_size": 2, "gradient_accumulation": 4, **flags}  # fmt: skip
         run = load_run(None, {name: str(value) for name, value in given.items()})
-        topology = resolve_topology(run.launch, machine(), "run", {})
+        topology = resolve_topology(run.launch, machine(), {})
         return fitted(run, topology, resolve_backend(run, topology))
 
     return make

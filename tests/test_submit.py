@@ -158,13 +158,14 @@ def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -
         ("--project-name a\n-x.yaml --lr 2", "sweep.txt:2: '-x.yaml --lr 2' is not a list"),
         ("--project-name $(id)", "sweep.txt:1: '$(id)' may not stand here"),
         ("--project-name a --lr", "sweep.txt:1: "),
+        ("--project-name é", "sweep.txt is no text in UTF-8"),
         ("\n\n", "has no lines"),
     ],
 )
 def test_lines_that_are_refused(
     asked: Asked, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
-    Path("sweep.txt").write_bytes(text.encode())
+    Path("sweep.txt").write_bytes(text.encode("latin-1" if "é" in text else "utf-8"))
     assert main(["submit", "c.yaml", "--array", "sweep.txt"]) == 2
     assert words in capsys.readouterr().err
     assert asked() == []

@@ -39,7 +39,7 @@ from trainers.config import (
 )
 from trainers.heartbeat import STEP, Beat
 from trainers.manifest import MANIFEST
-from trainers.run_folder import LAUNCH
+from trainers.run_folder import LAUNCH, InUse
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Life:
         given = {"trainer": "sft", "model": "model", "project_name": "run", "num_processes": 2,
                  "distributed_backend": "ddp", **flags}  # fmt: skip
         run = load_run(None, {name: str(value) for name, value in given.items()})
-        topology = resolve_topology(run.launch, machine(), "run", {})
+        topology = resolve_topology(run.launch, machine(), {})
         return Supervisor(run, topology, resolve_backend(run, topology), self.signals, None)
 
     def __call__(self, *ends: Ends, **flags: Any) -> Done:
@@ -408,3 +408,54 @@ def test_whether_the_job_comes_back_after_a_signal(
         done = life(killed(saves=4))
     assert done.comes_back is comes_back
     assert done.code == (SAVED if moment == "within" else 128 + number)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "received", "twice"),
+    [
+        ((signal.SIGUSR1,), signal.SIGUSR1, False),
+        ((signal.SIGUSR1, signal.SIGUSR1), signal.SIGUSR1, False),
+        ((signal.SIGUSR1, signal.SIGTERM), signal.SIGTERM, False),
+        ((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), signal.SIGTERM, True),
+        ((signal.SIGINT, signal.SIGTERM), signal.SIGINT, True),
+        ((signal.SIGTERM, signal.SIGUSR1), signal.SIGTERM, False),
+    ],
+)
+def test_one_signal_after_another(numbers: tuple[int, ...], received: int, twice: bool) -> None:
+    """A warning saves; who then cancels the job does not break that off, and it does not come back."""
+    with Signals() as signals:
+        for number in numbers:
+            signal.raise_signal(number)
+    assert (signals.received, signals.twice) == (received, twice)
+
+
+def test_nothing_is_overwritten_once_it_was_asked_to_stop(life: Life) -> None:
+    supervisor = life.supervisor(overwrite=True)
+    supervisor.close()
+    saved = fake_checkpoint(Path("run"), 4)
+    life.signals.received = signal.SIGINT
+    code = supervise.train(supervisor.run, supervisor.topology, supervisor.backend, life.signals)
+    assert code == 128 + signal.SIGINT
+    assert saved.is_dir()
+
+
+def test_a_lock_that_is_given_up_soon_is_waited_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`phalanx status` has it for a moment; of a lost node, a file server may keep it for minutes."""
+    asked: list[Path] = []
+
+    def hold(folder: Path) -> None:
+        asked.append(folder)
+        if len(asked) < 3:
+            raise InUse("it is in use")
+
+    monkeypatch.setattr(supervise, "hold", hold)
+    monkeypatch.setattr(supervise, "TAKE_SECONDS", 60.0)
+    supervisor = life.supervisor()
+    supervisor.close()
+    run = supervisor.run
+    supervise._take_folder(run, None, life.signals)
+    assert len(asked) == 3
+    monkeypatch.setattr(supervise, "TAKE_SECONDS", -1.0)
+    asked.clear()
+    with pytest.raises(InUse):
+        supervise._take_folder(run, None, life.signals)

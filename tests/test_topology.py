@@ -26,7 +26,7 @@ STEP = {
 
 
 def layout(hardware: Hardware = CPU, environ: Mapping[str, str] | None = None, **launch: object) -> Topology:
-    return resolve_topology(LaunchConfig.model_validate(launch), hardware, "run", environ or {})
+    return resolve_topology(LaunchConfig.model_validate(launch), hardware, environ or {})
 
 
 # ------------------------------------------------------------------------------------------------ counts

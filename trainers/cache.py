@@ -9,20 +9,18 @@ machine 0's cache is this machine's too (launcher/machines.py); then its ranks w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 from trainers.config import ConfigError
 from trainers.failures import knows_no_locks
 from trainers.rank import log_folder, rank
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 WAITS = "PHALANX_WAITS_FOR_MACHINE_0"  # the launcher sets it to 0 or 1, where there are several machines
 LOOK_SECONDS = 0.5
@@ -52,13 +50,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     Raises:
         ConfigError: the cache cannot be written to.
     """
-    from filelock import FileLock
-
     if folder.exists():
         return
     if not os.access(folder.parent, os.W_OK):
         raise ConfigError(f"PHALANX_CACHE: {folder.parent} cannot be written to. Prepared data lies there.")
-    with _waiting_for(FileLock(f"{folder}.lock")):
+    with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
         for left in folder.parent.glob(f"{folder.name}.*.part"):
@@ -85,23 +81,27 @@ def _is_nobodys(part: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _waiting_for(lock: BaseFileLock) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Holds a lock; says so where another process has it for longer than a moment."""
-    from filelock import Timeout
+    began, told = time.monotonic(), False
+    with path.open("a") as file:
+        while not _try_to_lock(file):
+            if not told and rank() == 0 and time.monotonic() - began > 2:
+                told = True
+                print("data: another process is preparing it; waiting.", flush=True)
+            time.sleep(0.1)
+        yield
 
+
+def _try_to_lock(file: IO[str]) -> bool:
     try:
-        lock.acquire(timeout=2)
-    except Timeout:
-        if rank() == 0:
-            print("data: another process is preparing it; waiting.", flush=True)
-        lock.acquire()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if not knows_no_locks(error):
             raise
-    try:
-        yield
-    finally:
-        lock.release()
+    return True
 
 
 def wait_for_machine_0() -> None:

@@ -25,6 +25,8 @@ def meet_on_loopback() -> TCPStore | None:
     """
     if rank() != 0 or world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
         return None
+    if os.environ["GROUP_WORLD_SIZE"] != "1":  # a machine's own name may lead to its loopback
+        return None
     from torch.distributed import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import time
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -69,37 +68,31 @@ def check_free(folder: Path, config: TrainConfig) -> None:
         resume_checkpoint(folder, config, content=False)
 
 
-def hold(folder: Path, patience: float = 0.0) -> IO[str]:
+class InUse(ConfigError):
+    """Another process has the run's folder."""
+
+
+def hold(folder: Path) -> IO[str]:
     """Keeps the folder for this process, until it ends: two runs in one folder would ruin both.
 
-    Tries for `patience` seconds, and once at least.
-
     Raises:
-        ConfigError: another process has it.
+        InUse: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, end = (folder / LOCK).open("a+", encoding="utf-8"), time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < end:
-                time.sleep(0.2)
-                continue
-            file.seek(0)
-            owner = file.read().strip() or "just started"
-            raise ConfigError(
-                f"project_name: {folder} is in use: a run is going on there ({owner}). "
-                "Wait for its end, stop it, or give another project_name."
-            ) from None
-        except OSError as error:
-            if not knows_no_locks(error):
-                raise
-            print(
-                f"note: {folder} cannot be locked ({error.strerror}); start no second run there", flush=True
-            )
-            return file
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "just started"
+        raise InUse(
+            f"project_name: {folder} is in use: a run is going on there ({owner}). "
+            "Wait for its end, stop it, or give another project_name."
+        ) from None
+    except OSError as error:
+        if not knows_no_locks(error):
+            raise
+        print(f"note: {folder} cannot be locked ({error.strerror}); start no second run there", flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -108,20 +101,23 @@ def hold(folder: Path, patience: float = 0.0) -> IO[str]:
 
 
 def holder(folder: Path) -> tuple[int, str] | None:
-    """The process that holds the folder, and its machine (0 and "" where it has just begun); None if free."""
+    """The process that holds the folder, and its machine (0 and "" where it has just begun); None if free.
+
+    Without locks only a process of this machine is known.
+    """
     path = folder / LOCK
     if not path.exists():
         return None
     with path.open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
-            return int(pid), host
+            return None
         except OSError as error:
-            if not knows_no_locks(error):
+            if not isinstance(error, BlockingIOError) and not knows_no_locks(error):
                 raise
-    return None
+            _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
+            alive = host == socket.gethostname() and Path("/proc", pid).exists()
+            return (int(pid), host) if isinstance(error, BlockingIOError) or alive else None
 
 
 def release() -> None:

@@ -160,7 +160,7 @@ def arguments(work: Path) -> Callable[..., list[str]]:
     def make(case: str, code: int = 0, seconds: float = 0, **flags: object) -> list[str]:
         given = {"trainer": "sft", "model": "model", "main_process_port": port, **CASES[case], **flags}
         run = load_run(None, {name: str(value) for name, value in given.items()})
-        topology = resolve_topology(run.launch, machine(), run.train.project_name, {})
+        topology = resolve_topology(run.launch, machine(), {})
         chosen = resolve_backend(run, topology)
         folder = work / f"{case}-{topology.machine_rank}"
         folder.mkdir(exist_ok=True)
