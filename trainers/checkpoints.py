@@ -177,19 +177,26 @@ class Durable(Resuming):
                 self._save_shape(output_dir)
             else:
                 super().save_model(output_dir, _internal_call)
+                if rank() == 0 and self.config.peft:  # peft writes the adapter alone
+                    self._save_config(output_dir)
 
     def _save_shape(self, folder: str) -> None:
         """What beside the shards makes a model of them: its config, the adapter's, the tokenizer."""
         if rank() != 0:
             return
-        model: Any = self.accelerator.unwrap_model(self.model)
         if self.config.peft:
+            model: Any = self.accelerator.unwrap_model(self.model)
             model.peft_config["default"].save_pretrained(folder)
-            model = model.get_base_model()
-        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # as save_pretrained does
-        model.config.save_pretrained(folder)
+        self._save_config(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _save_config(self, folder: str) -> None:
+        """Of the model, under an adapter too: it tells which weights there are (trainers/consolidate.py)."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if self.config.peft else model
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # as save_pretrained does
+        model.config.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
