@@ -257,11 +257,10 @@ def _cancel_job(folder: Path, job: str) -> str | None:
         return None
     try:
         if state == "RUNNING" and _has_begun(job):
-            # It may be on its way back into the queue: it shall not go.
+            # It may be about to go back into the queue, and shall not. Its steps alone are told: the ranks
+            # save, and the job ends by itself.
             ask("scontrol", "update", f"JobId={job}", "Requeue=0")
-            ask(
-                "scancel", "--signal=TERM", job
-            )  # its steps alone: the ranks save, and the job ends by itself
+            ask("scancel", "--signal=TERM", job)
             return f"job {job} saves and ends"
         ask("scancel", job)
     except NoSlurm as error:
