@@ -144,6 +144,14 @@ def prepare(
     return run
 
 
+@pytest.fixture(autouse=True)
+def one_environ() -> Iterator[None]:
+    """datasets puts a copy of os.environ in its place when it works in several processes (datasets 5.2)."""
+    environ = os.environ
+    yield
+    os.environ = environ  # noqa: B003
+
+
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with `model/` and `data/train.jsonl`; no hub cache, no SLURM, no token."""

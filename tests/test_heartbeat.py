@@ -296,9 +296,8 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
     awake = wakefulness.look()
     assert ranks.find(pids) is not None, "without it, both are silent for an hour"
     assert find_hang(ranks.folder, pids, None, ranks.folder, awake) is None
-    now += watch.SHORTEST + 1
     for _ in range(10):
-        now += watch.ASLEEP / 2
+        now += watch.SHORTEST / 5
         assert wakefulness.look() == awake, "looks that are a little apart are no pause"
     hang = find_hang(ranks.folder, pids, None, ranks.folder, awake)
     assert hang is not None and hang.rank == 1
