@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from launcher.config import Run, SlurmConfig, load_run
 from launcher.request import check, check_no_secret
@@ -28,19 +30,10 @@ class Task:
 
 def numbered(config: Path, flags: Mapping[str, Any], array: str) -> list[Task]:
     """The run of each task of a list: the config reads its number as ${SLURM_ARRAY_TASK_ID}."""
-    numbers, tasks, before = _numbers(array), [], os.environ.get(TASK)
-    try:
-        for number in numbers:
-            os.environ[TASK] = str(number)
-            run = load_run(config, flags)
-            check(run)
-            tasks.append(Task(run, number))
-    except ConfigError as error:
-        raise ConfigError(f"{TASK}={os.environ[TASK]}: {error}") from None
-    finally:
-        os.environ.pop(TASK, None)
-        if before is not None:
-            os.environ[TASK] = before
+    tasks = []
+    for number in _numbers(array):
+        with patch.dict(os.environ, {TASK: str(number)}), _saying(f"{TASK}={number}"):
+            tasks.append(_task(config, flags, number))
     _check_tasks(tasks, f"--array={array}", f"Write ${{{TASK}}} into it, for example run-${{{TASK}}}.")
     return tasks
 
@@ -63,7 +56,7 @@ def swept(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> list[Ta
     """The run of each line of a file."""
     tasks = []
     for number, line in enumerate(_lines(sweep), start=1):
-        try:
+        with _saying(f"{sweep}:{number}"):
             own_config, own = _own(line)
             if (config is None) == (own_config is None):
                 raise ConfigError(
@@ -71,13 +64,24 @@ def swept(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> list[Ta
                     if config is None
                     else f"{own_config}: the command names a config already, {config}."
                 )
-            run = load_run(config or own_config, {**flags, **own})
-            check(run)
-        except ConfigError as error:
-            raise ConfigError(f"{sweep}:{number}: {error}") from None
-        tasks.append(Task(run, number))
+            tasks.append(_task(config or own_config, {**flags, **own}, number))
     _check_tasks(tasks, str(sweep), "Give each line its own.")
     return tasks
+
+
+def _task(config: Path | None, flags: Mapping[str, Any], number: int) -> Task:
+    run = load_run(config, flags)
+    check(run)
+    return Task(run, number)
+
+
+@contextmanager
+def _saying(where: str) -> Iterator[None]:
+    """A mistake is said with its place before it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_tasks(tasks: Sequence[Task], where: str, mend: str) -> None:

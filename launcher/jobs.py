@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.journal import JOBS, ended, jobs
+from launcher.journal import JOBS, ended, jobs, last_job
 from launcher.slurm import ENDED, NoAnswer, NoSlurm, ask, facts
 from trainers.config import ConfigError
 from trainers.manifest import CHECKPOINT_PREFIX
@@ -65,7 +65,7 @@ class Status:
 def status(folder: Path, job: str | None = None) -> Status:
     """Reads the run's folder, and asks SLURM for a job: its last one, if none is named."""
     progress = _progress(folder)
-    job = job or next(reversed(jobs(folder)), None)
+    job = job or last_job(folder)
     state, reason, requeues = _state(folder, job)
     attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
     return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
@@ -214,7 +214,7 @@ def _attempt_of(folder: Path, log: Path) -> int:
 
 
 def _goes_on(folder: Path) -> bool:
-    state, _, _ = _state(folder, next(reversed(jobs(folder)), None))
+    state, _, _ = _state(folder, last_job(folder))
     return state not in (*ENDED, "ended", "stopped")
 
 

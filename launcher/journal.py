@@ -40,6 +40,11 @@ def jobs(folder: Path) -> list[str]:
     return list(reversed(latest_first))
 
 
+def last_job(folder: Path) -> str | None:
+    """The job that was submitted or started last; None where there was none."""
+    return next(reversed(jobs(folder)), None)
+
+
 def started(folder: Path, job: str) -> bool:
     """Whether a job has had the run's folder before."""
     return bool(_starts(folder, job))
@@ -47,7 +52,8 @@ def started(folder: Path, job: str) -> bool:
 
 def ended(folder: Path, job: str) -> bool:
     """Whether the run has ended within the job, since the job's last start of it."""
-    return any("end" in entry for entry in [entry for entry in _noted(folder) if entry["job"] == job][-1:])
+    own = [entry for entry in _noted(folder) if entry["job"] == job]
+    return bool(own) and "end" in own[-1]
 
 
 def starts_in_vain(folder: Path, job: str) -> int:

@@ -318,14 +318,19 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _text(path: Path) -> str | None:
     """A file that another machine may write at any moment; a network file system then says ESTALE."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None
         raise
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    value: dict[str, Any] | None = None if text is None else json.loads(text)
     return value
 
 
@@ -338,9 +343,5 @@ def _read_ended(path: Path) -> Ended | None:
 
 
 def _number(path: Path) -> int:
-    try:
-        return int(path.read_text(encoding="utf-8") or 0)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
-            return -1
-        raise
+    text = _text(path)
+    return -1 if text is None else int(text or 0)

@@ -12,7 +12,7 @@ from cluster import Cluster, Job
 REPO = Path(__file__).parent.parent.parent
 SCRIPT = str(REPO / "slurm" / "train.sh")
 EVALUATE = str(REPO / "slurm" / "evaluate.sh")
-STEPS, EVERY = 12, 4
+STEPS = 12
 CONFIG = """\
 task: llm-sft
 base_model: {model}
