@@ -80,10 +80,9 @@ def count_tokens(dataset: Any) -> int:
 
 
 def phalanx(work: Path, options: Namespace) -> Callable[[], Any]:
-    from trainers import rows
-    from trainers.config import TrainConfig
-    from trainers.data import prepare
-    from trainers.model import load_tokenizer
+    from trainers.config.schema import TrainConfig
+    from trainers.data import encoders, prepare
+    from trainers.model.load import load_tokenizer
 
     config = TrainConfig(
         model=str(options.model), trainer="sft", data_path=str(options.data), block_size=options.length,
@@ -91,7 +90,7 @@ def phalanx(work: Path, options: Namespace) -> Callable[[], Any]:
         chat_template="tokenizer" if options.chat else None, packing="none",
     )  # fmt: skip
     tokenizer, _ = load_tokenizer(config)
-    encode = rows.Encoder.__call__
+    encode = encoders.Encoder.__call__
 
     def counted(self: Any, batch: Any, numbers: list[int]) -> Any:
         # An append of one line is whole, from whichever worker it comes.
@@ -99,7 +98,7 @@ def phalanx(work: Path, options: Namespace) -> Callable[[], Any]:
             file.write(f"{len(numbers)}\n")
         return encode(self, batch, numbers)
 
-    rows.Encoder.__call__ = counted  # type: ignore[method-assign]
+    encoders.Encoder.__call__ = counted  # type: ignore[method-assign]
     return lambda: prepare(config, tokenizer).dataset
 
 

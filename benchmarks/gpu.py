@@ -53,7 +53,7 @@ from measure import (
     write_rows,
 )
 
-from launcher.topology import Gpu, detect_hardware
+from launcher.plan.topology import Gpu, detect_hardware
 
 # Words of the device's name -> dense bf16 TFLOPS; the first that matches.
 PEAKS = {

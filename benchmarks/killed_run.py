@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from measure import OPTIMIZER, REPO, Failed
 
-from launcher.topology import detect_hardware
+from launcher.plan.topology import detect_hardware
 
 ROWS = REPO / "examples" / "data" / "train.jsonl"
 RANKS, LENGTH, LR, KEPT = 2, 128, 2e-5, 2

@@ -41,7 +41,7 @@ from typing import Any
 from killed_run import LENGTH, RANKS, Kill, Side, Step, end_all, environment, write_config
 from measure import MODEL, REPO, alternate, need_model, provenance, run, spread, table
 
-from launcher.topology import free_port
+from launcher.plan.topology import free_port
 
 SIDES = {"warm": "phalanx, warm", "accelerate": "phalanx, accelerate launch", "torchrun": "torchrun, TRL"}
 GOALS = {"warm": (2.0, 8.0), "accelerate": (2.0, 25.0)}  # seconds until it is noticed, and until a step ends

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from measure import REPO, provenance, table
 
-from launcher import attempt
-from launcher.backend import resolve_backend
 from launcher.config import load_run
-from launcher.nodelist import hosts
-from launcher.topology import Gpu, Hardware, resolve_topology
+from launcher.plan.backend import resolve_backend
+from launcher.plan.nodelist import hosts
+from launcher.plan.topology import Gpu, Hardware, resolve_topology
+from launcher.supervise import attempt
 
 GPUS = 8
 NODE = Hardware((Gpu("NVIDIA H100 80GB HBM3", 80 << 30, (9, 0)),) * GPUS, 1 << 40, 96, cpu_bf16=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from launcher.config import LaunchConfig, SlurmConfig
-from trainers.config import ALIASES, SWITCHES, TRAINERS, TrainConfig, acts_for
-from trainers.rules import CONDITIONS
+from trainers.config.consistency import CONDITIONS
+from trainers.config.schema import ALIASES, SWITCHES, TRAINERS, TrainConfig, acts_for
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\

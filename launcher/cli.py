@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trainers.config import ALIASES, DISK_FAILED, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
-from trainers.failures import disk_is_full
+from trainers.config.schema import ALIASES, DISK_FAILED, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.rank.failures import disk_is_full
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from launcher.config import Run
-    from launcher.topology import Topology
+    from launcher.plan.topology import Topology
 
 COMMANDS = {
     "train": "run a config: check it, start the ranks, watch them",
@@ -181,22 +181,22 @@ def _run(command: str, options: dict[str, Any]) -> int:
         print(json.dumps(json_schema(), indent=2))
         return 0
     if command == "consolidate":
-        from launcher import consolidate
+        from launcher.commands import consolidate
 
         return consolidate.run(options["source"], options.get("output"))
     if command == "evaluate":
-        from launcher import evaluate
+        from launcher.commands import evaluate
 
         evaluate.run(options["run"], options["arguments"])
     as_json = options.pop("as_json", False)
     if command in ("status", "logs", "cancel"):
-        from launcher import jobs
+        from launcher.commands import status
 
         if command == "status":
-            return jobs.show_status(options["run"], as_json)
+            return status.show_status(options["run"], as_json)
         if command == "logs":
-            return jobs.show_logs(options["run"], options["rank"], options["follow"])
-        return jobs.cancel(options["run"])
+            return status.show_logs(options["run"], options["rank"], options["follow"])
+        return status.cancel(options["run"])
     if command == "submit":
         return _submit(options)
     if command == "llm":
@@ -208,7 +208,9 @@ def _run(command: str, options: dict[str, Any]) -> int:
             raise ConfigError(
                 "--backend: only local is offered. Clusters: sbatch slurm/train.sh config.yaml."
             )
-    from launcher import machines, slurm, topology
+    from launcher.plan import topology
+    from launcher.slurm import job as slurm
+    from launcher.supervise import machines
 
     run = load_run(options.pop("config", None), options)
     if command != "show":
@@ -235,14 +237,15 @@ def _located(run: Run, message: str) -> str:
 
 
 def _train(run: Run, layout: Topology) -> int:
-    from launcher import attempt, backend, check, command, resume, supervise
-    from trainers.cache import cache_root
+    from launcher.plan import backend, command, preflight, resume_layout
+    from launcher.supervise import attempt, supervisor
+    from trainers.storage.data_cache import cache_root
 
     with attempt.Signals() as signals:  # a warning of the job's end may come at any moment
         chosen = backend.resolve_backend(run, layout)
-        check.preflight(run)
+        preflight.preflight(run)
         cache_root()  # not on a login node: the disk of a node may be another
-        run = resume.fitted(run, layout, chosen)
+        run = resume_layout.fitted(run, layout, chosen)
         for note in run.settings.notes:
             print(f"note: {note}")
         where = "GPU" if layout.on_gpu else "CPU"
@@ -250,14 +253,14 @@ def _train(run: Run, layout: Topology) -> int:
         if layout.num_machines > 1:
             for variable, name in command.socket_interfaces(layout, os.environ).items():
                 print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
-        code = supervise.train(run, layout, chosen, signals)
+        code = supervisor.train(run, layout, chosen, signals)
     if code == 0 and layout.machine_rank == 0:
         print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
     return code
 
 
 def _submit(options: dict[str, Any]) -> int:
-    from launcher import submit
+    from launcher.commands import submit
 
     config, array = options.pop("config"), options.pop("array")
     dry, plain = options.pop("dry_run"), options.pop("parsable")
@@ -271,7 +274,7 @@ def _submit(options: dict[str, Any]) -> int:
 
 
 def _show(run: Run, layout: Topology, as_json: bool) -> int:
-    from launcher import show
+    from launcher.commands import show
 
     plan = show.plan(run, layout)
     print(json.dumps(plan, indent=2) if as_json else show.render(plan))

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from trainers.config import ALIASES, SWITCHES, ConfigError, Float, Int, TrainConfig, Word
-from trainers.config_file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
-from trainers.settings import Settings, Value, changed, put, resolve, validate
+from trainers.config.file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
+from trainers.config.schema import ALIASES, SWITCHES, ConfigError, Float, Int, TrainConfig, Word
+from trainers.config.settings import Settings, Value, changed, put, resolve, validate
 
 
 class LaunchConfig(BaseModel):

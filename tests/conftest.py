@@ -15,10 +15,10 @@ from fakes import fake_model, machine, write_rows
 from inprocess import write_split
 from ranks import Bench, environment, kept_warm
 
-from launcher import backend, topology
-from launcher.topology import Hardware
-from trainers.kept import KEPT
-from trainers.stopping import SIGNALS
+from launcher.plan import backend, topology
+from launcher.plan.topology import Hardware
+from trainers.rank.import_environment import KEPT
+from trainers.rank.signals import SIGNALS
 
 HERE = Path(__file__).parent
 # Fixture of the session -> the tests that share what it makes.
@@ -126,8 +126,8 @@ def prepare(
 
     rows is a list, or the text or bytes of the file; `using` a tokenizer other than the usual one.
     """
-    from trainers import data
-    from trainers.config import TrainConfig
+    from trainers.config.schema import TrainConfig
+    from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "data"
@@ -139,7 +139,7 @@ def prepare(
         write_split(folder / f"train.{suffix}", rows)
         values = {"data_path": str(folder), "trainer": "sft", "block_size": 128, "packing": "none", **config}
         usual = request.getfixturevalue("masked_tokenizer") if values["trainer"] == "mlm" else tokenizer
-        return data.prepare(TrainConfig(**values), using or usual, part)
+        return prepare.prepare(TrainConfig(**values), using or usual, part)
 
     return run
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import supervise
 from launcher.cli import main
-from launcher.topology import Gpu, Hardware
-from trainers.manifest import CHECKPOINT_PREFIX, Layout, Manifest, entry_of
+from launcher.plan.topology import Gpu, Hardware
+from launcher.supervise import supervisor
+from trainers.storage.manifest import CHECKPOINT_PREFIX, Layout, Manifest, entry_of
 
 GIB = 2**30
 
@@ -66,7 +66,7 @@ def run_command(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     def started(*_: object) -> int:
         pytest.fail("the ranks would have been started")
 
-    monkeypatch.setattr(supervise, "train", started)
+    monkeypatch.setattr(supervisor, "train", started)
     try:
         return main(argv)
     except SystemExit as error:  # argparse

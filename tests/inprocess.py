@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.config import MODULES
-from trainers.settings import Settings, Value, resolve
+from trainers.config.schema import MODULES
+from trainers.config.settings import Settings, Value, resolve
 
 ROWS = [
     {
@@ -61,7 +61,7 @@ def settings_of(**values: Any) -> Settings:
 
 def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **values: Any) -> Built:
     """Builds `values["trainer"]` on rows (ROWS) that it writes to `work`."""
-    from trainers import run
+    from trainers.loop import life
 
     os.environ["PHALANX_CACHE"] = str(work / "cache")
     data = work / "data"
@@ -80,11 +80,11 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
         "warmup_ratio": 0.0,
     }
     settings = settings_of(**{**defaults, **values})
-    run._quiet()
-    context = run._prepare(settings, Path(settings.train.project_name))
+    life._quiet()
+    context = life._prepare(settings, Path(settings.train.project_name))
     module = importlib.import_module(f"trainers.{MODULES[settings.train.trainer]}")
     trainer = module.build(context)
-    run.complete(trainer, context)
+    life.complete(trainer, context)
     return Built(trainer, context, settings)
 
 

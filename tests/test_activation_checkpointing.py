@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainers.config import TRAINERS, ConfigError
+from trainers.config.schema import TRAINERS, ConfigError
 
 LAYERS, STEPS = 2, 2
 RUN = {"max_steps": STEPS, "lr": 1e-2, "quantization": None, "lora_dropout": 0.0}
@@ -153,7 +153,7 @@ def test_offload_keeps_the_input_of_each_layer_and_nothing_else(make, trainer, m
     """As on a GPU, but for the copy: whatever goes to host memory is counted."""
     from transformers import modeling_utils
 
-    from trainers import activation_checkpointing
+    from trainers.model import activation_checkpointing
 
     moved: list[torch.Tensor] = []
 

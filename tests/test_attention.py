@@ -11,11 +11,11 @@ import transformers
 from inprocess import ROWS, build, logged, settings_of
 from transformers import GPT2Config, LlamaConfig
 
-import trainers.documents
-from trainers.attention import choose_attention, implementation
-from trainers.config import ConfigError
-from trainers.flat import flat_inputs, flatten_body, padded
-from trainers.probe import probe
+import trainers.model.document_attention
+from trainers.config.schema import ConfigError
+from trainers.model.attention import choose_attention, implementation
+from trainers.model.isolation_probe import probe
+from trainers.model.padding_free import flat_inputs, flatten_body, padded
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -148,7 +148,7 @@ def test_documents_need_no_mask_of_tokens_by_tokens(rows, monkeypatch):
         sizes.append(0 if attn_mask is None else attn_mask.numel())
         return attend(query, key, value, attn_mask, *others, **named)
 
-    monkeypatch.setattr(trainers.documents, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(trainers.model.document_attention, "scaled_dot_product_attention", spy)
     model(**flat_inputs(ids, mask))
     assert sizes and max(sizes) <= 8 * 15, "a stretch of queries with the keys that its window holds"
 
@@ -180,10 +180,10 @@ def test_a_model_that_counts_positions_by_itself_is_refused():
 
 
 def test_a_packed_run_asks_the_probe_before_its_first_step(tmp_path, tiny_model, monkeypatch):
-    import trainers.probe
+    import trainers.model.isolation_probe
 
     asked = []
-    monkeypatch.setattr(trainers.probe, "probe", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(trainers.model.isolation_probe, "probe", lambda *arguments: asked.append(arguments))
     logged(build(tmp_path / "packed", tiny_model, trainer="sft"))
     assert len(asked) == 1
     logged(build(tmp_path / "padded", tiny_model, trainer="sft", packing="none"))

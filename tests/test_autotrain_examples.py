@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fakes import machine, run_command
 
-from launcher.topology import Hardware
+from launcher.plan.topology import Hardware
 
 TOKEN = "hf_plantedPlantedPlantedPlanted"
 FORM = """\

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import fake_checkpoint, fake_model, listing, machine, run_command, write_rows
 
-from launcher.topology import Hardware
+from launcher.plan.topology import Hardware
 
 # The line numbers in the cases count from here.
 GOOD = """\

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 
-from trainers.config import ConfigError, TrainConfig
+from trainers.config.schema import ConfigError, TrainConfig
 
 TEXTS = ("default", "sft", "mlm")
 PAIRS = ("reward", "dpo", "orpo", "kto")
@@ -416,7 +416,7 @@ def test_a_row_that_cannot_be_read(refused, suffix, content, words):
 
 
 def test_the_file_of_a_split_in_parts_is_named(tokenizer, tmp_path, monkeypatch):
-    from trainers import data
+    from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     for part, roles in (("0", ["user", "user"]), ("1", ["user", "wizard"])):
@@ -424,14 +424,14 @@ def test_the_file_of_a_split_in_parts_is_named(tokenizer, tmp_path, monkeypatch)
         (tmp_path / f"train-{part}.jsonl").write_text("\n".join(lines))
     config = TrainConfig(data_path=str(tmp_path), trainer="sft", block_size=64, chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"train-1\.jsonl: row 2: there is no role 'wizard'"):
-        data.prepare(config, tokenizer)
+        prepare.prepare(config, tokenizer)
 
 
 def test_the_row_is_named_when_several_processes_tokenize(refused, monkeypatch):
-    from trainers import data
+    from trainers.data import prepare
 
-    monkeypatch.setattr(data, "MANY_ROWS", 2)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(prepare, "MANY_ROWS", 2)
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
     rows = [{"messages": TURNS}] * 3 + [{"messages": [{"role": "wizard", "content": "x"}]}]
     refused(rows, "train.jsonl: row 4", "no role 'wizard'", chat_template="tokenizer")
 
@@ -498,7 +498,7 @@ def test_a_fraction_that_leaves_a_part_empty(refused, fractions, words):
 
 
 def test_a_reference_with_another_tokenizer(tiny_model, tiny_masked_model, tokenizer):
-    from trainers.model import load_reference
+    from trainers.model.load import load_reference
 
     config = TrainConfig(model=str(tiny_model), model_ref=str(tiny_masked_model), trainer="dpo")
     with pytest.raises(
@@ -508,14 +508,14 @@ def test_a_reference_with_another_tokenizer(tiny_model, tiny_masked_model, token
 
 
 def test_a_causal_model_for_mlm(tiny_model):
-    from trainers.model import load_tokenizer
+    from trainers.model.load import load_tokenizer
 
     with pytest.raises(ConfigError, match=r"has no mask token, so it is no masked LM"):
         load_tokenizer(TrainConfig(model=str(tiny_model), trainer="mlm"))
 
 
 def test_a_template_that_the_tokenizer_lacks(tiny_masked_model):
-    from trainers.model import load_tokenizer
+    from trainers.model.load import load_tokenizer
 
     config = TrainConfig(model=str(tiny_masked_model), trainer="mlm", chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"chat_template: this model's tokenizer has none\. Use chatml"):

@@ -17,18 +17,19 @@ import pytest
 import torch
 from fakes import fake_checkpoint, machine
 
-from launcher import attempt
-from launcher.attempt import Outcome
-from launcher.backend import resolve_backend
-from launcher.batch_search import advice, announce, next_smaller, with_smaller_batch
 from launcher.cli import main
 from launcher.config import Run, load_run
-from launcher.diagnosis import diagnose
-from launcher.topology import Hardware, resolve_topology
-from trainers import rank, run_folder
-from trainers.config import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError, TrainConfig
-from trainers.config_file import load_settings, write_effective
-from trainers.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
+from launcher.plan.backend import resolve_backend
+from launcher.plan.batch_search import advice, announce, next_smaller, with_smaller_batch
+from launcher.plan.topology import Hardware, resolve_topology
+from launcher.supervise import attempt
+from launcher.supervise.attempt import Outcome
+from launcher.supervise.diagnosis import diagnose
+from trainers.config.file import load_settings, write_effective
+from trainers.config.schema import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.rank import process
+from trainers.rank.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
+from trainers.storage import run_folder
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 
@@ -86,7 +87,7 @@ def rank_that_raises(error: Exception) -> int:
     def fail() -> int:
         raise error
 
-    return rank.run_rank(fail)
+    return process.run_rank(fail)
 
 
 def test_by_hand_the_rank_says_that_the_launcher_searches(

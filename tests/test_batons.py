@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launcher.batons import OLD, extensions_cache, remove_left_locks
+from launcher.supervise.stale_locks import OLD, extensions_cache, remove_left_locks
 
 
 @pytest.fixture

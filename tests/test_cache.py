@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from trainers import cache
-from trainers.cache import WAITS, cache_root, make_once, tell_prepared, wait_for_machine_0
-from trainers.config import ConfigError
+from trainers.config.schema import ConfigError
+from trainers.storage import data_cache
+from trainers.storage.data_cache import WAITS, cache_root, make_once, tell_prepared, wait_for_machine_0
 
 
 def fill(folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_ranks_of_another_machine_wait_for_machine_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(data_cache, "LOOK_SECONDS", 0.01)
     for name in ("machine-0", "machine-1"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("PHALANX_LOG_DIR", str(tmp_path / "machine-1"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from inprocess import build
 
-from trainers import boundary
-from trainers.boundary import StepBoundary
-from trainers.manifest import checkpoint_folders, complaint, read_manifest
+from trainers.loop import step_boundary
+from trainers.loop.step_boundary import StepBoundary
+from trainers.storage.manifest import checkpoint_folders, complaint, read_manifest
 
 
 def train(built, checkpoint: Path | None = None):
@@ -88,7 +88,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, tiny_model, monkeypatch):
 def test_save_minutes_saves_whatever_the_step(tmp_path, tiny_model, monkeypatch):
     minutes = iter(range(0, 1000, 60))  # a minute passes between two looks at the clock
     clock = type("Clock", (), {"monotonic": staticmethod(lambda: next(minutes))})
-    monkeypatch.setattr(boundary, "time", clock)
+    monkeypatch.setattr(step_boundary, "time", clock)
     values = {**SAVES, "save_strategy": "no", "save_minutes": 3, "save_total_limit": 9}
     values.pop("save_steps")
     train(build(tmp_path, tiny_model, trainer="sft", **values))

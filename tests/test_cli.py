@@ -13,7 +13,7 @@ from fakes import listing, run_command, write_rows
 
 from launcher.cli import COMMANDS
 from launcher.config import LaunchConfig
-from trainers.config import ALIASES, SWITCHES, TrainConfig
+from trainers.config.schema import ALIASES, SWITCHES, TrainConfig
 
 CONFIG = """\
 task: llm-sft
@@ -292,7 +292,7 @@ def test_an_effective_config_can_be_shown(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from launcher.config import load_run
-    from trainers.config_file import write_effective
+    from trainers.config.file import write_effective
 
     write_effective(load_run(Path("c.yaml"), {}).settings, Path("config.json"))
     first, second = show(["c.yaml"], monkeypatch, capsys), show(["config.json"], monkeypatch, capsys)
@@ -302,9 +302,10 @@ def test_an_effective_config_can_be_shown(
 def test_train_says_what_was_decided(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launcher import cli, supervise
+    from launcher import cli
+    from launcher.supervise import supervisor
 
-    monkeypatch.setattr(supervise, "train", lambda *_: 0)
+    monkeypatch.setattr(supervisor, "train", lambda *_: 0)
     assert cli.main(["train", "c.yaml"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("note: quantization: ")
@@ -316,8 +317,9 @@ def test_train_says_what_was_decided(
 @pytest.mark.parametrize("code", [1, 2, 130, 143])
 def test_train_passes_the_exit_code_on(config: Path, code: int, monkeypatch: pytest.MonkeyPatch,
                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    from launcher import cli, supervise
+    from launcher import cli
+    from launcher.supervise import supervisor
 
-    monkeypatch.setattr(supervise, "train", lambda *_: code)
+    monkeypatch.setattr(supervisor, "train", lambda *_: code)
     assert cli.main(["train", "c.yaml"]) == code
     assert "done" not in capsys.readouterr().out

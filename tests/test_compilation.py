@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainers.config import TRAINERS, ConfigError
+from trainers.config.schema import TRAINERS, ConfigError
 
 RUN = {"lr": 1e-2, "max_steps": 4, "batch_size": 2, "packing": "none", "quantization": None}
 
@@ -41,7 +41,7 @@ def test_the_layers_are_compiled_and_keep_the_names_of_their_weights(
 
 
 def test_what_cannot_be_compiled_is_said(monkeypatch):
-    from trainers.compilation import compile_layers
+    from trainers.model.compilation import compile_layers
 
     with pytest.raises(ConfigError, match="torch_compile: no layers were found in Linear"):
         compile_layers(torch.nn.Linear(2, 2))
@@ -60,7 +60,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
 ):
     from torch._dynamo.utils import counters
 
-    from trainers import run
+    from trainers.loop import life
 
     model = tiny_masked_model if trainer == "mlm" else tiny_model
     values = {"trainer": trainer, "activation_checkpointing": mode}
@@ -71,7 +71,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     assert [entry["loss"] for entry in logged(built)] == pytest.approx(expected, abs=1e-4)
     # Once for the first length, once more for any length; 2 layers of 2 kinds at most.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
-    run._save(built.trainer, built.context)
+    life._save(built.trainer, built.context)
     with safe_open(built.context.folder / "model.safetensors", "pt") as saved:
         assert not [name for name in saved.keys() if "_orig_mod" in name]  # noqa: SIM118
 

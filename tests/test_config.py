@@ -11,9 +11,9 @@ import pytest
 from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
-from trainers.config import ALIASES, SWITCHES, ConfigError, TrainConfig
-from trainers.config_file import TASKS, load_settings, write_effective
-from trainers.settings import Value, resolve
+from trainers.config.file import TASKS, load_settings, write_effective
+from trainers.config.schema import ALIASES, SWITCHES, ConfigError, TrainConfig
+from trainers.config.settings import Value, resolve
 
 AUTOTRAIN_DEFAULTS = {
     "model": "gpt2",

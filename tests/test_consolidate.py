@@ -16,9 +16,9 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainers import consolidate as module
-from trainers import pickles
+from trainers.checkpoint import safe_pickle
+from trainers.checkpoint.safe_pickle import SafeReader, allow_deepspeed
 from trainers.consolidate import consolidate, main
-from trainers.pickles import SafeReader, allow_deepspeed
 
 TINY = 100_000  # bytes; the tiny model has 492,000
 
@@ -337,7 +337,7 @@ def test_an_index_is_read_as_torch_reads_it(tmp_path, tiny_model):
 def test_names_that_the_index_may_hold_exist():
     import importlib
 
-    for name, members in pickles.INDEX.items():
+    for name, members in safe_pickle.INDEX.items():
         if name != "pathlib._local":  # Python 3.13's
             assert all(hasattr(importlib.import_module(name), member) for member in members)
 

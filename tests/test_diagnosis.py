@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
-from launcher.attempt import AccelerateLaunch, Outcome
-from launcher.diagnosis import CLASSES, LOG_LINES, STACK_LINES, Failure, diagnose, report
-from launcher.watch import Hang
-from trainers import config, rank
-from trainers.config import (
+from launcher.supervise.attempt import AccelerateLaunch, Outcome
+from launcher.supervise.diagnosis import CLASSES, LOG_LINES, STACK_LINES, Failure, diagnose, report
+from launcher.supervise.hangs import Hang
+from trainers.config import schema
+from trainers.config.schema import (
     DATA_FAILED,
     DISK_FAILED,
     HUNG,
@@ -37,10 +37,11 @@ from trainers.config import (
     USAGE_ERROR,
     ConfigError,
 )
-from trainers.failures import NotFinite, code_of, disk_is_full, is_lost_peer
-from trainers.heartbeat import STEP, Beat
-from trainers.out_of_memory import BatchTooLarge
-from trainers.stopping import SIGNALS
+from trainers.rank import process
+from trainers.rank.failures import NotFinite, code_of, disk_is_full, is_lost_peer
+from trainers.rank.heartbeat import STEP, Beat
+from trainers.rank.out_of_memory import BatchTooLarge
+from trainers.rank.signals import SIGNALS
 
 PAGE = Path(__file__).parent.parent / "docs" / "exit-codes.md"
 GLOO = (
@@ -199,23 +200,23 @@ def test_a_rank_ends_with_the_code_of_its_error(
     error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
-    monkeypatch.setattr(rank.stop, "listen", lambda: None)
+    monkeypatch.setattr(process.stop, "listen", lambda: None)
 
     def fail() -> int:
         raise error
 
-    assert rank.run_rank(fail) == code
+    assert process.run_rank(fail) == code
 
 
 # ------------------------------------------------------------------------------ which rank failed first
 
 
 def note(folder: Path, number: int, error: Exception, time: float) -> None:
-    """What that rank leaves of an error (trainers/rank.py)."""
+    """What that rank leaves of an error (trainers/rank/process.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(number))
         patch.setattr("time.monotonic", lambda: time)
-        rank._note(folder, error, code_of(error))
+        process._note(folder, error, code_of(error))
 
 
 def diagnosed(folder: Path, exits: dict[int, int], hang: Hang | None = None, code: int = 1) -> Failure:
@@ -329,7 +330,7 @@ def test_a_rank_that_cannot_write_its_note_ends_with_the_code_of_its_error(tmp_p
     (tmp_path / "rank-0.error.json").symlink_to("/dev/full")
     script = """
 import errno, sys
-from trainers.rank import run_rank
+from trainers.rank.process import run_rank
 
 def fail():
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -500,7 +501,7 @@ def test_every_class_is_named_and_has_a_mend(
 
 # -------------------------------------------------------------------------------------- the exit codes
 
-CODES = {name: value for name, value in vars(config).items() if name.isupper() and value in range(1, 128)}
+CODES = {name: value for name, value in vars(schema).items() if name.isupper() and value in range(1, 128)}
 
 
 def test_every_exit_code_is_a_class_or_no_failure_of_a_rank() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tiny import write_evaluation
 
-from launcher import evaluate
 from launcher.cli import main
-from launcher.evaluate import command
-from trainers.config import ConfigError
+from launcher.commands import evaluate
+from launcher.commands.evaluate import command
+from trainers.config.schema import ConfigError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.finite import FiniteWatch, StepRecord
+from trainers.checkpoint.nan_watch import FiniteWatch, StepRecord
 
 NAN, INF = float("nan"), float("inf")
 

@@ -16,7 +16,7 @@ from inprocess import ROWS, build, logged
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from trainers.rules import LOSSES
+from trainers.config.consistency import LOSSES
 
 TOLERANCE = 1e-4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from trainers import head
+from trainers.model import cpu_head
 
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 VOCABULARY, WIDTH, TOKENS = 37, 8, 23
@@ -15,7 +15,7 @@ VOCABULARY, WIDTH, TOKENS = 37, 8, 23
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Five tokens a block: several blocks, the last one smaller."""
-    monkeypatch.setattr(head, "LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(cpu_head, "LOGITS", 5 * VOCABULARY)
 
 
 def inputs(tokens=TOKENS, dtype=torch.float32):
@@ -48,8 +48,8 @@ def gradients(log_probs, weights, sources):
 def test_values_and_gradients_are_those_of_the_whole_logits(hint, equal, temperature, cap, scale):
     *sources, targets = inputs()
     weights = torch.full((TOKENS,), -0.25) if equal else torch.linspace(-1, 1, TOKENS)
-    with head.equal_weights() if hint else nullcontext():
-        found = head.Head.apply(*sources, targets, temperature, 0, cap, scale, ALL)
+    with cpu_head.equal_weights() if hint else nullcontext():
+        found = cpu_head.Head.apply(*sources, targets, temperature, 0, cap, scale, ALL)
     expected = plain(*sources, targets, temperature, cap, scale)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -60,18 +60,18 @@ def test_values_and_gradients_are_those_of_the_whole_logits(hint, equal, tempera
 
 def test_only_what_is_asked_for_is_computed():
     *sources, targets = inputs()
-    log_probs, *rest = head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ("log_probs", "mean_logits"))
+    log_probs, *rest = cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ("log_probs", "mean_logits"))
     assert log_probs.shape == (TOKENS,)
     assert [part is None for part in rest] == [True, True, False, True]
 
 
 def test_the_hint_saves_the_second_computation(monkeypatch):
     again = []
-    monkeypatch.setattr(head, "_again", lambda *_: again.append(1) or (None,) * 3)
+    monkeypatch.setattr(cpu_head, "_again", lambda *_: again.append(1) or (None,) * 3)
     *sources, targets = inputs()
     for hint in (True, False):
-        with head.equal_weights() if hint else nullcontext():
-            log_probs = head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0]
+        with cpu_head.equal_weights() if hint else nullcontext():
+            log_probs = cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0]
         log_probs.sum().backward()
         assert len(again) == (0 if hint else 1)
 
@@ -80,8 +80,8 @@ def test_a_frozen_layer_gets_no_gradient():
     hidden, weight, bias, targets = inputs()
     weight.requires_grad_(False)
     bias.requires_grad_(False)
-    with head.equal_weights():
-        head.Head.apply(hidden, weight, bias, targets, 1.0, 0, None, 1.0, ALL)[0].sum().backward()
+    with cpu_head.equal_weights():
+        cpu_head.Head.apply(hidden, weight, bias, targets, 1.0, 0, None, 1.0, ALL)[0].sum().backward()
     assert weight.grad is None and bias.grad is None
     assert hidden.grad.abs().sum() > 0
 
@@ -89,15 +89,15 @@ def test_a_frozen_layer_gets_no_gradient():
 @pytest.mark.parametrize("hint", [True, False], ids=["hint", "no-hint"])
 def test_no_labelled_token_is_a_gradient_of_zero(hint):
     *sources, targets = inputs(tokens=0)
-    with head.equal_weights() if hint else nullcontext():
-        head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0].sum().backward()
+    with cpu_head.equal_weights() if hint else nullcontext():
+        cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0].sum().backward()
     assert sources[1].grad.abs().sum() == 0
 
 
 def test_half_precision_is_computed_in_float32_and_handed_back_as_it_came():
     *sources, targets = inputs(dtype=torch.bfloat16)
-    with head.equal_weights(), torch.autocast("cpu", torch.bfloat16):
-        log_probs = head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0]
+    with cpu_head.equal_weights(), torch.autocast("cpu", torch.bfloat16):
+        log_probs = cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0]
     whole = plain(*(source.float() for source in sources), targets, 1.0, None, 1.0)[0]
     torch.testing.assert_close(log_probs, whole)
     log_probs.sum().backward()

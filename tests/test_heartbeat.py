@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import watch
-from launcher.watch import find_hang, limit, make_beats_folder
-from trainers import heartbeat
-from trainers.heartbeat import FOLDER, STEP, Beat, Heart, read_beat
+from launcher.supervise import hangs
+from launcher.supervise.hangs import find_hang, limit, make_beats_folder
+from trainers.rank import heartbeat
+from trainers.rank.heartbeat import FOLDER, STEP, Beat, Heart, read_beat
 
 PATIENCE = 20.0  # a limit, not a measurement
 
@@ -144,8 +144,8 @@ def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.Monk
     """It takes as long as it takes, and no step ends meanwhile."""
     from transformers import Trainer
 
-    from trainers import resuming
-    from trainers.checkpoints import Durable
+    from trainers.checkpoint import resuming
+    from trainers.checkpoint.saving import Durable
 
     phases = []
     monkeypatch.setattr(resuming, "heart", Heart())
@@ -207,7 +207,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
 RANK = """
 import sys, threading, time
 from pathlib import Path
-from trainers.rank import _dump_stack_on_signal
+from trainers.rank.process import _dump_stack_on_signal
 
 _dump_stack_on_signal(Path(sys.argv[1]))
 code = "import time\\ndef stay():\\n    print('here', flush=True)\\n    time.sleep(600)\\n"
@@ -218,7 +218,7 @@ stay()
 # As faulthandler writes it when the processor is wanted elsewhere: in two parts.
 SLOW_RANK = """
 import os, signal, sys, time
-from trainers.stopping import STACK_SIGNAL
+from trainers.rank.signals import STACK_SIGNAL
 
 def write(number, frame):
     with open(sys.argv[1], "w") as file:
@@ -255,7 +255,7 @@ class Ranks:
         raw = heartbeat._LAYOUT.pack(time.monotonic() - ago, count, step, 0.5, phase.encode())
         (self.folder / f"rank-{rank}").write_bytes(raw)
 
-    def find(self, pids: dict[int, int], timeout: float | None = None) -> watch.Hang | None:
+    def find(self, pids: dict[int, int], timeout: float | None = None) -> hangs.Hang | None:
         return find_hang(self.folder, pids, timeout, self.folder)
 
     def named(self, pids: dict[int, int]) -> int:
@@ -289,7 +289,7 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
     """A job is suspended as a whole, and its clock goes on."""
     pids = ranks.start("others", "itself")
     now = time.monotonic()
-    wakefulness = watch.Wakefulness()
+    wakefulness = hangs.Wakefulness()
     for rank in pids:
         ranks.beat(rank, ago=0.0)
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
@@ -297,7 +297,7 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
     assert ranks.find(pids) is not None, "without it, both are silent for an hour"
     assert find_hang(ranks.folder, pids, None, ranks.folder, awake) is None
     for _ in range(10):
-        now += watch.SHORTEST / 5
+        now += hangs.SHORTEST / 5
         assert wakefulness.look() == awake, "looks that are a little apart are no pause"
     hang = find_hang(ranks.folder, pids, None, ranks.folder, awake)
     assert hang is not None and hang.rank == 1
@@ -306,7 +306,7 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
 def test_a_stopped_rank_is_named_whatever_its_beats(ranks: Ranks) -> None:
     pids = ranks.start("itself", "others")
     os.kill(pids[1], signal.SIGSTOP)
-    wait_for(lambda: watch._is_stopped(pids[1]))
+    wait_for(lambda: hangs._is_stopped(pids[1]))
     ranks.beat(0, count=50, ago=80.0)
     ranks.beat(1, count=51, ago=75.0)
     hang = ranks.find(pids)
@@ -389,7 +389,7 @@ def test_a_rank_that_is_gone_does_not_stop_the_search(ranks: Ranks) -> None:
         (["/lib/torch/distributed/distributed_c10d.py"], True),
         (["/lib/torch/autograd/graph.py"], True),
         (["/lib/torch/_tensor.py"], True),
-        (["/work/trainers/agreement.py"], True),
+        (["/work/trainers/rank/agreement.py"], True),
         (["/lib/deepspeed/comm/torch.py"], True),
         (['/lib/torch/nn/parallel/distributed.py", line 2425 in _sync_buffers'], True),
         (['/lib/torch/nn/parallel/distributed.py", line 1640 in _run_ddp_forward'], False),
@@ -401,7 +401,7 @@ def test_who_waits_for_others_by_its_stack(frames: list[str], waits: bool) -> No
     other = 'Thread 0x1 (most recent call first):\n  File "/lib/torch/distributed/x.py", line 1 in f\n\n'
     whole = (frame if '"' in frame else f'{frame}", line 1 in f' for frame in frames)
     lines = "\n".join(f'  File "{frame}' for frame in whole)
-    assert watch._waits(f"{other}Current thread 0x2 (most recent call first):\n{lines}\n") == waits
+    assert hangs._waits(f"{other}Current thread 0x2 (most recent call first):\n{lines}\n") == waits
 
 
 @pytest.mark.parametrize(

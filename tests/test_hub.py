@@ -14,10 +14,10 @@ import pytest
 import yaml
 from fake_hub import COMMIT, CREATE, FakeHub, fake_hub
 
-from trainers.card import write_card
-from trainers.config import TRAINERS, ConfigError, TrainConfig
-from trainers.hub import push
-from trainers.saved import check_saved
+from trainers.config.schema import TRAINERS, ConfigError, TrainConfig
+from trainers.output.hub import push
+from trainers.output.model_card import write_card
+from trainers.storage.saved_model import check_saved
 
 CANARY = "hf_canaryCanaryCanaryCanaryCanary"
 AT_ONCE = (0.0, 0.0)
@@ -401,7 +401,7 @@ def test_the_address_is_the_librarys_own_setting(folder, tmp_path, monkeypatch):
     """HF_ENDPOINT is read when the library is imported: a process of its own."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from trainers.config import TrainConfig; from trainers.hub import push\n"
+        "from trainers.config.schema import TrainConfig; from trainers.output.hub import push\n"
         "import os; push(TrainConfig(username='me', token=os.environ['HF_TOKEN']), Path(sys.argv[1]))\n"
     )
     with fake_hub() as hub:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher import slurm
 from launcher.cli import main
+from launcher.commands.status import _goes_on, status
 from launcher.config import load_run
-from launcher.jobs import _goes_on, status
-from launcher.journal import note, note_end
-from trainers.run_folder import PROGRESS
+from launcher.slurm import job as slurm
+from launcher.slurm.journal import note, note_end
+from trainers.storage.run_folder import PROGRESS
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.run_folder import hold
+from trainers.storage.run_folder import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -224,7 +224,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller]:
     def answer(**states: str) -> Controller:
         made = Controller(**states)
         monkeypatch.setattr(slurm, "ask", made)
-        monkeypatch.setattr("launcher.jobs.ask", made)
+        monkeypatch.setattr("launcher.commands.status.ask", made)
         for job in made.states:
             note(Path("run"), job)
         return made
@@ -258,7 +258,7 @@ def test_a_job_that_is_still_setting_up_has_nothing_to_save(
     controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = controller(job2="RUNNING")
-    monkeypatch.setattr("launcher.jobs._has_begun", lambda job: False)
+    monkeypatch.setattr("launcher.commands.status._has_begun", lambda job: False)
     assert main(["cancel", "run"]) == 0
     assert told.asked == [("scancel", "2")]
 

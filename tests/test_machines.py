@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import machines
-from launcher.diagnosis import Failure
-from launcher.machines import (
+from launcher.plan.topology import Topology
+from launcher.supervise import machines
+from launcher.supervise.diagnosis import Failure
+from launcher.supervise.machines import (
     AnotherRefused,
     Ended,
     GoneMachine,
@@ -24,8 +25,7 @@ from launcher.machines import (
     first_cause,
     refuse,
 )
-from launcher.topology import Topology
-from trainers.config import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
+from trainers.config.schema import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 
 ORDER = Order(attempt=1, port=1234)
 

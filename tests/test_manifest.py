@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from fakes import fake_checkpoint, machine
 
-from launcher.backend import resolve_backend
 from launcher.config import Run, load_run
-from launcher.resume import fitted
-from launcher.topology import resolve_topology
-from trainers import manifest, run_folder
-from trainers.config import ConfigError, TrainConfig
-from trainers.manifest import (
+from launcher.plan.backend import resolve_backend
+from launcher.plan.resume_layout import fitted
+from launcher.plan.topology import resolve_topology
+from trainers.config.schema import ConfigError, TrainConfig
+from trainers.storage import manifest, run_folder
+from trainers.storage.manifest import (
     FORMAT,
     MANIFEST,
     FileEntry,
@@ -37,7 +37,7 @@ from trainers.manifest import (
     read_manifest,
     step_of,
 )
-from trainers.run_folder import hold, holder, resume_checkpoint, set_aside_later
+from trainers.storage.run_folder import hold, holder, resume_checkpoint, set_aside_later
 
 DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
 FSDP = replace(DDP, backend="fsdp", shards=2)
@@ -294,7 +294,7 @@ def test_else_no_checkpoint_is_renamed(
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.run_folder import hold
+from trainers.storage.run_folder import hold
 hold(Path(sys.argv[1]))
 print("it is mine", flush=True)
 time.sleep(60)

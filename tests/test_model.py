@@ -10,7 +10,7 @@ import torch
 from inprocess import build, logged, settings_of
 from tiny import build_tiny_model
 
-from trainers.config import ConfigError
+from trainers.config.schema import ConfigError
 
 PEFT = {"peft": True, "quantization": None, "lora_r": 4, "max_steps": 3, "lr": 1e-2}
 MERGES = {
@@ -30,17 +30,17 @@ MERGES = {
 
 def finish(tmp_path: Path, model: Path, **config):
     """Trains and saves, as the end of a run does; what was built, and the run's folder."""
-    from trainers import run
+    from trainers.loop import life
 
     built = build(tmp_path, model, **{**PEFT, **config})
     logged(built)
-    run._save(built.trainer, built.context)
+    life._save(built.trainer, built.context)
     return built, built.context.folder
 
 
 def merge(built) -> None:
-    from trainers.example import first_tokens
-    from trainers.merge import merge_adapter
+    from trainers.data.preview import first_tokens
+    from trainers.output.merge import merge_adapter
 
     context = built.context
     merge_adapter(context.config, context.folder, context.tokenizer, first_tokens(context.rows("train")[0]))
@@ -53,8 +53,8 @@ def outputs(model, ids) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MERGES)
 def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, capsys):
-    from trainers.example import first_tokens
-    from trainers.model import model_class
+    from trainers.data.preview import first_tokens
+    from trainers.model.load import model_class
 
     built, folder = finish(tmp_path, tiny_model, **MERGES[name])
     ids = first_tokens(built.context.rows("train")[0])
@@ -76,7 +76,7 @@ def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, c
 def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_kept(tmp_path, tiny_model, monkeypatch):
     from peft import LoraModel
 
-    from trainers.merge import MergeRefused
+    from trainers.output.merge import MergeRefused
 
     built, folder = finish(tmp_path, tiny_model, trainer="sft")
     before = (folder / "adapter_model.safetensors").read_bytes()
@@ -184,7 +184,7 @@ def test_what_is_trained_is_float32(tmp_path, tiny_model, quantization):
 
 
 def test_int4_is_nf4_stored_in_the_compute_type():
-    from trainers.model import quantization_config
+    from trainers.model.load import quantization_config
 
     for name, dtype in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         config = settings_of(trainer="sft", peft=True, quantization="int4", mixed_precision=name).train
@@ -196,7 +196,7 @@ def test_int4_is_nf4_stored_in_the_compute_type():
 def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
     from transformers import AutoTokenizer
 
-    from trainers.model import load_tokenizer
+    from trainers.model.load import load_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.nodelist import hosts
+from launcher.plan.nodelist import hosts
 
 
 @pytest.mark.parametrize(

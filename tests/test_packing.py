@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import build, settings_of
 
-from trainers.batches import Batches, FlatCollator, Steps, piece_costs
-from trainers.config import ConfigError
-from trainers.packing import plan_packs, whole_rows, wrap_rows
+from trainers.config.schema import ConfigError
+from trainers.data.packing import plan_packs, whole_rows, wrap_rows
+from trainers.data.sampler import Batches, FlatCollator, Steps, piece_costs
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
 CAPACITY = st.integers(40, 130)

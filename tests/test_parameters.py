@@ -21,12 +21,14 @@ import torch
 from inprocess import Built, build
 from tiny import build_tiny_model
 
-from trainers import attention, rules, run
-from trainers.balanced import Balanced
-from trainers.batches import row_lengths
-from trainers.boundary import StepBoundary
-from trainers.config import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
-from trainers.settings import Settings
+from trainers.config import consistency
+from trainers.config.schema import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
+from trainers.config.settings import Settings
+from trainers.data.sampler import row_lengths
+from trainers.loop import life
+from trainers.loop.planned_batches import Balanced
+from trainers.loop.step_boundary import StepBoundary
+from trainers.model import attention
 
 TESTS = Path(__file__).parent
 
@@ -463,10 +465,10 @@ HOLDS = {
     "model is a folder": {},
     "loss_type is none of robust, exo_pair, aot, aot_unpaired": {},
     "loss_type is sft alone": {},
-    next(why for why, fields, _ in rules.CONDITIONS if "unsloth" in fields): {},
+    next(why for why, fields, _ in consistency.CONDITIONS if "unsloth" in fields): {},
 }
 UNREAD = [
-    *(("sft", field, HOLDS.get(why, {})) for why, fields, _ in rules.CONDITIONS for field in fields),
+    *(("sft", field, HOLDS.get(why, {})) for why, fields, _ in consistency.CONDITIONS for field in fields),
     *(("sft", field, {"optimizer": "sgd"}) for field in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     *(("sft", field, {"scheduler": "constant"}) for field in ("warmup_ratio", "warmup_steps")),
     *((trainer, "add_eos_token", {**ASKED, "chat_template": "chatml"}) for trainer in TRAINERS[:-1]),
@@ -482,7 +484,7 @@ UNREAD = [
 
 
 def test_every_condition_is_tried():
-    assert {why for why, _, _ in rules.CONDITIONS} <= set(HOLDS)
+    assert {why for why, _, _ in consistency.CONDITIONS} <= set(HOLDS)
 
 
 @pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
@@ -526,7 +528,7 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
     """token, revision, trust_remote_code, use_flash_attention_2, use_kernels: as transformers gets them."""
     import transformers
 
-    from trainers import model
+    from trainers.model import load
 
     asked: list[tuple[str, str, dict[str, Any]]] = []
 
@@ -540,7 +542,7 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
 
         return from_pretrained
 
-    monkeypatch.setattr(model, "_check_kernels", lambda: None)
+    monkeypatch.setattr(load, "_check_kernels", lambda: None)
     kinds = ("CausalLM", "SequenceClassification", "MaskedLM")
     for name in ("AutoTokenizer", *(f"AutoModelFor{kind}" for kind in kinds)):
         auto = getattr(transformers, name)
@@ -577,8 +579,8 @@ def test_merge_adapter_leaves_a_whole_model(place, trainer):
         built = small(place, trainer, **LORA, merge_adapter=merge, project_name=str(folder))
         assert not idle(built.settings, "merge_adapter")
         built.trainer.train()
-        run._save(built.trainer, built.context)
-        run._finish(built.context, run._facts(built.trainer, built.context))
+        life._save(built.trainer, built.context)
+        life._finish(built.context, life._facts(built.trainer, built.context))
         left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
     assert left == [
         {"adapter_config.json": True, "model.safetensors": False},

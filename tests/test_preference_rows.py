@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 
-from trainers.config import TrainConfig
+from trainers.config.schema import TrainConfig
 
 Q, GOOD, BAD = "What is a rank?", "One process of many.", "A number."
 PAIR = {"prompt": Q, "chosen": GOOD, "rejected": BAD}
@@ -307,28 +307,28 @@ def test_without_fractions_every_row_is_trained_on(split):
 
 
 def test_splits_that_are_named_leave_the_training_rows_alone(tokenizer, tmp_path, monkeypatch):
-    from trainers import data
+    from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     for name in ("train", "dev", "final"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
     config = TrainConfig(data_path=str(tmp_path), trainer="sft", valid_split="dev", test_split="final",
                          block_size=64)  # fmt: skip
-    assert data.parts(config) == ["train", "valid", "test"]
-    found = {part: data.prepare(config, tokenizer, part).dataset[0] for part in data.parts(config)}
+    assert prepare.parts(config) == ["train", "valid", "test"]
+    found = {part: prepare.prepare(config, tokenizer, part).dataset[0] for part in prepare.parts(config)}
     texts = {part: tokenizer.decode(row["input_ids"][:-1]) for part, row in found.items()}
     assert texts == {"train": "train", "valid": "dev", "test": "final"}
 
 
 def test_a_named_split_beside_a_fraction(tokenizer, tmp_path, monkeypatch):
-    from trainers import data
+    from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "dev.jsonl").write_text(json.dumps({"text": "dev"}) + "\n")
     config = TrainConfig(data_path=str(tmp_path), trainer="sft", valid_split="dev", test_fraction=0.25,
                          block_size=64, packing="none")  # fmt: skip
-    sizes = {part: len(data.prepare(config, tokenizer, part).dataset) for part in data.parts(config)}
+    sizes = {part: len(prepare.prepare(config, tokenizer, part).dataset) for part in prepare.parts(config)}
     assert sizes == {"train": 15, "valid": 1, "test": 5}
 
 
@@ -338,7 +338,7 @@ def test_a_named_split_beside_a_fraction(tokenizer, tmp_path, monkeypatch):
 @pytest.fixture
 def load(tiny_model, tokenizer, tmp_path):
     """`load(pad=..., **config)`: the tokenizer as a run loads it, from a folder whose pad token is `pad`."""
-    from trainers.model import load_tokenizer
+    from trainers.model.load import load_tokenizer
 
     def loaded(pad="<pad>", **config):
         own = deepcopy(tokenizer)
@@ -418,7 +418,7 @@ def test_what_the_loss_sees(prepare, tokenizer, trainer, config, expected):
 
 
 def test_the_example_marks_what_is_masked(prepare, tokenizer):
-    from trainers.example import show_example
+    from trainers.data.preview import show_example
 
     (row,) = prepare([{"prompt": f"{Q}\n", "completion": GOOD}]).dataset
     assert show_example(row, tokenizer, terminal=False) == f"example: ⟦{Q}\\n⟧{GOOD}{END}"
@@ -426,7 +426,7 @@ def test_the_example_marks_what_is_masked(prepare, tokenizer):
 
 
 def test_the_example_of_a_pair_shows_both_answers(prepare, tokenizer):
-    from trainers.example import show_example
+    from trainers.data.preview import show_example
 
     (row,) = prepare([PAIR], trainer="dpo").dataset
     assert show_example(row, tokenizer, terminal=False) == (
@@ -435,7 +435,7 @@ def test_the_example_of_a_pair_shows_both_answers(prepare, tokenizer):
 
 
 def test_the_example_of_kto_says_whether_it_is_wanted(prepare, tokenizer):
-    from trainers.example import show_example
+    from trainers.data.preview import show_example
 
     shown = {show_example(row, tokenizer, terminal=False) for row in prepare([PAIR], trainer="kto").dataset}
     assert shown == {
@@ -445,7 +445,7 @@ def test_the_example_of_kto_says_whether_it_is_wanted(prepare, tokenizer):
 
 
 def test_a_long_example_is_cut_and_says_so(prepare, tokenizer):
-    from trainers.example import show_example
+    from trainers.data.preview import show_example
 
     (row,) = prepare([{"text": "x" * 3000}], block_size=2048).dataset
     shown = show_example(row, tokenizer, terminal=False)

@@ -32,13 +32,13 @@ def test_steps_are_read_as_both_sides_print_them(recovery):
 
 
 def test_the_bare_script_prints_steps_that_are_read(recovery):
-    """Its line is written like the one of trainers/tracking.py."""
+    """Its line is written like the one of trainers/output/metrics.py."""
     script = (REPO / "benchmarks" / "bare_resuming.py").read_text()
     assert 'f"step {state.global_step}/{state.max_steps}  loss ' in script
 
 
 def test_the_launcher_names_a_rank_in_words_that_are_read(recovery):
-    from launcher.diagnosis import Failure
+    from launcher.supervise.diagnosis import Failure
 
     line = (
         f"{Failure(1, 'killed by SIGKILL (host memory ran out, or by hand)').line}; restart 3 of at most 9, "

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from launcher.topology import free_port
-from trainers.rendezvous import meet_on_loopback
+from launcher.plan.topology import free_port
+from trainers.rank.rendezvous import meet_on_loopback
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trainers.config import ConfigError, TrainConfig
+from trainers.config.schema import ConfigError, TrainConfig
 
 Q = "What is a rank?"
 A = "One process of many."
@@ -67,7 +67,7 @@ def test_bos_is_not_doubled(tokenizer):
 
     from tokenizers.processors import TemplateProcessing
 
-    from trainers.chat import encode_text
+    from trainers.data.chat import encode_text
 
     with_bos = deepcopy(tokenizer)
     bos = with_bos.bos_token_id
@@ -124,7 +124,7 @@ def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from trainers import data
+    from trainers.data import prepare
 
     expected = list(prepare([{"text": "one"}, {"text": "two"}]).dataset)
     folder = tmp_path / suffix
@@ -135,7 +135,7 @@ def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
         content = {"csv": "text\none\ntwo\n", "json": '[{"text": "one"}, {"text": "two"}]'}
         (folder / f"train.{suffix}").write_text(content[suffix])
     config = TrainConfig(data_path=str(folder), trainer="sft", block_size=128, packing="none")
-    assert list(data.prepare(config, tokenizer).dataset) == expected
+    assert list(prepare.prepare(config, tokenizer).dataset) == expected
 
 
 def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
@@ -155,13 +155,13 @@ def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_is_used(prepare, tmp_path, monkeypatch):
-    from trainers import data
+    from trainers.data import prepare
 
     def fails(*_):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_tokenize", fails)
+        patch.setattr(prepare, "_tokenize", fails)
         with pytest.raises(RuntimeError):
             prepare([{"text": "one"}])
     assert len(prepare([{"text": "one"}]).dataset) == 1
@@ -179,7 +179,7 @@ GAINED = {
 def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, template):
     from copy import deepcopy
 
-    from trainers.chat import encode_messages, set_template
+    from trainers.data.chat import encode_messages, set_template
 
     own = deepcopy(tokenizer)
     gained = set_template(own, template)
@@ -193,7 +193,7 @@ def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, te
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
     from copy import deepcopy
 
-    from trainers.chat import encode_messages
+    from trainers.data.chat import encode_messages
 
     odd = deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -203,7 +203,7 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
 
 
 def test_logging_steps_follow_autotrain(prepare):
-    from trainers.run import logging_steps
+    from trainers.loop.life import logging_steps
 
     data = {"train": prepare([{"text": f"row {i}"} for i in range(40)])}
     assert logging_steps(TrainConfig(batch_size=2), data) == 4
@@ -215,7 +215,7 @@ def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_
     """The hub itself cannot be had in a test: only `load_dataset` is replaced."""
     import datasets
 
-    from trainers import data
+    from trainers.data import prepare
 
     asked = {}
 
@@ -228,18 +228,18 @@ def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_
     config = TrainConfig(
         data_path="org/rows", trainer="sft", block_size=64, token="secret", train_split="en:train"
     )
-    assert len(data.prepare(config, tokenizer).dataset) == 1
+    assert len(prepare.prepare(config, tokenizer).dataset) == 1
     assert asked == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
 
 
 def test_a_hub_that_does_not_answer_is_a_message(monkeypatch, tokenizer):
     import datasets
 
-    from trainers import data
+    from trainers.data import prepare
 
     def load_dataset(*_, **__):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ConfigError, match=r"org/rows \(train\) cannot be loaded from the hub: offline"):
-        data.prepare(TrainConfig(data_path="org/rows", trainer="sft"), tokenizer)
+        prepare.prepare(TrainConfig(data_path="org/rows", trainer="sft"), tokenizer)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
+from launcher.commands.submit import ARRAY
 from launcher.config import load_run
-from launcher.journal import jobs, note, started, starts_in_vain
-from launcher.request import TRAIN, requested
-from launcher.submit import ARRAY
+from launcher.slurm.journal import jobs, note, started, starts_in_vain
+from launcher.slurm.request import TRAIN, requested
 
 BASE = """\
 task: llm-sft

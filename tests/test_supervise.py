@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 from fakes import fake_checkpoint, machine
 
-from launcher import slurm, supervise
-from launcher.attempt import Outcome, Signals
-from launcher.backend import resolve_backend
 from launcher.config import load_run
-from launcher.supervise import PAUSES, WITHOUT_PROGRESS, Supervisor
-from launcher.topology import resolve_topology
-from launcher.watch import Hang
-from trainers.config import (
+from launcher.plan.backend import resolve_backend
+from launcher.plan.topology import resolve_topology
+from launcher.slurm import job as slurm
+from launcher.supervise import supervisor as supervise
+from launcher.supervise.attempt import Outcome, Signals
+from launcher.supervise.hangs import Hang
+from launcher.supervise.supervisor import PAUSES, WITHOUT_PROGRESS, Supervisor
+from trainers.config.schema import (
     DATA_FAILED,
     DISK_FAILED,
     HUNG,
@@ -37,9 +38,9 @@ from trainers.config import (
     SAVED,
     USAGE_ERROR,
 )
-from trainers.heartbeat import STEP, Beat
-from trainers.manifest import MANIFEST
-from trainers.run_folder import LAUNCH, InUse
+from trainers.rank.heartbeat import STEP, Beat
+from trainers.storage.manifest import MANIFEST
+from trainers.storage.run_folder import LAUNCH, InUse
 
 
 @dataclass

@@ -10,10 +10,17 @@ from collections.abc import Mapping
 import pytest
 from fakes import GIB, machine
 
-from launcher import topology
 from launcher.config import LaunchConfig
-from launcher.topology import Hardware, Topology, detect_hardware, free_port, interface_to, resolve_topology
-from trainers.config import ConfigError
+from launcher.plan import topology
+from launcher.plan.topology import (
+    Hardware,
+    Topology,
+    detect_hardware,
+    free_port,
+    interface_to,
+    resolve_topology,
+)
+from trainers.config.schema import ConfigError
 
 CPU = machine()
 STEP = {

@@ -24,9 +24,9 @@ from tracked import (
     wandb_run,
 )
 
-from trainers.config import TrainConfig
-from trainers.settings import Settings
-from trainers.trackers import open_tracker
+from trainers.config.schema import TrainConfig
+from trainers.config.settings import Settings
+from trainers.output.trackers import open_tracker
 
 CANARY = "c4na3y0123456789"
 KEY = (CANARY * 3)[:40]  # as long as a key of wandb
@@ -275,7 +275,7 @@ def report_logs(folder: Path, tracker: Any, *logs: dict[str, Any], resumed_step:
     """What metrics.jsonl holds after these logs, read as strictly as JSON is defined."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from trainers.tracking import Report
+    from trainers.output.metrics import Report
 
     report = Report(folder, False, resumed_step, tracker)
     arguments: Any = TrainingArguments.__new__(TrainingArguments)

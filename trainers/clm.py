@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from trainers.run import run
+from trainers.loop.life import run
 from trainers.sft import build  # the same loss on rows that were prepared in another way
 
 

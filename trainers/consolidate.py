@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from trainers.config import RUN_FAILED, USAGE_ERROR, ConfigError
-from trainers.manifest import SHARDS
-from trainers.saved import ADAPTER, VOCABULARIES, check_saved, read_object
-from trainers.stored import LATEST, Source, open_shards
+from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
+from trainers.config.schema import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.storage.manifest import SHARDS
+from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
 TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MARGIN = 64 * 2**20  # bytes of disk beside the weights: tokenizer, headers, index

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import TokenizedDPOTrainer
+    from trainers.loop.trl_trainers import TokenizedDPOTrainer
 
 
 def build(context: Context) -> TokenizedDPOTrainer:
     """The trainer over prompt_ids, chosen_ids and rejected_ids."""
     from trl import DPOConfig
 
-    from trainers.adapters import TokenizedDPOTrainer
-    from trainers.building import build_with_reference
+    from trainers.loop.ingredients import build_with_reference
+    from trainers.loop.trl_trainers import TokenizedDPOTrainer
 
     config = context.config
     arguments = make_arguments(

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import TokenizedKTOTrainer
+    from trainers.loop.trl_trainers import TokenizedKTOTrainer
 
 
 def build(context: Context) -> TokenizedKTOTrainer:
     """The trainer over prompt_ids, completion_ids, KL_completion_ids and label."""
     from trl import KTOConfig
 
-    from trainers.adapters import TokenizedKTOTrainer
-    from trainers.building import build_with_reference
+    from trainers.loop.ingredients import build_with_reference
+    from trainers.loop.trl_trainers import TokenizedKTOTrainer
 
     config = context.config
     arguments = make_arguments(

@@ -9,19 +9,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import MaskedTrainer
+    from trainers.loop.trl_trainers import MaskedTrainer
 
 
 def build(context: Context) -> MaskedTrainer:
     """The trainer over input_ids; which tokens are masked is drawn when a batch is made."""
     from transformers import TrainingArguments
 
-    from trainers.adapters import MaskedTrainer, masked_token_loss
-    from trainers.building import ingredients
-    from trainers.masking import MaskTokens
+    from trainers.data.mlm_masking import MaskTokens
+    from trainers.loop.ingredients import ingredients
+    from trainers.loop.trl_trainers import MaskedTrainer, masked_token_loss
 
     config = context.config
     arguments = make_arguments(

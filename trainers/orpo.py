@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import TokenizedORPOTrainer
+    from trainers.loop.trl_trainers import TokenizedORPOTrainer
 
 
 def build(context: Context) -> TokenizedORPOTrainer:
     """The trainer over prompt_ids, chosen_ids and rejected_ids."""
     from trl.experimental.orpo import ORPOConfig
 
-    from trainers.adapters import TokenizedORPOTrainer
-    from trainers.building import ingredients
+    from trainers.loop.ingredients import ingredients
+    from trainers.loop.trl_trainers import TokenizedORPOTrainer
 
     config = context.config
     arguments = make_arguments(

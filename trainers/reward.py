@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import TokenizedRewardTrainer
+    from trainers.loop.trl_trainers import TokenizedRewardTrainer
 
 
 def build(context: Context) -> TokenizedRewardTrainer:
     """The trainer over chosen_ids and rejected_ids; its model is a classifier with one label."""
     from trl import RewardConfig
 
-    from trainers.adapters import TokenizedRewardTrainer
-    from trainers.building import ingredients
+    from trainers.loop.ingredients import ingredients
+    from trainers.loop.trl_trainers import TokenizedRewardTrainer
 
     config = context.config
     arguments = make_arguments(

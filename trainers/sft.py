@@ -9,19 +9,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.run import Context, make_arguments, run
+from trainers.loop.life import Context, make_arguments, run
 
 if TYPE_CHECKING:
-    from trainers.adapters import TokenizedSFTTrainer
+    from trainers.loop.trl_trainers import TokenizedSFTTrainer
 
 
 def build(context: Context) -> TokenizedSFTTrainer:
     """The trainer over rows that are tokenized and masked already."""
     from trl import SFTConfig
 
-    from trainers.adapters import TokenizedSFTTrainer
-    from trainers.batches import FlatCollator
-    from trainers.building import ingredients
+    from trainers.data.sampler import FlatCollator
+    from trainers.loop.ingredients import ingredients
+    from trainers.loop.trl_trainers import TokenizedSFTTrainer
 
     config = context.config
     arguments = make_arguments(

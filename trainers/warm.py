@@ -39,15 +39,15 @@ from typing import Any
 from unittest.mock import patch
 
 import trainers
-from trainers.kept import read_by_imports
-from trainers.rank import die_with_parent
+from trainers.rank.import_environment import read_by_imports
+from trainers.rank.process import die_with_parent
 
 # A fork keeps one thread, and CUDA does not survive it: for this process alone, never for its ranks.
 PARENT_ONLY = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # so does the jemalloc inside pyarrow
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # "is there a GPU?" is asked of NVML, not of CUDA
-    "TRL_EXPERIMENTAL_SILENCE": "1",  # as a rank sets it before it imports trl (trainers/run.py)
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # as a rank sets it before it imports trl (trainers/loop/life.py)
 }
 # The launcher alone ends this process. A signal to all processes of a job, as SLURM sends one, is for the
 # ranks, and they would die with their parent.
@@ -139,7 +139,7 @@ class Parent:
 
     def _start(self, argv: list[str], environ: dict[str, str]) -> Rank | None:
         """Forks the ranks of `accelerate launch argv`; a Rank in each of them, None here."""
-        from trainers.rank_environment import plan
+        from trainers.rank.accelerate_plan import plan
 
         try:
             planned = plan(argv, environ)
@@ -277,9 +277,9 @@ def warm_up(names: Sequence[str]) -> dict[str, str]:
         for name in names:
             importlib.import_module(name)
         if any(name.startswith("trainers.") for name in names):
-            for module in pkgutil.iter_modules(trainers.__path__):
-                importlib.import_module(f"trainers.{module.name}")
-        importlib.import_module("trainers.rank_environment")
+            for module in pkgutil.walk_packages(trainers.__path__, "trainers."):
+                importlib.import_module(module.name)
+        importlib.import_module("trainers.rank.accelerate_plan")
     gc.collect()
     gc.freeze()  # the collector leaves these pages alone, and the ranks go on sharing them
     left = {name: value for name, value in os.environ.items() if name not in before}

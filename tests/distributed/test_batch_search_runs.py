@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import BACKENDS, REPO, Bench, Finished
 
-from launcher.topology import free_port
+from launcher.plan.topology import free_port
 
 # A device whose memory holds FITS rows: from step SINCE on, rank 1 (or the only one) has no room for more.
 SMALL_DEVICE = """

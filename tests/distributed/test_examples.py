@@ -17,7 +17,7 @@ import pytest
 import yaml
 from ranks import REPO, environment
 
-from trainers.config import TRAINERS
+from trainers.config.schema import TRAINERS
 
 EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.yaml") if path.stem != "demo")
 KINDS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # else CausalLM

@@ -10,7 +10,7 @@ from ranks import BACKENDS, MODES, REPO
 from safetensors import safe_open
 from tracked import scalars, wandb_files, wandb_history, wandb_run
 
-from launcher.topology import free_port
+from launcher.plan.topology import free_port
 
 DISTRIBUTED_TYPES = {"one": "NO", "ddp": "MULTI_CPU", "fsdp": "FSDP"} | dict.fromkeys(
     ("zero1", "zero2", "zero3"), "DEEPSPEED"

@@ -87,8 +87,8 @@ def test_the_config_of_the_readme_is_accepted(checkout, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block", FENCED["yaml"])
 def test_yaml_of_the_pages_is_accepted(checkout, monkeypatch, block):
-    from launcher.check import check_data
     from launcher.config import load_run
+    from launcher.plan.preflight import check_data
 
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("HF_USERNAME", "me")

@@ -19,13 +19,13 @@ import yaml
 from fakes import machine
 from ranks import kept_warm
 
-from launcher.accelerate_config import build_accelerate_config, build_deepspeed_config
-from launcher.backend import resolve_backend
-from launcher.command import build_command
 from launcher.config import load_run
-from launcher.topology import free_port, resolve_topology
-from launcher.warm import WarmParent
-from trainers.kept import KEPT
+from launcher.plan.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.plan.backend import resolve_backend
+from launcher.plan.command import build_command
+from launcher.plan.topology import free_port, resolve_topology
+from launcher.supervise.warm_parent import WarmParent
+from trainers.rank.import_environment import KEPT
 
 REPO = Path(__file__).parents[2]
 THREADS = "3"  # of a rank: no machine's own default

@@ -11,7 +11,7 @@ from typing import Any
 
 from ranks import BACKENDS, Bench, Finished
 
-from trainers.kept import KEPT
+from trainers.rank.import_environment import KEPT
 
 PLANT = Path(__file__).parent / "plant"
 STEPS, EVERY = 12, 4

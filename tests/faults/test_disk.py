@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.manifest import MANIFEST, complaint, newest_usable, read_manifest
+from trainers.storage.manifest import MANIFEST, complaint, newest_usable, read_manifest
 
 MiB = 1 << 20
 SLACK = 200_000  # bytes: room for one checkpoint and the final model, in whole pages

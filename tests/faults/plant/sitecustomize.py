@@ -142,10 +142,10 @@ def plant_in_run(module):
 
 
 PLANTS = {
-    "trainers.boundary": plant_in_boundary,
-    "trainers.balanced": plant_in_batches,
-    "trainers.checkpoints": plant_in_checkpoints,
-    "trainers.run": plant_in_run,
+    "trainers.loop.step_boundary": plant_in_boundary,
+    "trainers.loop.planned_batches": plant_in_batches,
+    "trainers.checkpoint.saving": plant_in_checkpoints,
+    "trainers.loop.life": plant_in_run,
 }
 
 

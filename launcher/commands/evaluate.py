@@ -1,0 +1,72 @@
+"""`phalanx evaluate RUN ...`: a run's final model, measured by lm-eval on all GPUs of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from launcher.plan.topology import detect_hardware, free_port
+from trainers.config.schema import ConfigError
+
+RESULTS = "evaluation"  # in the run's folder
+EXTRA = "pip install 'phalanx[evaluate]'"
+
+
+def run(folder: Path, arguments: Sequence[str]) -> NoReturn:
+    """Becomes lm-eval: signals reach it, and its exit code is the command's.
+
+    Raises:
+        ConfigError: there is no model, or no lm-eval.
+    """
+    argv = command(folder, arguments, len(detect_hardware().gpus))
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"evaluate: lm-eval is not installed: {EXTRA}.")
+    os.execv(argv[0], argv)
+
+
+def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
+    """lm-eval's argv; each GPU has the whole model, unless the user asks lm-eval to spread it.
+
+    Raises:
+        ConfigError: there is no model.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_args", "-a", nargs="+", default=[])
+    parser.add_argument("--output_path", "-o", default=str(folder / RESULTS))
+    given, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("{") for word in given.model_args):
+        raise ConfigError("--model_args: write name=value, not JSON: it stands beside the model's own.")
+    model = ",".join(f"{name}={value}" for name, value in _model(folder).items())
+    spread = any(word.lower() == "parallelize=true" for a in given.model_args for word in a.split(","))
+    launch = [sys.executable, "-m"]
+    if gpus > 1 and not spread:
+        launch += ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        launch += ["--num_processes", str(gpus), "--main_process_port", str(free_port())]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    own = ["--model", "hf", "--model_args", model, *given.model_args, "--output_path", given.output_path]
+    return [*launch, "lm_eval", "run", *own, *rest]
+
+
+def _model(folder: Path) -> dict[str, str]:
+    """What lm-eval calls the model: a whole one, or an adapter on its base."""
+    adapter = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        found = {"pretrained": str(folder)}
+    elif adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = {"pretrained": str(base), "peft": str(folder), "tokenizer": str(folder)}
+    else:
+        raise ConfigError(
+            f"{folder}: there is no final model. Wait for the run's end, or make one of a checkpoint: "
+            f"phalanx consolidate {folder}."
+        )
+    for value in found.values():
+        if "," in value or "=" in value:
+            raise ConfigError(f"{value}: lm-eval takes no path with a comma or an equals sign.")
+    return found

@@ -1,0 +1,94 @@
+"""`phalanx show`: what would be generated and run. Writes nothing and starts nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+from launcher.config import Run
+from launcher.plan.accelerate_config import build_accelerate_config, build_deepspeed_config
+from launcher.plan.backend import resolve_backend
+from launcher.plan.command import build_command
+from launcher.plan.preflight import preflight
+from launcher.plan.topology import Topology
+from launcher.slurm.request import sbatch_argv
+from launcher.supervise.attempt import attempt_folder
+from trainers.config.schema import MODULES
+from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SLURM_SCRIPTS
+
+
+def plan(run: Run, topology: Topology) -> dict[str, Any]:
+    """Everything that `phalanx train` would decide, as JSON types.
+
+    Raises:
+        ConfigError: what would stop the run.
+    """
+    backend = resolve_backend(run, topology)
+    preflight(run)
+    folder = attempt_folder(run, topology)
+    argv = build_command(run, topology, backend, folder)
+    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
+    values = run.settings.public()
+    launch = run.launch.model_dump()
+    return {
+        "config": {k: {"value": v, "source": run.settings.sources[k]} for k, v in values.items()},
+        "launch": {k: {"value": v, "source": run.launch_sources[k]} for k, v in launch.items()},
+        "notes": run.settings.notes,
+        "backend": {"name": backend.name, "reason": backend.reason},
+        "ranks": {
+            "num_processes": topology.num_processes,
+            "num_machines": topology.num_machines,
+            "device": "cuda" if topology.on_gpu else "cpu",
+        },
+        "accelerate_config": accelerate,
+        "deepspeed_config": build_deepspeed_config(backend),
+        "folder": str(folder),
+        "command": argv,
+        "by_hand": [
+            "accelerate", "launch", "--config_file", str(backend.template),
+            "--num_processes", str(topology.num_processes), "-m",
+            f"trainers.{MODULES[run.train.trainer]}", str(run.config_path or "config.yaml"),
+        ],
+        "sbatch": sbatch_argv(run),
+        "static_files": {
+            "accelerate_configs": str(ACCELERATE_CONFIGS),
+            "deepspeed_configs": str(DEEPSPEED_CONFIGS),
+            "slurm": str(SLURM_SCRIPTS),
+        },
+    }  # fmt: skip
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for a reader."""
+    lines = ["# effective config"]
+    for section in ("config", "launch"):
+        width = max(len(name) for name in plan[section])
+        for name, entry in plan[section].items():
+            lines.append(f"{name:<{width}}  {_word(entry['value']):<24}  {entry['source']}")
+    if plan["notes"]:
+        lines += ["", "# notes", *plan["notes"]]
+    ranks = plan["ranks"]
+    lines += [
+        "",
+        "# backend",
+        f"{plan['backend']['name']}: {plan['backend']['reason']}",
+        f"{ranks['num_processes']} rank(s) on {ranks['num_machines']} machine(s), {ranks['device']}",
+        "",
+        f"# {plan['folder']}/accelerate.yaml",
+        yaml.safe_dump(plan["accelerate_config"], sort_keys=False).rstrip(),
+    ]
+    if plan["deepspeed_config"]:
+        lines += ["", f"# {plan['folder']}/deepspeed.json"]
+        lines.append(yaml.safe_dump(plan["deepspeed_config"], sort_keys=False).rstrip())
+    lines += ["", "# command", shlex.join(plan["command"])]
+    lines += ["", "# the same by hand", shlex.join(plan["by_hand"])]
+    lines += ["", "# on SLURM", shlex.join(plan["sbatch"])]
+    lines += ["", "# shipped files", *(f"{name}: {path}" for name, path in plan["static_files"].items())]
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""Decisions before anything starts: topology, backend, memory, and the command. Starts nothing."""

@@ -1,0 +1,88 @@
+"""Predicted memory: parameters from the files' headers, then bytes a parameter.
+
+Predictions, not measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+from trainers.config.schema import REFERENCE_TRAINERS, ConfigError, TrainConfig
+
+MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of a local model, or of a hub id that lies in the hub cache already."""
+    if Path(model).is_dir():
+        return Path(model)
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
+    snapshots = sorted((cache / "snapshots").glob("*/config.json"))
+    return snapshots[-1].parent if snapshots else None
+
+
+def size_of_model(model: str) -> int | None:
+    """Parameters of a model whose files are here, or None.
+
+    Raises:
+        ConfigError: weights that cannot be read.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        return None
+    files = list(folder.glob("*.safetensors"))
+    if files:
+        return sum(_safetensors_size(file) for file in files)
+    # .bin files have no header that can be read without unpickling; two bytes a parameter errs to the safe
+    # side.
+    pickled = list(folder.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in pickled) // 2 or None
+
+
+def _safetensors_size(file: Path) -> int:
+    """Sums the shapes in the header (8 bytes of length, then JSON; safetensors' format page)."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MAX_HEADER:
+                raise ValueError("no header is as long")
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError):
+        raise ConfigError(
+            f"base_model: {file} is not a safetensors file (perhaps a pointer of Git LFS). Download it anew."
+        ) from None
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def predict_bytes_per_rank(parameters: int, config: TrainConfig) -> int:
+    """Weights, gradients and optimiser state of an unsharded rank, in bytes; activations are not counted."""
+    if not config.peft:
+        reference = parameters * 4 if _holds_reference(config) else 0
+        return parameters * ADAM_BYTES + reference
+    base = {"int4": 0.6, "int8": 1.1}.get(config.quantization or "", 2.0 if config.mixed_precision else 4.0)
+    # LoRA on all linear layers trains about r * 2 / hidden of the weights; 2 % is above what r = 64 takes.
+    models = 2 if _holds_reference(config) else 1
+    return int(parameters * (models * base + 0.02 * ADAM_BYTES))
+
+
+def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of a checkpoint and of the final model, both at least: float32 weights, and Adam's two moments.
+
+    The state of other optimisers is not counted. An adapter is taken to be 0.2 % of the weights.
+    """
+    trained = 0.002 * parameters if config.peft else parameters
+    moments = 8 if config.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
+    saves = config.save_strategy != "no" or config.save_minutes is not None
+    return int(trained * (4 + moments)) if saves else 0, int(trained * 4)
+
+
+def _holds_reference(config: TrainConfig) -> bool:
+    """Whether a frozen second model stays in memory: with an adapter, the base model is the reference."""
+    kept = config.trainer in REFERENCE_TRAINERS and not config.precompute_ref_log_probs
+    return kept and (config.model_ref is not None or not config.peft)

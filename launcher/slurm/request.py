@@ -1,0 +1,92 @@
+"""What a run asks of SLURM: sbatch's command, and whether what it gives fits the run. No torch, no GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from launcher.config import Run, SlurmConfig
+from launcher.plan.backend import resolve_backend
+from launcher.plan.preflight import preflight
+from launcher.plan.topology import Gpu, Hardware, Topology
+from trainers.config.schema import SECRET_FIELDS, ConfigError
+from trainers.storage.shipped import SLURM_SCRIPTS
+
+TRAIN = SLURM_SCRIPTS / "train.sh"
+# Of what kind the GPUs are is known on the nodes alone: the checks that depend on it are made there.
+_SOME_GPU = Gpu("requested", 1 << 40, (9, 0))
+
+
+def sbatch_argv(run: Run, script: Sequence[str] | None = None, array: str | None = None) -> list[str]:
+    """The command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`."""
+    flags = [f"--array={array}"] if array else []
+    for name, value in run.slurm.model_dump(exclude_none=True).items():
+        if value is not False:
+            dashed = f"--{name.replace('_', '-')}"
+            flags.append(dashed if value is True else f"{dashed}={value}")
+    if run.slurm.dependency and "after" in run.slurm.dependency:
+        flags.append("--kill-on-invalid-dep=yes")  # else a job whose turn cannot come waits for ever
+    return ["sbatch", *flags, *(script or (str(TRAIN), str(run.config_path or "config.yaml")))]
+
+
+def requested(run: Run) -> Topology:
+    """The topology that the request will give.
+
+    Raises:
+        ConfigError: it contradicts itself.
+    """
+    ask_for, launch = run.slurm, run.launch
+    machines, gpus = ask_for.nodes or 1, _gpus(ask_for)
+    for name in ("machine_rank", "main_process_ip"):
+        if getattr(launch, name) is not None:
+            raise ConfigError(
+                f"launch.{name}: it is for machines without SLURM. Leave it out: the job knows."
+            )
+    if launch.num_machines not in (None, machines):
+        raise ConfigError(
+            f"launch.num_machines: {launch.num_machines} is not the {machines} of slurm.nodes. Leave it out: "
+            "the job knows its nodes."
+        )
+    processes = launch.num_processes or machines * max(gpus, 1)
+    if processes % machines or (gpus and processes // machines > gpus):
+        raise ConfigError(
+            f"launch.num_processes: {processes} ranks do not fit on {machines} nodes"
+            + (f" of {gpus} GPUs" if gpus else "")
+            + f". Allowed: a multiple of {machines}"
+            + (f" up to {machines * gpus}." if gpus else ".")
+        )
+    hardware = Hardware((_SOME_GPU,) * gpus, 1 << 50, ask_for.cpus_per_task or 1, cpu_bf16=True)
+    return Topology(machines, 0, processes, "node", 0, hardware)
+
+
+def _gpus(slurm: SlurmConfig) -> int:
+    """GPUs on each node: of --gpus-per-node, or of --gres, as gpu, gpu:4 or gpu:a100:4."""
+    if slurm.gpus_per_node is not None:
+        return slurm.gpus_per_node
+    for part in (slurm.gres or "").split(","):
+        if found := re.fullmatch(r"gpu(:[A-Za-z]\w*)?(?:[:=](\d+))?", part):
+            return int(found[2] or 1)
+    return 0
+
+
+def check(run: Run) -> None:
+    """All that can be known before the job starts.
+
+    Raises:
+        ConfigError: the first thing that would stop it.
+    """
+    resolve_backend(run, requested(run))
+    preflight(run)
+
+
+def check_no_secret(flags: Collection[str]) -> None:
+    """Everybody can read the command of a job.
+
+    Raises:
+        ConfigError: a flag is secret.
+    """
+    if secret := next((name for name in flags if name in SECRET_FIELDS), None):
+        raise ConfigError(
+            f"--{secret}: everybody could read it in the job's command. Put it into a file that only you can "
+            "read, and that into slurm/site.env (HF_TOKEN)."
+        )

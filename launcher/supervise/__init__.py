@@ -1,0 +1,1 @@
+"""Runs the ranks: starts them, watches them, explains a failure, and starts them again."""

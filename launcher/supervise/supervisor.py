@@ -1,0 +1,329 @@
+"""Runs a config to its end: attempt after attempt, each a fresh launch, until one succeeds or none can.
+
+A failure that a fresh launch can mend is followed by another attempt, from the newest checkpoint that
+verifies. Three in a row that came no further end the run, and so does at once what would only fail again.
+With auto_find_batch_size an attempt that ran out of memory is followed by one with a smaller batch_size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from launcher.config import Run
+from launcher.plan.backend import Backend
+from launcher.plan.batch_search import advice, announce, with_smaller_batch
+from launcher.plan.command import build_environment, launch_arguments
+from launcher.plan.topology import Topology, free_port
+from launcher.slurm import job as slurm
+from launcher.slurm.journal import note, note_end, starts_in_vain
+from launcher.supervise import attempt
+from launcher.supervise.attempt import AccelerateLaunch, Outcome, Signals, WarmLaunch, Watcher
+from launcher.supervise.diagnosis import Failure, diagnose, read_notes, report
+from launcher.supervise.hangs import make_beats_folder
+from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
+from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
+from trainers.config.schema import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
+from trainers.rank.heartbeat import FOLDER as BEATS
+from trainers.storage.data_cache import WAITS, cache_root
+from trainers.storage.manifest import newest_usable, step_of
+from trainers.storage.run_folder import LAUNCH, InUse, claim, hold, release
+
+WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
+WITHOUT_PROGRESS = 3  # attempts in a row that came no further
+TAKE_SECONDS = 0.5  # `phalanx status` has the folder's lock for a moment
+RETAKE_SECONDS = 180.0  # by a job that came back: a file server may keep the lock of a lost node for a while
+PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
+
+
+def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> int:
+    """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
+    job = slurm.this_job()
+    lock = _take_folder(run, job, signals) if topology.machine_rank == 0 else None
+    supervisor = Supervisor(run, topology, backend, signals, lock)
+    try:
+        code = supervisor.run_to_end()
+    finally:
+        supervisor.close()
+        release()
+    if job is not None and topology.machine_rank == 0:
+        goes_back = supervisor.comes_back and slurm.requeue(job)
+        if lock is not None and not goes_back:
+            note_end(run.folder, job)
+    return code
+
+
+def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
+    """Makes the run's folder this start's own; returns the lock on it, or None if it is to stop.
+
+    Raises:
+        ConfigError: it is not to be had, or the job has begun too often in vain.
+    """
+    restarts = slurm.restarts()
+    end = time.monotonic() + (RETAKE_SECONDS if restarts else TAKE_SECONDS)
+    while signals.received is None:
+        try:
+            lock = hold(run.folder)
+            break
+        except InUse:
+            if time.monotonic() > end:
+                raise
+            time.sleep(attempt.POLL_SECONDS)
+    else:
+        return None
+    claim(run.folder, run.train)
+    if job is not None:
+        note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
+        if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
+            raise ConfigError(
+                f"job {job}: {WITHOUT_PROGRESS} starts in a row came no further; it does not come back. "
+                f"The logs are in {run.folder / LAUNCH}."
+            )
+    return lock
+
+
+def first_rank(topology: Topology) -> int:
+    """The lowest rank of this machine: the one whose output the terminal shows."""
+    return topology.machine_rank * topology.local_processes
+
+
+@dataclass
+class Supervisor:
+    """The attempts of one start."""
+
+    run: Run
+    topology: Topology
+    backend: Backend
+    signals: Signals
+    lock: IO[str] | None
+
+    def __post_init__(self) -> None:
+        self.parent: WarmParent | None = None
+        self.warm = self.run.launch.start == "warm"
+        self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop, slurm.this_start())
+        self.comes_back = False  # the job, where there is one; machine 0 decides that too
+        self.number = 1  # of the attempt
+        self.before = 0  # the step of the newest checkpoint when it began
+        self.beats = make_beats_folder()
+        self.began = time.time()
+        self.tried: list[int] = []  # batch sizes that ran out of memory
+        self.idle = 0  # attempts in a row without progress
+        self.restarts = 0
+
+    def close(self) -> None:
+        if self.parent is not None:
+            self.parent.close()
+        self.machines.close()
+        shutil.rmtree(self.beats, ignore_errors=True)
+
+    def run_to_end(self) -> int:
+        try:
+            if self._asked_to_stop():
+                raise StoppedWaiting
+            order = self.machines.join(self._order)
+            self._say_who_prepares(order)
+            while order.end is None:
+                self._follow(order)
+                self.before = self._reached()
+                order = self.machines.settle(self._ended(self._attempt()), self._decide)
+            return order.end
+        except StoppedWaiting:
+            received = self.signals.received or signal.SIGTERM
+            self._think_of_coming_back(received)
+            print(f"stopped by {signal.Signals(received).name}; nothing was saved", file=sys.stderr)
+            return 128 + received
+        except GoneMachine:
+            print("error: machine 0 gives no sign of life; it decides what is next", file=sys.stderr)
+            return PEER_LOST
+
+    def _say_who_prepares(self, order: Order) -> None:
+        """Machine 1 says it, for most runs have one kind of cache."""
+        if self.topology.machine_rank == 1 and order.end is None:
+            who = "machine 0 prepares the data" if self.machines.shares_cache else "each prepares the data"
+            kind = "shared by" if self.machines.shares_cache else "not shared by"
+            print(f"cache: {cache_root()} is {kind} the machines: {who}", flush=True)
+
+    def _order(self, end: int | None = None) -> Order:
+        """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
+        last one need not be now."""
+        port = self.run.launch.main_process_port or free_port()
+        newest = self.run.train.resume is True  # not of a checkpoint that the user has named
+        size = self.run.train.batch_size if self.tried else None
+        return Order(attempt.next_attempt(self.run.folder), port, newest, size, end)
+
+    def _follow(self, order: Order) -> None:
+        """Sets the attempt up; machine 0 has done so when it decided, but for the rendezvous."""
+        self.number = order.attempt
+        self.topology = replace(self.topology, main_process_port=order.port)
+        if order.resume and self.run.train.resume is not True:
+            self.run = self._resumed()
+        while order.batch_size is not None and order.batch_size < self.run.train.batch_size:
+            smaller = with_smaller_batch(self.run)
+            assert smaller is not None, "machine 0 has found it on the same way"
+            self.run = smaller
+
+    def _attempt(self) -> Outcome:
+        """Starts the ranks once, and waits for their end."""
+        folder, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
+        live = sys.stdout.isatty()
+        environ = build_environment(self.run, self.topology, os.environ, folder, live, slurm.end_time())
+        environ[BEATS] = str(self.beats)
+        if self.topology.num_machines > 1:
+            environ[WAITS] = "1" if self.machines.shares_cache else "0"
+        for lock in remove_left_locks(extensions_cache(environ), self.began):
+            print(f"note: {lock}, which a killed process left, is removed; the ranks would wait for it.")
+        for old in self.beats.iterdir():
+            old.unlink()
+        watcher = Watcher(
+            folder,
+            self.beats,
+            self.run.launch.hang_timeout,
+            first_rank(self.topology),
+            self.signals,
+            self.machines.elsewhere,
+        )
+        if self.warm:
+            try:
+                return watcher.follow(
+                    WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._needless)
+                )
+            except GivenUp:
+                return Outcome(folder, RUN_FAILED, cut=not self._asked_to_stop())
+            except Refused as why:
+                print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
+                self._drop_parent()
+                self.warm = False
+        return watcher.follow(AccelerateLaunch(argv, environ, folder))
+
+    def _asked_to_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def _needless(self) -> bool:
+        """Whether ranks that are not there yet need not start any more."""
+        return self._asked_to_stop() or self.machines.elsewhere() is not None
+
+    def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
+        """The process that forks the ranks; a new one where the last has ended."""
+        if self.parent is None or self.parent.ended:
+            module = f"trainers.{MODULES[self.run.train.trainer]}"
+            deepspeed = self.backend.name == "deepspeed"
+            log = (self.run.folder / LAUNCH / WARM_LOG.format(self.topology.machine_rank)).resolve()
+            self.parent = WarmParent(module, deepspeed, environ, log, self.lock)
+        return self.parent
+
+    def _drop_parent(self) -> None:
+        if self.parent is not None:
+            self.parent.close()
+        self.parent = None
+
+    # ------------------------------------------------------------------------------------- what next
+
+    def _ended(self, outcome: Outcome) -> Ended:
+        """How the attempt ended on this machine."""
+        notes = read_notes(outcome.folder, "stopped")
+        received = self.signals.received
+        number, folder, now = self.topology.machine_rank, str(outcome.folder), time.time()
+        if received is not None and (outcome.code != 0 or notes):  # else it came too late: the run ended well
+            saved = next((note["saved"] for note in notes if note["saved"]), "")
+            return Ended(number, folder, now, stopped=received, saved=saved)
+        failure = diagnose(outcome) if outcome.code else None
+        return Ended(number, folder, now, failure)
+
+    def _decide(self, ended: list[Ended]) -> Order:
+        """What all machines do after an attempt."""
+        if stopped := [one for one in ended if one.stopped]:
+            return self._order(end=self._say_stopped(stopped))
+        if all(one.failure is None for one in ended):
+            return self._order(end=0)
+        cause, failure = first_cause(ended)
+        self.comes_back = cause.gone  # on other nodes
+        if not cause.gone and self._prepare_next(failure):
+            return self._order()
+        return self._order(end=self._give_up(failure, cause))
+
+    def _say_stopped(self, stopped: list[Ended]) -> int:
+        name = signal.Signals(stopped[0].stopped).name
+        saved = next((one.saved for one in stopped if one.saved), "")
+        self._think_of_coming_back(stopped[0].stopped)
+        if saved:
+            print(f"stopped by {name}: {saved}; `phalanx train` with --resume goes on", file=sys.stderr)
+            return SAVED
+        print(f"stopped by {name}; nothing was saved; logs: {stopped[0].folder}", file=sys.stderr)
+        return 128 + stopped[0].stopped
+
+    def _think_of_coming_back(self, received: int) -> None:
+        """Whether the job goes back into the queue after a signal.
+
+        SIGUSR1 and SIGUSR2 warn of the job's end. SIGTERM and SIGINT are of somebody who ends the run; but
+        SLURM sends SIGTERM too, to a job that is to make room.
+        """
+        job = slurm.this_job()
+        warned = received in (signal.SIGUSR1, signal.SIGUSR2)
+        self.comes_back = warned or (job is not None and slurm.preempted(job))
+
+    def _reached(self) -> int:
+        """The step of the newest checkpoint."""
+        return step_of(newest_usable(self.run.folder, content=False)[0])
+
+    def _prepare_next(self, failure: Failure) -> bool:
+        """Sets the next attempt up, said in a line; False where there is none."""
+        if failure.of_batches:
+            return self._try_smaller(failure)
+        self.idle = 0 if self._reached() > self.before else self.idle + 1
+        if not failure.mendable(self.run.launch.restart_on_nan):
+            return False
+        if self.restarts >= self.run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
+            return False
+        self.restarts += 1
+        self.run = self._going_on()
+        begins = newest_usable(self.run.folder, content=False)[0] or "the start"
+        count = f"{self.restarts} of at most {self.run.launch.max_restarts}"
+        print(f"{failure.line}; restart {count}, from {begins}", file=sys.stderr, flush=True)
+        self._pause(PAUSES[max(self.idle - 1, 0)])
+        return not self._asked_to_stop()
+
+    def _try_smaller(self, failure: Failure) -> bool:
+        self.tried.append(self.run.train.batch_size)
+        if not self.run.train.auto_find_batch_size:
+            return False
+        smaller = with_smaller_batch(self._going_on())
+        if smaller is None:
+            return False
+        begins = newest_usable(self.run.folder, content=False)[0]
+        print(announce(self.run, smaller, failure.rank or 0, begins), flush=True)
+        self.run = smaller
+        return True
+
+    def _going_on(self) -> Run:
+        """The run of an attempt that goes on from what the earlier ones wrote, where they wrote something."""
+        there = newest_usable(self.run.folder, content=False)[0] is not None
+        return self._resumed() if there else self.run
+
+    def _resumed(self) -> Run:
+        return self.run.changed("a restart", resume=True, overwrite=False)
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._asked_to_stop():
+            time.sleep(attempt.POLL_SECONDS)
+
+    def _give_up(self, failure: Failure, where: Ended) -> int:
+        lines = []
+        if failure.code == OUT_OF_MEMORY:
+            lines = advice(self.run, self.backend, self.topology, self.tried, failure.of_batches)
+        elif self.idle >= WITHOUT_PROGRESS:
+            lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
+        if (received := self.signals.received) is not None:
+            self._think_of_coming_back(received)
+            print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
+        shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
+        code = report(failure, Path(where.folder), shown, lines)
+        return code if received is None else 128 + received

@@ -1,0 +1,1 @@
+"""Checkpoints: writing them, verifying them, and resuming from them."""

@@ -1,0 +1,99 @@
+"""FSDP's part of a checkpoint: each rank writes its own shards with torch.distributed.checkpoint.
+
+    checkpoint-N/shards/   {"model": {name: DTensor}, "optimizer": {...}}, under the names of the parameters
+
+The names do not depend on the number of ranks, so DCP reads the shards on any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from trainers.checkpoint.safe_pickle import SafeReader
+from trainers.storage.manifest import SHARDS
+
+
+def make_stager() -> DefaultStager:
+    """What the state is copied to before a thread writes it: memory that all saves of a run use again.
+
+    Fresh memory is slow to touch: a copy to it took ten times as long (benchmarks/RESULTS.md, Recovery).
+    """
+    return DefaultStager(StagingOptions(False, False, False, False))
+
+
+def save(
+    model: Any, optimizer: Any, folder: Path, group: Any, stager: DefaultStager, trains_all: bool
+) -> Future[Any]:
+    """Starts to write; returns when the state is copied, so that training may go on and change it."""
+    weights, moments = get_state_dict(model, optimizer, options=_options(trains_all))
+    writer = dcp.FileSystemWriter(folder / SHARDS, single_file_per_rank=True, sync_files=True)
+    state = {"model": weights, "optimizer": moments}
+    started = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
+    return started if isinstance(started, Future) else started.upload_completion
+
+
+def finish(writing: Future[Any]) -> None:
+    """Waits until all ranks have written.
+
+    Raises:
+        ShardError: one could not.
+    """
+    with _as_errors():
+        writing.result()
+
+
+def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
+    """Reads weights and the optimiser's state into what the ranks hold now."""
+    options = _options(trains_all)
+    weights, moments = get_state_dict(model, optimizer, options=options)  # where each value shall go
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    with _as_errors():
+        dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+
+
+def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
+    """Reads the weights alone."""
+    weights = get_model_state_dict(model, options=_options(trains_all))
+    with _as_errors():
+        dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
+    set_model_state_dict(model, weights, options=_options(trains_all))
+
+
+class ShardError(RuntimeError):
+    """A rank could not write or read its shards; the cause is what its library said."""
+
+
+@contextmanager
+def _as_errors() -> Iterator[None]:
+    """torch's CheckpointException, raised on every rank, is no Exception, so no handler would see it."""
+    try:
+        yield
+    except CheckpointException as error:
+        number, (cause, _) = next(iter(error.failures.items()))
+        raise ShardError(f"rank {number}: {type(cause).__name__}: {cause}") from cause
+
+
+def _options(trains_all: bool) -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=not trains_all, strict=trains_all)

@@ -1,0 +1,100 @@
+"""NaN and infinity: noticed at the step where they come up, and the batch that did it is written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers.rank.process import log_folder, rank
+
+
+@dataclass
+class StepRecord:
+    """What a rank saw in one optimiser step."""
+
+    step: int
+    batches: list[tuple[dict[str, Any], torch.Tensor]] = field(default_factory=list)  # inputs, loss
+    grad_norm: Any = None
+
+    def flag(self, norms_count: bool) -> torch.Tensor:
+        """True where a loss or the gradient norm is not finite; a tensor, so that no GPU is waited for."""
+        values = [loss.detach().float().reshape(()) for _, loss in self.batches]
+        if norms_count and self.grad_norm is not None:
+            norm = self.grad_norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            values.append(torch.as_tensor(norm, dtype=torch.float32, device=values[0].device).reshape(()))
+        return ~torch.isfinite(torch.stack(values)).all() if values else torch.tensor(False)
+
+
+class FiniteWatch:
+    """Watches losses and gradient norms.
+
+    On a GPU the answer for a step is read one step later, when it has long been computed, so that the GPU is
+    never waited for; settle() reads it at once, before anything is saved.
+    """
+
+    def __init__(self, fp16: bool) -> None:
+        self.norms_count = not fp16  # there the scaler skips a step whose gradients are infinite
+        self.current = StepRecord(0)
+        self.previous: tuple[StepRecord, torch.Tensor, Any] | None = None
+        self.bad: StepRecord | None = None
+
+    def begin(self, step: int) -> None:
+        self.current = StepRecord(step)
+
+    def saw(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
+        self.current.batches.append((dict(inputs), loss))
+
+    def saw_norm(self, norm: Any) -> None:
+        self.current.grad_norm = norm
+
+    def end(self) -> int:
+        """The step ended: 1 where a finished step was not finite, else 0."""
+        flag = self.current.flag(self.norms_count)
+        if flag.device.type == "cpu":
+            self.previous = (self.current, flag, None)
+            return self.settle()
+        bad = self.settle()
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self.previous = (self.current, host, done)
+        return bad
+
+    def settle(self) -> int:
+        """1 where the last step that ended was not finite, else 0; waits for the GPU."""
+        if self.previous is not None:
+            record, flag, done = self.previous
+            if done is not None:
+                done.synchronize()
+            if bool(flag):
+                self.bad = record
+            self.previous = None
+        return int(self.bad is not None)
+
+    @property
+    def bad_step(self) -> int:
+        """The step that was not finite; on every rank, since all end the same steps."""
+        return (self.bad or self.current).step
+
+    def write(self, folder: Path, tokenizer: Any) -> Path | None:
+        """Writes the batches of this rank that did it; None where another rank's did."""
+        record = self.bad
+        if record is None:
+            return None
+        bad = [(inputs, loss) for inputs, loss in record.batches if not torch.isfinite(loss).all()]
+        lines = []
+        for inputs, loss in bad or record.batches:  # finite losses, and gradients that are not
+            ids = {n: t.tolist() for n, t in inputs.items() if n.endswith("ids") and hasattr(t, "tolist")}
+            text = {n: [tokenizer.decode(row) for row in rows] for n, rows in ids.items() if n == "input_ids"}
+            lines.append({"loss": repr(float(loss)), "text": text.get("input_ids"), **ids})
+        path = (log_folder() or folder) / f"not-finite-step-{record.step}-rank-{rank()}.json"
+        norm = None if record.grad_norm is None else repr(float(record.grad_norm))
+        text_of_file = json.dumps({"step": record.step, "grad_norm": norm, "batches": lines}, indent=1)
+        path.write_text(text_of_file, encoding="utf-8")
+        return path

@@ -1,0 +1,1 @@
+"""From the rows of a file to micro-batches: files, columns, templates, encoders, packing, sampling."""

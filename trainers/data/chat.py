@@ -1,0 +1,258 @@
+"""Turns a row into token ids and labels: templates, masks, EOS. Labels of -100 are not trained on.
+
+ids     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello<|im_end|>  \\n
+labels  ...................... -100 ......................... ^^^^^^^^^^^^^^^^^  -100
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Stanford Alpaca's prompt; a system turn takes the place of its preamble.
+ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n"
+    "{% else %}Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+# Template, tokens that must be one id each, and the token that ends a turn where it is not the model's EOS.
+TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "zephyr": (ZEPHYR, ("<|system|>", "<|user|>", "<|assistant|>"), None),
+    "phi3": (PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
+    "alpaca": (ALPACA, (), None),
+}
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool"}
+
+Turns = list[dict[str, str]]
+
+
+class RowError(ConfigError):
+    """A row that cannot be used, and that the user should look at; the caller adds where it lies."""
+
+
+@dataclass
+class Encoded:
+    """Token ids and labels of one row, of equal length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[str]:
+    """Gives the tokenizer the template that the config names; returns the tokens that the vocabulary gained.
+
+    Raises:
+        ConfigError: `tokenizer` was asked for and the tokenizer has none.
+    """
+    if name == "tokenizer" and not tokenizer.chat_template:
+        raise ConfigError("chat_template: this model's tokenizer has none. Use chatml or zephyr.")
+    if name in TEMPLATES:
+        tokenizer.chat_template, tokens, end = TEMPLATES[name]
+        gained = _add_tokens(tokenizer, list(tokens))
+        if end is not None:
+            tokenizer.eos_token = end
+        return gained
+    return []
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    return new
+
+
+def forget_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A call that truncates or pads leaves that in the tokenizer, and it would be saved with the model."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def parse_messages(value: Any) -> Turns | None:
+    """Messages from a list, a JSON string or a Python literal (CSV files hold both); None for plain text.
+
+    Raises:
+        RowError: a list that is no conversation.
+    """
+    if isinstance(value, str):
+        value = _parse_list(value.strip())
+        # Text that only begins like a list, such as "[1] A footnote", is text.
+        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+            return None
+    if not isinstance(value, list):
+        return None
+    turns: Turns = []
+    for turn in value:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise RowError(
+                f'a message must be {{"role": "...", "content": "..."}}, text in both, not {_short(turn)}.'
+            )
+        role = _ROLE_NAMES.get(role, role)
+        if role not in ROLES:
+            raise RowError(f"there is no role '{role}'. Allowed: {', '.join(ROLES)}.")
+        if role == "system" and turns:
+            raise RowError("a system turn must be the first of its conversation.")
+        turns.append({"role": role, "content": content})
+    if not turns:
+        raise RowError("a conversation needs at least one message.")
+    return turns
+
+
+def _parse_list(text: str) -> Any:
+    if not text.startswith("["):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: bool = False) -> str:
+    """The text of a conversation; with `prompt` up to where the assistant is to answer.
+
+    Raises:
+        RowError: the template refuses these turns.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:
+        # A template is a program of the model's author: it may raise anything.
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise RowError(f"chat_template: it refuses the turns ({roles}): {error}") from error
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, turns: Turns, train_all: bool) -> Encoded:
+    """Renders a conversation; the loss sees the assistant's turns and their ends, or everything.
+
+    The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that
+    the model meets when it answers.
+
+    Raises:
+        RowError: the template rewrites earlier turns, so that the assistant's part cannot be told.
+    """
+    whole = render(tokenizer, turns)
+    out = Encoded([], [])
+    if train_all:
+        _append(out, tokenizer, whole, True)
+        return out
+    position = 0
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before, after = render(tokenizer, turns[:index], prompt=True), render(tokenizer, turns[: index + 1])
+        if not (whole.startswith(before) and whole.startswith(after)):
+            raise RowError(
+                "chat_template: this template changes earlier turns, so the assistant's part cannot be told. "
+                "Set train_on: all."
+            )
+        _append(out, tokenizer, whole[position : len(before)], False)
+        _append(out, tokenizer, whole[len(before) : len(after)], True)
+        position = len(after)
+    _append(out, tokenizer, whole[position:], False)
+    return out
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, answer: str
+) -> tuple[list[int], list[int]]:
+    """Ids of a conversation up to the answer, and of the answer with the end of its turn.
+
+    Raises:
+        RowError: the template writes the prompt in another way once there is an answer.
+    """
+    before = render(tokenizer, turns, prompt=True)
+    whole = render(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+    if not whole.startswith(before):
+        raise RowError("chat_template: this template changes the prompt when an answer follows it.")
+    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end in ids:  # what a template writes after the end of a turn is never generated
+        ids = ids[: len(ids) - ids[::-1].index(end)]
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]), ids
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, train_all: bool, eos: bool
+) -> Encoded:
+    """A prompt and its completion as plain text; the loss sees the completion and EOS, or everything."""
+    out = encode_text(tokenizer, prompt, eos=False)
+    if not train_all:
+        out.labels = [IGNORED] * len(out.input_ids)
+    _append(out, tokenizer, completion, True)
+    _end(out, tokenizer, eos)
+    return out
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, eos: bool) -> Encoded:
+    """Plain text, with the tokenizer's own BOS (once) and, if asked, EOS (once)."""
+    ids = list(tokenizer(text)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    out = Encoded(ids, list(ids))
+    _end(out, tokenizer, eos)
+    return out
+
+
+def _append(out: Encoded, tokenizer: PreTrainedTokenizerBase, text: str, supervised: bool) -> None:
+    if not text:
+        return
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    labels = list(ids) if supervised else [IGNORED] * len(ids)
+    if supervised and tokenizer.eos_token_id in ids:
+        # What a template writes after the end of the turn (a newline) is never generated.
+        end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+        labels[end:] = [IGNORED] * (len(ids) - end)
+    out.input_ids += ids
+    out.labels += labels
+
+
+def _end(out: Encoded, tokenizer: PreTrainedTokenizerBase, eos: bool) -> None:
+    token = tokenizer.eos_token_id
+    if eos and token is not None and out.input_ids[-1:] != [token]:
+        out.input_ids.append(token)
+        out.labels.append(token)

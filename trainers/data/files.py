@@ -1,0 +1,340 @@
+"""Where the rows of a split lie on disk, and what can be known about them without reading them all.
+
+Light on purpose (standard library; pyarrow only for Parquet): the launcher uses it to refuse bad data before
+a rank starts, the ranks to load the same files.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from trainers.config.schema import PREFERENCE_TRAINERS, ConfigError, TrainConfig
+
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+FIRST_ROWS = 100  # a column that none of them has is taken to be missing
+CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or a dataset lies on the hub: no such local path, and a name that the hub allows."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: local files of one format, or a dataset on the hub (`files` empty)."""
+
+    path: str
+    name: str
+    files: tuple[Path, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """The builder's name in `datasets`: csv, json or parquet."""
+        return {".jsonl": "json"}.get(self.files[0].suffix, self.files[0].suffix[1:])
+
+
+def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
+    """Finds the files of a split: `<path>/<name>.<ext>`, `<path>/<name>-*.<ext>`, `<path>/<name>/*.<ext>`,
+    or the file `<path>` itself. A path that does not exist and could be a hub id is taken as one.
+
+    Raises:
+        ConfigError: nothing there; the message lists what is.
+    """
+    root = Path(os.path.expanduser(data_path))  # pathlib's raises where there is no such user
+    if root.is_file():
+        if root.suffix not in SUFFIXES:
+            raise ConfigError(
+                f"data.path: {root} is not a file this project reads. Allowed: {', '.join(SUFFIXES)}."
+            )
+        if key != "train_split":
+            raise ConfigError(
+                f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder "
+                "that holds both files as data.path, or hold rows out: "
+                f"{key.replace('split', 'fraction')}: 0.1."
+            )
+        return Split(data_path, name, (root,))
+    if not root.exists():
+        if is_hub_id(data_path) and not data_path.endswith(SUFFIXES):
+            return Split(data_path, name)
+        raise ConfigError(
+            f"data.path: {data_path} does not exist. Give a folder, a file, or a dataset id on the hub."
+        )
+    for suffix in SUFFIXES:
+        found = [root / f"{name}{suffix}"] if (root / f"{name}{suffix}").is_file() else []
+        found = found or sorted(root.glob(f"{glob.escape(name)}-*{suffix}"))
+        found = found or sorted((root / name).glob(f"*{suffix}"))
+        if found:
+            return Split(data_path, name, tuple(found))
+    present = sorted({p.name for p in root.iterdir() if p.suffix in SUFFIXES or p.is_dir()}) or ["nothing"]
+    raise ConfigError(
+        f"data.{key}: there is no split '{name}' in {data_path}. There: {', '.join(present[:8])}. "
+        f"Expected for example {data_path}/{name}.jsonl."
+    )
+
+
+def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of local CSV and JSON files, in order, up to about `limit_bytes`.
+
+    Raises:
+        ConfigError: a row that cannot be read, with file and line.
+    """
+    for path in split.files:
+        if path.suffix == ".jsonl" or (path.suffix == ".json" and not _is_array(path)):
+            yield from _json_lines(path, limit_bytes)
+        elif path.suffix == ".json":
+            yield from _json_array(path)
+        elif path.suffix == ".csv":
+            yield from _csv_rows(path, limit_bytes)
+
+
+def _is_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _json_lines(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
+    read = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            read += len(line)
+            if line.strip():
+                yield _json_row(path, number, line)
+            if limit_bytes is not None and read > limit_bytes:
+                return
+
+
+def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
+    except (json.JSONDecodeError, UnicodeError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else reason
+        raise ConfigError(
+            f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line."
+        ) from None
+    if not isinstance(row, dict):
+        raise ConfigError(
+            f'{path}:{number}: a row must be an object, such as {{"text": "..."}}, not {type(row).__name__}.'
+        )
+    return row
+
+
+def _json_array(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise ConfigError(f"{where}: not valid JSON. Mend the file.") from None
+    for number, row in enumerate(data, start=1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}: row {number} must be an object, not {type(row).__name__}.")
+        yield row
+
+
+def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        ended = False
+
+        def lines() -> Iterator[str]:
+            nonlocal ended
+            yield from file
+            ended = True
+
+        reader = csv.DictReader(lines())
+        read, start = 0, 2
+        try:
+            reader.fieldnames = _header(path, reader.fieldnames or ())
+            for row in reader:
+                if ended:  # the reader looked for the end of this row past the end of the file
+                    raise ConfigError(f"{path}:{start}: a quote opens in this row and is never closed.")
+                start = reader.line_num + 1
+                if None in row:
+                    raise ConfigError(
+                        f"{path}:{reader.line_num}: the row has more fields than the header "
+                        f"({len(reader.fieldnames or [])}). "
+                        "Quote fields that hold a comma."
+                    )
+                read += sum(len(value or "") for value in row.values())
+                yield row
+                if limit_bytes is not None and read > limit_bytes:
+                    return
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not UTF-8. Save the file as UTF-8.") from None
+        except csv.Error as error:
+            where = f"{path}:{reader.line_num}"
+            raise ConfigError(f"{where}: the row is not valid CSV: {error}. Mend that line.") from None
+
+
+def _header(path: Path, names: Sequence[str]) -> list[str]:
+    """The names of the columns; one without a name, such as pandas' index, is called as pandas calls it."""
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{path}:1: two columns are named '{twice[0]}'. Rename or remove one.")
+    return [name or f"Unnamed: {index}" for index, name in enumerate(names)]
+
+
+def column_names(split: Split) -> list[str]:
+    """The columns of a local split, from its first rows, header or schema. Empty: the split has no row."""
+    if split.format == "parquet":
+        return _parquet_columns(split)
+    return list(dict.fromkeys(name for row in islice(rows(split), FIRST_ROWS) for name in row))
+
+
+def _parquet_columns(split: Split) -> list[str]:
+    import pyarrow.parquet as pq
+
+    count = sum(_parquet_rows(path) for path in split.files)
+    return list(pq.read_schema(split.files[0]).names) if count else []
+
+
+def _parquet_rows(path: Path) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowInvalid:
+        raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
+
+
+def check_split(split: Split, config: TrainConfig, key: str) -> None:
+    """Refuses an empty split, a missing column, and rows that cannot be read (as far as CHECK_BYTES).
+
+    Raises:
+        ConfigError: what is wrong and where.
+    """
+    if not split.files:
+        return
+    columns = column_names(split)
+    if not columns:
+        raise ConfigError(
+            f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
+        )
+    find_columns(columns, config)
+    for _ in rows(split, CHECK_BYTES):
+        pass
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what, and so which kind of row it is.
+
+    kind is tokens (ids already), text (plain, or messages), completion (of a prompt), pair (chosen and
+    rejected), or labelled (a completion that is wanted or not).
+    """
+
+    kind: str
+    text: str  # the text, the messages, the completion, or the chosen answer
+    prompt: str | None = None
+    instruction: bool = False  # the prompt is made of the columns instruction and input
+    rejected: str | None = None
+    label: str | None = None
+
+
+def find_columns(columns: list[str], config: TrainConfig) -> Columns:
+    """Tells the rows of a split by the names of its columns and by what the config says of them.
+
+    Raises:
+        ConfigError: a column that is named in the config, or needed, is not there.
+    """
+    for name in prompt_fields(config):
+        _need(columns, name, "data.prompt_format")
+    if config.prompt_text_column:
+        _need(columns, config.prompt_text_column, _key("prompt_text_column"))
+    prompt = config.prompt_text_column or ("prompt" if "prompt" in columns else None)
+    instruction = prompt is None and config.prompt_format is None and "instruction" in columns
+    if config.trainer in PREFERENCE_TRAINERS:
+        return _preference_columns(columns, config, prompt, instruction)
+    text = completion_name(columns, config)
+    asked = config.prompt_text_column is not None or config.prompt_format is not None
+    if asked:
+        _need(columns, text, _key("text_column"))
+        return Columns("completion", text, prompt)
+    if "text_column" in config.model_fields_set or config.text_column in columns:
+        _need(columns, config.text_column, _key("text_column"))
+        return Columns("text", config.text_column)
+    if {"prompt", "completion"} <= set(columns):
+        return Columns("completion", "completion", "prompt")
+    if {"instruction", "output"} <= set(columns):
+        return Columns("completion", "output", None, instruction=True)
+    if "messages" in columns:
+        return Columns("text", "messages")
+    if "input_ids" in columns:
+        return Columns("tokens", "input_ids")
+    _need(columns, config.text_column, _key("text_column"))
+    raise AssertionError("unreachable")
+
+
+def _preference_columns(
+    columns: list[str], config: TrainConfig, prompt: str | None, instruction: bool
+) -> Columns:
+    label = config.label_column
+    labelled = label in columns or "label_column" in config.model_fields_set
+    paired = config.rejected_text_column is not None or bool({"chosen", "rejected"} & set(columns))
+    if config.trainer == "kto" and ((labelled and config.rejected_text_column is None) or not paired):
+        text = completion_name(columns, config)
+        _need(columns, text, _key("text_column"))
+        _need(columns, label, _key("label_column"))
+        return Columns("labelled", text, prompt, instruction, label=label)
+    chosen = config.text_column if "text_column" in config.model_fields_set else "chosen"
+    rejected = config.rejected_text_column or "rejected"
+    _need(columns, chosen, _key("text_column"))
+    _need(columns, rejected, _key("rejected_text_column"))
+    return Columns("pair", chosen, prompt, instruction, rejected)
+
+
+def completion_name(columns: list[str], config: TrainConfig) -> str:
+    """The column with the completion of a prompt; it may be left out where it has a usual name."""
+    if "text_column" in config.model_fields_set:
+        return config.text_column
+    return next((name for name in ("completion", "output") if name in columns), config.text_column)
+
+
+def prompt_fields(config: TrainConfig) -> list[str]:
+    """The columns that prompt_format names.
+
+    Raises:
+        ConfigError: braces that hold more than a name.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(config.prompt_format or ""):
+        if form or conversion:
+            raise ConfigError(f"data.prompt_format: the braces hold a name alone. Write {{{name}}}.")
+        names += [name] if name else []
+    return names
+
+
+def _key(field: str) -> str:
+    return f"data.column_mapping.{field}"
+
+
+def _need(columns: list[str], name: str, key: str) -> None:
+    if name not in columns:
+        raise ConfigError(f"{key}: there is no column '{name}'. The columns are: {', '.join(columns)}.")
+
+
+def place_of(split: Split, number: int) -> str:
+    """`file: row N` of a row of the split, counted from 0 over all its files."""
+    for path in split.files:
+        one = Split(split.path, split.name, (path,))
+        count = _parquet_rows(path) if path.suffix == ".parquet" else sum(1 for _ in rows(one))
+        if number < count:
+            return f"{path}: row {number + 1}"
+        number -= count
+    return f"{split.path} ({split.name}): row {number + 1}"

@@ -1,0 +1,340 @@
+"""Loading and tokenizing, before the process group exists, into a cache keyed by content.
+
+Once per node, or per job where the nodes share the cache: one rank makes it (data_cache.py), the others
+wait for it and map the same files. No collective is open meanwhile, so a long preparation cannot time out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainers.config.schema import ConfigError, TrainConfig
+from trainers.data.chat import RowError, forget_truncation
+from trainers.data.encoders import COUNTS, Encoder, check_label_balance
+from trainers.data.files import Columns, Split, column_names, find_columns, find_split, place_of, rows
+from trainers.data.sampler import count_packs
+from trainers.rank.process import live_terminal, rank
+from trainers.storage.data_cache import cache_root, make_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_VERSION = 3  # raise it when the same input would give other tokens
+MANY_ROWS = 10_000  # from here on, tokenizing in several processes pays for starting them
+ROW = "__row__"  # the number of a row in its split, carried along so that a message can name it
+
+Part = Literal["train", "valid", "test"]
+
+
+@dataclass
+class Summary:
+    """What became of a split: counts of rows and tokens."""
+
+    rows: int = 0
+    kept: int = 0  # samples: a row of kto may hold two, one of mlm several
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    blocks: int = 0
+
+    def line(self, name: str) -> str:
+        packed = f" in {self.blocks} packs" if self.blocks != self.kept else ""
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
+        return (
+            f"{name}: {self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
+            f"longest {self.longest}, truncated {self.truncated}, dropped {reasons or 0}"
+        )
+
+
+@dataclass
+class Prepared:
+    """A split ready to train on: a document or a pair a row, in the columns of trainers/data/encoders.py."""
+
+    dataset: Dataset
+    summary: Summary
+    key: str  # names the content: rows, tokenizer, template, and what the config says of rows
+
+
+def parts(config: TrainConfig) -> list[Part]:
+    """What a run has rows for."""
+    found: list[Part] = ["train"]
+    found += ["valid"] if config.validates else []
+    return found + (["test"] if config.tests else [])
+
+
+def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> Prepared:
+    """Loads, tokenizes and packs a part of the data, or maps the cache of an earlier run.
+
+    Raises:
+        ConfigError: the split, a column or a row is not as the config says.
+    """
+    from datasets import Dataset, load_from_disk
+
+    key, name = _split_of(config, part)
+    split = find_split(config.data_path, name, key)
+    source = None if split.files else _from_hub(split, config)
+    names = column_names(split) if source is None else source.column_names
+    if not names or (source is not None and len(source) == 0):
+        raise ConfigError(f"data.{key}: the split '{name}' is empty. It needs at least one row.")
+    columns = find_columns(names, config)
+    fingerprint = _files_digest(split) if source is None else source._fingerprint
+    folder = cache_root() / _cache_key(config, tokenizer, fingerprint, columns, part)
+
+    def make(unfinished: Path) -> None:
+        raw = source if source is not None else _load_files(split, unfinished / "raw")
+        data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
+        data.save_to_disk(unfinished / "data")
+        (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
+        shutil.rmtree(unfinished / "raw", ignore_errors=True)
+
+    make_once(folder, make)
+    summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    if summary.kept == 0:
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
+        raise ConfigError(
+            f"data.{key}: no row of '{name}' has a token to train on ({reasons}; block_size "
+            f"{config.sequence_length}). Raise block_size, shorten the prompts, or look at the rows."
+        )
+    dataset = load_from_disk(folder / "data")
+    assert isinstance(dataset, Dataset)
+    summary.blocks = count_packs(config, dataset)
+    return Prepared(dataset, summary, folder.name)
+
+
+def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
+    """The key of the config that a part comes from, and the split it names."""
+    named = {"valid": config.valid_split, "test": config.test_split}.get(part)
+    return (f"{part}_split", named) if named is not None else ("train_split", config.train_split)
+
+
+def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
+    """The rows of a part, in their order: a seeded draw holds out valid_fraction and test_fraction.
+
+    Raises:
+        ConfigError: a part would be empty.
+    """
+    import numpy as np
+
+    raw = raw.add_column(ROW, np.arange(len(raw)))
+    if _split_of(config, part)[0] != "train_split":
+        return raw
+    sizes = {"valid": config.valid_fraction, "test": config.test_fraction}
+    counts = {name: round(share * len(raw)) for name, share in sizes.items()}
+    counts["train"] = len(raw) - sum(counts.values())
+    for name, share in (*sizes.items(), ("train", 1.0)):
+        if share and counts[name] < 1:
+            raise ConfigError(
+                f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: of {len(raw)} rows it "
+                f"leaves none for {name}. Give more rows, or another fraction."
+            )
+    if counts["train"] == len(raw):
+        return raw
+    order = np.random.default_rng(config.split_seed).permutation(len(raw))
+    ends = np.cumsum([counts["test"], counts["valid"]])
+    chosen = dict(zip(("test", "valid", "train"), np.split(order, ends), strict=True))[part]
+    return raw.select(np.sort(chosen))
+
+
+def _from_hub(split: Split, config: TrainConfig) -> Dataset:
+    """A split of a hub dataset; `config:split` names a configuration too."""
+    from datasets import Dataset, load_dataset
+
+    name, _, part = split.name.rpartition(":")
+    try:
+        data = load_dataset(split.path, name=name or None, split=part, token=config.token)
+    except Exception as error:
+        # The hub's failures are many classes; all say that these rows cannot be had.
+        raise ConfigError(
+            f"data.path: {split.path} ({split.name}) cannot be loaded from the hub: {error}"
+        ) from error
+    assert isinstance(data, Dataset)
+    return data
+
+
+def _load_files(split: Split, cache: Path) -> Dataset:
+    from datasets import Dataset, Features, Value, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    files = [str(file) for file in split.files]
+    options: dict[str, Any] = {}
+    if split.format == "csv":
+        # Everything is text: a column of numbers must not become numbers, nor "NA" nothing.
+        text = Features({name: Value("string") for name in column_names(split)})
+        options = {"features": text, "keep_default_na": False}
+    try:
+        data = load_dataset(split.format, data_files=files, split="train", cache_dir=str(cache), **options)
+    except DatasetGenerationError as error:
+        for _ in rows(split):  # names the file and line, where a row is at fault
+            pass
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"data.path: the rows of {', '.join(files)} do not fit together: {reason}. Each column must hold "
+            "one kind of value."
+        ) from error
+    assert isinstance(data, Dataset)
+    return data
+
+
+def _files_digest(split: Split) -> str:
+    digest = hashlib.blake2b()
+    for file in split.files:
+        digest.update(file.suffix.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cache_key(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    columns: Columns,
+    part: Part,
+) -> str:
+    """Content + tokenizer + template + what the config says of rows."""
+    held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
+    parts = [
+        CACHE_VERSION, fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
+        config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
+        config.add_eos_token, config.sequence_length, config.max_prompt_length,
+        config.max_completion_length, config.packed == "wrapped", part, sorted(tokenizer.all_special_ids),
+        held_out if _split_of(config, part)[0] == "train_split" else None,
+        config.data_seed if config.trainer == "kto" else None,
+    ]  # fmt: skip
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _tokenize(
+    raw: Dataset,
+    split: Split,
+    columns: Columns,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+) -> tuple[Dataset, Summary]:
+    encoder = Encoder(columns, config, tokenizer)
+    processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
+    try:
+        with _progress():
+            data = raw.map(
+                _Numbered(encoder),
+                batched=True,
+                remove_columns=raw.column_names,
+                num_proc=processes,
+                features=_features(encoder),
+                desc="tokenizing",
+            )
+    except RowError as error:
+        text, number = error.args
+        raise ConfigError(f"{place_of(split, number)}: {text}") from error
+    finally:
+        forget_truncation(tokenizer)
+    summary, kept = _count(data, len(raw))
+    data = data.remove_columns(list(COUNTS))
+    if len(kept) < len(data):
+        data = data.select(kept)
+    summary.kept = len(data)
+    if not len(data):
+        return data, summary
+    if config.trainer == "kto":
+        data = _mismatched(data, config, part)
+    if config.trainer == "mlm":
+        numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
+        data = data.add_column("row", list(numbers))  # what is masked depends on it, not on the rank
+    return data, summary
+
+
+class _Numbered:
+    """Hands the encoder the numbers that the rows have in their file."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        numbers = batch[ROW]
+        return self.encoder({name: values for name, values in batch.items() if name != ROW}, numbers)
+
+
+def _features(encoder: Encoder) -> Features:
+    """Token ids in 32 bits: half of what Python's numbers become by themselves."""
+    from datasets import Features, List, Value
+
+    counts = {"length": "int32", "supervised": "int32", "truncated": "bool", "dropped": "string"}
+    tokens = {
+        name: List(Value("int32")) if empty == [] else Value("bool") for name, empty in encoder.empty.items()
+    }
+    return Features({**tokens, **{name: Value(counts[name]) for name in COUNTS}})
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """A bar, where a person watches."""
+    import datasets
+
+    if rank() != 0 or not live_terminal():
+        yield
+        return
+    datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
+
+
+def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
+    """The summary of a split, and the numbers of the rows that are kept."""
+    import numpy as np
+
+    counts = data.select_columns(list(COUNTS)).with_format("numpy")[:]
+    reasons = Counter(str(reason) for reason in counts["dropped"] if reason)
+    kept = np.asarray([not reason for reason in counts["dropped"]], dtype=bool)
+    lists = [name for name in data.column_names if name.endswith("ids")]
+    tokens = 0
+    for name in lists:
+        tokens += sum(len(chunk.flatten()) for chunk in data.with_format("arrow").data.column(name).chunks)
+    summary = Summary(
+        rows=given,
+        tokens=tokens,
+        supervised_tokens=int(counts["supervised"][kept].sum()),
+        longest=int(counts["length"].max()),
+        truncated=int(counts["truncated"].sum()),
+        dropped=dict(reasons),
+    )
+    return summary, np.flatnonzero(kept)
+
+
+def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
+    """Gives each row of kto the completion of the row before it, for the paper's estimate of the divergence.
+
+    TRL pairs within a micro-batch, so the loss would depend on batch size and number of ranks; over the
+    whole split it does not. TRL takes the rows in this order at each epoch: they are shuffled here, once.
+    """
+    import numpy as np
+    from datasets import concatenate_datasets
+
+    if part == "train":
+        check_label_balance(data["label"][:])
+        data = data.shuffle(seed=config.data_seed).flatten_indices()
+    # Neighbours of evaluation may be two answers to one prompt, so it pairs in an order of its own.
+    order = np.arange(len(data))
+    if part != "train":
+        order = np.random.default_rng(config.data_seed).permutation(order)
+    partner = np.empty_like(order)
+    partner[order] = np.roll(order, 1)
+    before = data.select(partner).select_columns("completion_ids").flatten_indices()
+    return concatenate_datasets([data, before.rename_column("completion_ids", "KL_completion_ids")], axis=1)

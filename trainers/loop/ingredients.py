@@ -1,0 +1,48 @@
+"""What a trainer of TRL is made of: model, rows, tokenizer, LoRA's settings, and a reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from trainers.loop.life import Context
+from trainers.model import fsdp
+from trainers.model.load import load_model, load_reference, lora_config
+
+Built = TypeVar("Built", bound=Any)
+
+
+def ingredients(context: Context) -> dict[str, Any]:
+    """What each of them takes. Call it after TrainingArguments exist: ZeRO-3 and FSDP shard while loading."""
+    model = load_model(context.config, context.tokenizer)
+    return {
+        "model": model,
+        "train_dataset": context.rows("train"),
+        "eval_dataset": context.rows("valid"),
+        "processing_class": context.tokenizer,
+        "peft_config": lora_config(context.config, context.new_tokens, model),
+    }
+
+
+def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Context) -> Built:
+    """Builds the trainer with its policy and reference.
+
+    With precompute_ref_log_probs the rows of the test are asked for too, before training changes the policy,
+    and the reference is let go.
+    """
+    config = context.config
+    early = config.precompute_ref_log_probs
+    # Before training, the policy is its own reference; under FSDP it is not sharded yet, so TRL needs one.
+    needed = config.model_ref is not None or not early or fsdp.asked_for()
+    parts = ingredients(context)
+    if early:
+        held_out = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
+        parts["eval_dataset"] = held_out or None
+    reference = load_reference(config, context.tokenizer) if needed else None
+    trainer = kind(args=arguments, ref_model=reference, **parts)
+    if early:
+        trainer.ref_model = None
+        for part, answered in (trainer.eval_dataset or {}).items():
+            context.data[part].dataset = answered
+        trainer.eval_dataset = context.rows("valid")
+    return trainer

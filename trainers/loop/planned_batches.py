@@ -1,0 +1,171 @@
+"""What all trainers share over TRL's: batches that are planned, a loss that does not depend on how.
+
+Micro-batches differ in size when they are filled to a budget, and at the end of an epoch. TRL's preference
+trainers take the mean over each of them, so a pair in a small one would weigh more. Here a step is the mean
+over all its pairs (or tokens), and an evaluation the mean over all rows, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from trainers.checkpoint.saving import Durable
+from trainers.config.schema import TrainConfig
+from trainers.data.sampler import Batches, FlatCollator, PieceRows, plan_batches, row_lengths
+from trainers.model.padding_free import padded
+
+ROWS = "rows"  # how many rows of a micro-batch count; the collator adds it, the model never sees it
+PlanBatches = Callable[[Any, bool], Batches]  # lengths of the rows, and whether it is for training
+
+
+@dataclass
+class CountRows:
+    """A collator that says how many rows there are; where there are none, a stand-in counts for nothing."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    stand_in: dict[str, Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {**self.collate(rows or [self.stand_in]), ROWS: len(rows)}
+        if not rows and "labels" in batch:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+
+def balance(trainer: Trainer, config: TrainConfig) -> None:
+    """Completes a trainer that was built: how it evaluates, and, where it plans them, its batches."""
+    if isinstance(trainer, Padding):
+        trainer.pads_evaluation = config.packed != "none" and not config.evaluates_packed
+    if not isinstance(trainer, Balanced):
+        return
+    model: Any = trainer.model
+    hidden = model.config.get_text_config().hidden_size
+    trainer.plan_batches = partial(plan_batches, config, hidden, trainer.args.world_size)
+    rows: Any = trainer.train_dataset
+    tokenizer: Any = trainer.processing_class
+    collate, row = trainer.data_collator, rows[0]
+    trainer.data_collator = trainer.eval_collator = CountRows(collate, row)
+    if trainer.pads_evaluation and isinstance(collate, FlatCollator):
+        padding = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+        trainer.eval_collator = CountRows(padding, row)
+
+
+class Padding(Durable):
+    """A mixin, named before the trainer of TRL: evaluates padded, where that is asked for."""
+
+    pads_evaluation: bool
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        with padded(self.pads_evaluation):
+            return super().evaluation_loop(*arguments, **named)
+
+
+class Balanced(Padding):
+    """A mixin, named before the trainer of TRL: planned batches, exact means."""
+
+    plan_batches: PlanBatches
+    eval_collator: CountRows
+
+    # ------------------------------------------------------------------------------------- batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self._planned(self.train_dataset, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        own: Any = self.eval_dataset
+        chosen = own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return self._planned(own if chosen is None else chosen, training=False)
+
+    def _planned(self, dataset: Any, training: bool) -> DataLoader[Any]:
+        batches = self.plan_batches(row_lengths(dataset), training)
+        if training:
+            self.add_callback(batches)
+        pieces: Any = PieceRows(dataset, batches.pieces)
+        loader: DataLoader[Any] = DataLoader(
+            pieces,
+            batch_sampler=batches,
+            collate_fn=self.data_collator if training else self.eval_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------------------------- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if batch_samples and ROWS in batch_samples[0] and "labels" not in batch_samples[0]:
+            self._rows_of_step = sum(self._of_all_ranks(sum(batch[ROWS] for batch in batch_samples)))
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows = inputs.pop(ROWS, None)  # an evaluation has taken it out already
+        arguments = (model, inputs, return_outputs, num_items_in_batch)
+        if rows is None or "labels" in inputs:  # a loss over tokens is divided by those of the whole step
+            return super().compute_loss(*arguments)
+        with self._uneven(rows):
+            loss = super().compute_loss(*arguments)
+        ranks_and_batches = self.args.world_size * self.current_gradient_accumulation_steps
+        return loss * (rows * ranks_and_batches / self._rows_of_step)
+
+    def prediction_step(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
+        rows, labels = inputs.pop(ROWS), inputs.get("labels")
+        weight = rows
+        if labels is not None:
+            weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != -100).sum())
+        # What is gathered of a loss over tokens is a number a rank.
+        with self._uneven(rows) if labels is None else nullcontext():
+            result: Any = super().prediction_step(model, inputs, *others, **named)
+        self._evaluated[0] += float(result[0]) * weight if weight else 0.0
+        self._evaluated[1] += weight
+        return result
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        self._evaluated = [0.0, 0.0]  # sum of losses, number of tokens or rows
+        output = super().evaluation_loop(*arguments, **named)
+        sums = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
+        total, weight = self.accelerator.reduce(sums, "sum").tolist()
+        output.metrics[f"{named['metric_key_prefix']}_loss"] = total / weight
+        return output
+
+    def _of_all_ranks(self, number: int) -> list[int]:
+        if self.args.world_size == 1:
+            return [number]
+        numbers: torch.Tensor = self.accelerator.gather(torch.tensor([number], device=self.args.device))
+        return numbers.tolist()
+
+    @contextmanager
+    def _uneven(self, rows: int) -> Iterator[None]:
+        """Lets TRL gather what is one number a row, though the ranks have different numbers of rows."""
+        counts = self._of_all_ranks(rows)
+        if len(set(counts)) == 1:
+            yield
+            return
+        gather, longest = self.accelerator.gather, max(counts)
+
+        def gather_rows(tensor: torch.Tensor) -> Any:
+            if tensor.dim() == 0:
+                return gather(tensor)
+            each = tensor.shape[0] // max(rows, 1)  # 2 where chosen and rejected are in one tensor
+            filled = tensor.new_zeros((longest * each, *tensor.shape[1:]))
+            filled[: tensor.shape[0]] = tensor
+            parts = gather(filled).split(longest * each)
+            return torch.cat([part[: count * each] for part, count in zip(parts, counts, strict=True)])
+
+        own = ("gather", "gather_for_metrics")
+        vars(self.accelerator).update(dict.fromkeys(own, gather_rows))
+        try:
+            yield
+        finally:
+            for name in own:
+                delattr(self.accelerator, name)

@@ -1,0 +1,140 @@
+"""The step boundary: what all ranks agree on between two optimiser steps.
+
+A few numbers a step (rank/agreement.py): has a rank been asked to stop, is it time to save, was something
+not finite, does a rank still write the last checkpoint. So all ranks do the same at the same step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trainers.checkpoint.saving import Durable, StopTraining
+from trainers.rank.failures import NotFinite
+from trainers.rank.heartbeat import STEP, heart
+from trainers.rank.process import rank
+from trainers.rank.signals import JOB_END, stop
+from trainers.storage.manifest import read_manifest
+
+LIMIT_MARGIN = 45.0  # seconds before it, beside what a step and a save take: to agree, to end, to be requeued
+
+
+class StepBoundary(TrainerCallback):
+    """Added last, so that it sees what transformers' own callback decided."""
+
+    def __init__(self, trainer: Durable, checkpoint: Path | None) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+        self.stopping = False
+        self.saved_at = time.monotonic()
+        end = os.environ.get(JOB_END)
+        self.ends_at = float(end) if end else None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        stop.training()
+        self._stop_if_asked()
+        if self.checkpoint is None or not read_manifest(self.checkpoint).position["evaluation_due"]:
+            return
+        # The run was stopped within the evaluation of this step, or before it: made up for here, as it would
+        # have been, with the best model in view.
+        control.should_evaluate = True
+        trainer = self.trainer
+        trainer._maybe_log_save_evaluate(
+            trainer._tr_loss, None, kwargs["model"], None, state.epoch, None, 0.0
+        )
+        control.should_evaluate = False
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(self.checkpoint)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.watch.begin(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        heart.stepped(state.global_step)
+        asked, due, bad, writing = trainer.agreement.most(
+            self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.saving_goes_on
+        )
+        stop.requested = asked
+        if bad:
+            self._refuse(state)
+        if trainer.saving_waits and not writing:
+            trainer.conclude()
+        control.should_save |= bool(due)
+        if asked and state.global_step < state.max_steps:
+            self._begin_to_stop(args, state, control)
+        elif control.should_save or _ends_epoch(state):
+            self._settle(state)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopping:
+            control.should_evaluate = control.should_save = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        heart.enter(STEP)
+        if self.trainer.is_in_train:
+            self._stop_if_asked(evaluating=True)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_at = time.monotonic()
+        if self.stopping:
+            raise StopTraining
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        heart.enter("end")
+        self.trainer.conclude()
+
+    def _asked(self) -> int:
+        """The signal that asks this rank to stop; the job's end, if it is near, asks as its warning would."""
+        if stop.requested or rank() != 0 or self.ends_at is None:
+            return stop.requested
+        left = self.ends_at - time.time()
+        needed = LIMIT_MARGIN + 2 * (self.trainer.save_seconds + max(heart.recent, default=0.0))
+        if left > needed:
+            return 0
+        print(f"the job ends in {left:.0f} s: the ranks save and stop", flush=True)
+        return signal.SIGUSR1
+
+    def _minutes_passed(self) -> int:
+        """1 where it is time to save by save_minutes; rank 0's clock counts."""
+        minutes = self.trainer.config.save_minutes
+        return int(minutes is not None and rank() == 0 and time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _begin_to_stop(self, args: Any, state: TrainerState, control: TrainerControl) -> None:
+        """Saves at this step, evaluates no more, and stops; a resume evaluates what was due."""
+        self._settle(state)
+        self.stopping = True
+        self.trainer.due_evaluation = control.should_evaluate or (
+            args.eval_strategy == "epoch" and _ends_epoch(state)
+        )
+        control.should_evaluate, control.should_save = False, True
+
+    def _stop_if_asked(self, evaluating: bool = False) -> None:
+        asked, _ = self.trainer.agreement.most(self._asked(), 0)
+        stop.requested = asked
+        if asked:
+            self.trainer.due_evaluation = evaluating
+            raise StopTraining
+
+    def _settle(self, state: TrainerState) -> None:
+        """Before anything is saved, what a GPU still computes must be known to be finite."""
+        if self.trainer.agreement.most(self.trainer.watch.settle())[0]:
+            self._refuse(state)
+
+    def _refuse(self, state: TrainerState) -> None:
+        trainer = self.trainer
+        path = trainer.watch.write(trainer.run_folder, trainer.processing_class)
+        places = [str(place) for place in trainer.agreement.gathered(path) if place]
+        raise NotFinite(
+            f"the loss or the gradient norm is NaN or infinite at step {trainer.watch.bad_step}; nothing of "
+            f"it was saved. The batches that did it: {', '.join(places)}."
+        )
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    return state.epoch is not None and float(state.epoch).is_integer()

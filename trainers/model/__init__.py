@@ -1,0 +1,1 @@
+"""The model: loading, LoRA, attention, sharding, checkpointed activations, and proofs about it."""

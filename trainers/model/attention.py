@@ -1,0 +1,136 @@
+"""Which attention a run uses: one decision, with its reason.
+
+    flash_attention_2   the flash-attn package (CUDA, fp16 or bf16)
+    varlen              torch's own varlen_attn: FlashAttention-2 inside torch, nothing to build (CUDA)
+    flex_attention      torch's compiled attention with a block mask (CUDA)
+    documents           causal sdpa, one document after the other: never a mask of tokens x tokens
+    sdpa, eager         transformers' own, with a dense mask where documents are packed
+
+All of them keep packed documents apart; what differs is time and memory. `varlen` and `documents` are
+registered with transformers, so that any model that asks for its attention there can use them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.schema import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+VARLEN, DOCUMENTS = "phalanx_varlen", "phalanx_documents"  # their names in transformers
+OWN = {"varlen": VARLEN, "documents": DOCUMENTS}
+BEST_FIRST = ("flash_attention_2", "varlen", "flex_attention", "documents")
+
+
+def choose_attention(config: TrainConfig, model: PreTrainedConfig) -> tuple[str, str]:
+    """The attention of a run (a name of the list above), and why it was chosen.
+
+    Raises:
+        ConfigError: the one that was asked for cannot be had: why, and what would be used.
+    """
+    asked = "flash_attention_2" if config.use_flash_attention_2 else config.attention
+    refused = {name: _refusal(name, config, model) for name in BEST_FIRST}
+    best = next((name for name, reason in refused.items() if reason is None), "sdpa")
+    skipped = [f"{name}: {reason}" for name, reason in refused.items() if reason is not None]
+    why = "; ".join(skipped[: list(refused).index(best)] if best in refused else skipped)
+    if asked == "auto":
+        return best, why or "the fastest where documents are packed"
+    if reason := refused.get(asked):
+        key = "use_flash_attention_2" if config.use_flash_attention_2 else "attention"
+        raise ConfigError(f"{key}: {asked} cannot be used: {reason}. Without it {best} would be used.")
+    return asked, "use_flash_attention_2" if config.use_flash_attention_2 else "attention"
+
+
+def implementation(name: str) -> str:
+    """What transformers calls it; ours are registered on the way."""
+    if name not in OWN:
+        return name
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from trainers.model.document_attention import documents_attention
+
+    AttentionInterface.register(VARLEN, _varlen)
+    AttentionInterface.register(DOCUMENTS, documents_attention)
+    for own in OWN.values():
+        AttentionMaskInterface.register(own, _mask)
+    return OWN[name]
+
+
+def _refusal(name: str, config: TrainConfig, model: PreTrainedConfig) -> str | None:
+    """Why an attention cannot be used for this model on this machine, or None."""
+    import importlib.util
+
+    import torch
+
+    text = model.get_text_config()
+    if config.trainer == "mlm":  # its models see both ways
+        return "a masked LM is not causal" if name != "flash_attention_2" else "not used for masked LMs"
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()) and name in OWN:
+        return f"{text.model_type} attends in chunks"
+    if name == "documents":
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if name == "flex_attention":
+        return None
+    if config.mixed_precision is None:
+        return "it needs mixed_precision: bf16 or fp16"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return f"{torch.cuda.get_device_name()} is older than Ampere"
+    if name == "flash_attention_2":
+        return None if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed"
+    if _softcap(text) is not None:
+        return f"{text.model_type} caps its attention scores"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no varlen_attn"
+    return None
+
+
+def _softcap(text: PreTrainedConfig) -> float | None:
+    return getattr(text, "attn_logit_softcapping", None)
+
+
+def _mask(attention_mask: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor | None:
+    """No mask where there is no padding: documents and windows are kept by the attention itself."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **arguments | {"allow_is_causal_skip": False})
+
+
+def _varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's varlen_attn over a flat batch; documents_attention, whose shapes it has, takes the others."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    from trainers.model.document_attention import documents_attention, refuse
+
+    if cu_seq_lens_q is None or attention_mask is not None or dropout:
+        return documents_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, cu_seq_lens_q=cu_seq_lens_q, **others,
+        )  # fmt: skip
+    refuse(others)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out: Any = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out[None], None

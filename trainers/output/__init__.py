@@ -1,0 +1,1 @@
+"""What a run produces besides weights: metrics, tracker values, model card, merged model, upload."""

@@ -1,0 +1,144 @@
+"""Uploading the final model: in one commit, to a repository that is private unless it was public already."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainers.config.schema import ConfigError, TrainConfig
+from trainers.data.files import is_hub_id
+from trainers.output.model_card import last_part, name_of
+from trainers.storage.run_folder import RECORD, TRACKER
+from trainers.storage.saved_model import ADAPTER, read_object
+
+WEIGHTS = (".safetensors", ".safetensors.index.json", ADAPTER)
+PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt of an upload
+CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a saved model
+# Files of the final folder that stay here. run.json and trainer_state.json name this machine's folders (the
+# card tells what others need of them); training_args.bin is a pickle, which nobody should have to trust.
+LEFT_OUT = (
+    RECORD,
+    "trainer_state.json",
+    "training_args.bin",
+    TRACKER,
+    "*.part",
+    "*.lock",
+    "*.log",
+    ".*",
+)
+BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # answers that another attempt may change
+REFUSED = frozenset({401, 403, 404})  # the token, its rights, or the account
+
+
+def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) -> str:
+    """Uploads the final model to username/<name of the folder>, a private repository; returns its address.
+
+    One commit, so that the repository never holds half a model. `pauses` are the seconds between attempts.
+
+    Raises:
+        ConfigError: the hub refuses the token or the name, or the hub is switched off here.
+        RuntimeError: the hub did not take it, after the last attempt.
+    """
+    repo, token = f"{config.username}/{name_of(folder)}", (config.token or "").strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        # An HTTP library quotes a header that it cannot send.
+        raise ConfigError(f"token: it holds a character that no token has. {_by_hand(repo, folder)}")
+    for attempt, pause in enumerate((*pauses, None), start=1):
+        try:
+            address, public = _upload(repo, folder, token)
+            break
+        except Exception as error:
+            # The client's failures are of many classes, of several libraries. Nothing of them is chained: a
+            # traceback of the request is no help, and may quote it.
+            reason = _reason(error).replace(token, "(hidden)") if token else _reason(error)
+            status = _status(error)
+            if _is_mistake(error, status):
+                raise ConfigError(f"push_to_hub: {repo}: {reason} {_by_hand(repo, folder)}") from None
+            if pause is None or (status is not None and status not in BUSY):
+                raise RuntimeError(
+                    f"push_to_hub: {repo}: {reason} (attempt {attempt}) {_by_hand(repo, folder)}"
+                ) from None
+        print(f"push_to_hub: {reason} Trying again.", flush=True)
+        time.sleep(pause)
+    if public:
+        print(f"note: push_to_hub: {repo} was there already, and is public.")
+    print(f"pushed: {address}", flush=True)
+    return address
+
+
+def _upload(repo: str, folder: Path, token: str) -> tuple[str, bool]:
+    """One attempt; returns the repository's address, and whether it is public. Safe to repeat."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()  # rank 0's output is a file
+    api = HfApi(token=token)  # its address is the library's own setting, HF_ENDPOINT
+    api.create_repo(repo, private=True, exist_ok=True)
+    there = api.model_info(repo)
+    new = {str(path.relative_to(folder)): path for path in _published(folder)}
+    # An adapter or shards of an earlier push would be loaded with this model, or instead of it.
+    old = [file.rfilename for file in there.siblings or [] if file.rfilename.endswith(WEIGHTS)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in old if name not in new),
+        *(CommitOperationAdd(name, _content(path)) for name, path in new.items()),
+    ]
+    api.create_commit(repo, operations, commit_message="Model trained with Phalanx")
+    public = there.private is False
+    return f"{api.endpoint}/{repo}", public
+
+
+def _published(folder: Path) -> list[Path]:
+    """The files that are uploaded: of the folder itself, so no checkpoint, log, tracker or data below it."""
+    found = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*")]
+    return sorted(p for p in found if p.is_file() and not any(p.match(pattern) for pattern in LEFT_OUT))
+
+
+def _content(path: Path) -> str | bytes:
+    """What is uploaded of a file: its path; an adapter's config without the folders above its base model."""
+    if path.name != ADAPTER:
+        return str(path)
+    values = read_object(path)
+    base = values.get("base_model_name_or_path")
+    if isinstance(base, str) and not is_hub_id(base):
+        values["base_model_name_or_path"] = last_part(base)
+    return json.dumps(values, indent=2).encode()
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The hub's answer, which may lie below another error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            return int(error.response.status_code)
+        error = error.__cause__
+    return None
+
+
+def _is_mistake(error: Exception, status: int | None) -> bool:
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    return status in REFUSED or isinstance(error, (HFValidationError, OfflineModeIsEnabled))
+
+
+def _reason(error: Exception) -> str:
+    """One line, since a terminal shows one line of what stopped a rank."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing is uploaded."
+    status = _status(error)
+    said = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
+    said = " ".join((said or "no reason given").split())
+    if status in REFUSED:
+        return f"the hub refuses the token, or the account ({status}: {said})."
+    return f"the hub answered {status} ({said})." if status else f"{type(error).__name__}: {said}."
+
+
+def _by_hand(repo: str, folder: Path) -> str:
+    patterns = [word for pattern in ("*/*", *LEFT_OUT) for word in ("--exclude", pattern)]
+    command = ["hf", "upload", repo, str(folder.resolve()), ".", "--private", *patterns]
+    return f"The model is safe in {folder}. Upload it by hand: {shlex.join(command)}"

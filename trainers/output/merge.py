@@ -1,0 +1,106 @@
+"""Merging a LoRA adapter into its base model: on rank 0, once, and only if the outputs stay the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.schema import TrainConfig
+from trainers.model.load import compute_dtype, fit_vocabulary, model_class, quantization_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# Largest difference of an output, as a part of the largest output. A merged weight is rounded to the type it
+# is saved in: float32 keeps 24 bits, float16 11, bfloat16 8.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+INT8_TOLERANCE = (
+    5e-2  # LLM.int8 rounds the activations to 8 bits too (arXiv 2208.07339); merged, they are whole
+)
+PROBE_TOKENS = 128
+
+
+class MergeRefused(RuntimeError):
+    """The merged model does not answer as the adapter does; the adapter was kept."""
+
+
+def merge_adapter(
+    config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, probe: list[int]
+) -> None:
+    """Replaces the adapter in `folder` by the whole model, as AutoTrain does, from the saved files.
+
+    A quantised base is merged as it was trained against, dequantised: the adapter has learnt to make up for
+    its rounding. The merged model is written beside, opened again, and compared on the tokens of `probe`.
+
+    Raises:
+        MergeRefused: the outputs differ by more than the rounding of the saved type; the adapter is kept.
+    """
+    import torch
+    from peft import PeftModel
+
+    ids = torch.tensor([probe[:PROBE_TOKENS]])
+    base = _base(config, tokenizer)
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    expected = _outputs(adapted, ids)
+    if config.quantization is not None:
+        adapted.unload()
+        base = base.dequantize().to(compute_dtype(config))
+        adapted = PeftModel.from_pretrained(base, folder).eval()
+    merged = adapted.merge_and_unload(safe_merge=True)
+    part = folder / "merged.part"
+    shutil.rmtree(part, ignore_errors=True)
+    merged.save_pretrained(part)
+    dtype = str(compute_dtype(config)).removeprefix("torch.")
+    del base, adapted, merged
+    reopened = model_class(config).from_pretrained(part, dtype=compute_dtype(config)).eval()
+    tolerance = max(TOLERANCE[dtype], INT8_TOLERANCE if config.quantization == "int8" else 0.0)
+    _compare(expected, _outputs(reopened, ids), tolerance, part)
+    for path in part.iterdir():
+        os.replace(path, folder / path.name)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    part.rmdir()
+
+
+def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The base model as it was trained against."""
+    kwargs: dict[str, Any] = {
+        "dtype": compute_dtype(config),
+        "token": config.token,
+        "revision": config.revision or "main",
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.trainer == "reward":
+        kwargs["num_labels"] = 1  # the head itself is part of the adapter
+    if config.quantization is not None:
+        kwargs["quantization_config"] = quantization_config(config)
+        kwargs["device_map"] = {"": "cpu"}  # whole again, it may be larger than a GPU
+    base = model_class(config).from_pretrained(config.model, **kwargs)
+    fit_vocabulary(base, tokenizer, config.seed)
+    return base
+
+
+def _outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
+    return logits.float().cpu()
+
+
+def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float, part: Path) -> None:
+    scale = max(float(expected.abs().max()), 1e-6)
+    difference = float((expected - found).abs().max()) / scale
+    if difference <= tolerance:  # NaN is not
+        print(
+            f"merge: outputs differ by {difference:.1e} of the largest (allowed {tolerance:.0e})", flush=True
+        )
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    raise MergeRefused(
+        f"merge_adapter: the merged model's outputs differ by {difference:.1e} of the largest, more than "
+        f"{tolerance:.0e}. It was not kept; the adapter is in the run's folder as it was trained."
+    )

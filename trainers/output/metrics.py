@@ -1,0 +1,158 @@
+"""What a run reports: metrics.jsonl, the live line on the terminal, and what the tracker gets."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainers.output.trackers import Tracker
+from trainers.storage.run_folder import METRICS, PROGRESS, write_whole
+
+
+class Report(TrainerCallback):
+    """Rank 0 writes each logged value to metrics.jsonl and the tracker, and keeps the live line fresh.
+
+    tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the
+    time that optimiser steps took since the last log (evaluation and saving are not counted).
+    """
+
+    def __init__(self, folder: Path, live: bool, resumed_step: int, tracker: Tracker | None = None) -> None:
+        self.path, self.live, self.tracker = folder / METRICS, live, tracker
+        self.base_tokens = self._keep_until(resumed_step)
+        self.tokens = self.base_tokens
+        self.step_seconds = self.logged_seconds = 0.0
+        self.step_began: float | None = None
+        self.steps = 0
+        self.progress: dict[str, Any] = {}
+        self.latest: list[str] = []  # loss and speed of the last log, for the live line
+
+    def _keep_until(self, step: int) -> int:
+        """Drops what was logged after the checkpoint that the run goes on from.
+
+        Returns the tokens until there.
+        """
+        if not self.path.exists():
+            return 0
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break  # the run was killed while it wrote this line
+            entry = json.loads(line)
+            ended = "train_runtime" in entry or "test_loss" in entry  # this start will say it anew
+            if step and entry["step"] <= step and not ended:
+                kept.append(entry)
+        write_whole(self.path, "".join(_json_line(entry) for entry in kept))
+        return max((entry.get("tokens", 0) for entry in kept), default=0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step_began is None:
+            self.step_began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step_began is not None:
+            self.step_seconds += time.monotonic() - self.step_began
+            self.step_began = None
+        self.steps += 1
+        if self.live and state.global_step < state.max_steps:
+            self._print(self._line(state), lasting=False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        values = _named(logs)
+        total = self._total_tokens(values)
+        if total is not None:
+            values["tokens"] = total
+            seconds = self.step_seconds - self.logged_seconds
+            if seconds > 0 and total > self.tokens:
+                values["tokens_per_second"] = round((total - self.tokens) / seconds, 1)
+            self.tokens, self.logged_seconds = total, self.step_seconds
+        values = {"epoch": values.pop("epoch", state.epoch), **values}
+        record = {"step": state.global_step, **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_json_line(record))
+        self._note_progress(state, record)
+        if self.tracker is not None:
+            self.tracker.log(state.global_step, values)
+        self._show(state, record)
+
+    def _total_tokens(self, values: dict[str, Any]) -> int | None:
+        """Takes the count of tokens out of the values, and makes it one over resumes."""
+        whole_run = values.pop("num_input_tokens_seen", None)  # transformers: kept in the checkpoint
+        this_start = values.pop("num_tokens", None)  # TRL: from 0 at each start
+        if this_start is not None:
+            return self.base_tokens + int(this_start)
+        return None if whole_run is None else int(whole_run)
+
+    def _show(self, state: TrainerState, record: dict[str, Any]) -> None:
+        evaluated = next((name for name in ("eval_loss", "test_loss") if name in record), None)
+        if evaluated is not None:
+            text = f"step {state.global_step}/{state.max_steps}  {evaluated} {record[evaluated]:.4f}"
+            self._print(text, lasting=True)
+        elif "loss" in record:
+            self.latest = [f"loss {float(record['loss']):.4f}"]
+            if "tokens_per_second" in record:
+                self.latest.append(f"{record['tokens_per_second']:.0f} tokens/s")
+            self._print(self._line(state), lasting=state.global_step >= state.max_steps)
+
+    def _note_progress(self, state: TrainerState, record: dict[str, Any]) -> None:
+        """Leaves where the run is beside the launcher's files; the last loss and speed stay."""
+        self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
+        known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
+        write_whole(self.path.parent / PROGRESS, _json_line(self.progress | known))
+
+    def _left(self, state: TrainerState) -> int:
+        """Seconds to the last step: steps left times the mean step so far."""
+        return int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
+
+    def _line(self, state: TrainerState) -> str:
+        """step, loss, tokens/s and ETA."""
+        left = self._left(state)
+        parts = [
+            f"step {state.global_step}/{state.max_steps}",
+            *self.latest,
+            f"ETA {left // 60}:{left % 60:02d}",
+        ]
+        return "  ".join(parts)
+
+    def _print(self, text: str, lasting: bool) -> None:
+        """On a terminal the line is overwritten in place; elsewhere each is a line of its own."""
+        if self.live:
+            print(f"\r\033[K{text}", end="\n" if lasting else "", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def _named(logs: dict[str, Any]) -> dict[str, Any]:
+    """The values under their names; TRL calls its own of any evaluation eval_, of the test split too."""
+    if "test_loss" not in logs:
+        return dict(logs)
+    return {
+        f"test_{name.removeprefix('eval_')}" if name.startswith("eval_") else name: value
+        for name, value in logs.items()
+    }
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """One line of metrics.jsonl; JSON has no NaN and no infinity, so they are words there."""
+    plain = {
+        name: json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"

@@ -1,0 +1,255 @@
+"""The model card: what a run trained, from which data, with which parameters, and what is not known of it.
+
+It reads what the run measured and wrote down; a figure that was not measured is not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainers.config.schema import SECRET_FIELDS, TrainConfig
+from trainers.data.files import is_hub_id
+from trainers.storage.run_folder import METRICS, versions, write_whole
+from trainers.storage.saved_model import ADAPTER
+
+KINDS = {
+    "default": "next-token prediction on text",
+    "sft": "supervised fine-tuning on prompts and answers",
+    "reward": "a reward model: a classifier with one output, which scores an answer",
+    "dpo": "direct preference optimisation (DPO) on chosen and rejected answers",
+    "orpo": "odds-ratio preference optimisation (ORPO) on chosen and rejected answers",
+    "kto": "Kahneman-Tversky optimisation (KTO) on wanted and unwanted answers",
+    "mlm": "masked language modelling",
+}
+LOADERS = {"reward": "AutoModelForSequenceClassification", "mlm": "AutoModelForMaskedLM"}  # else causal
+PIPELINES = {"reward": "text-classification", "mlm": "fill-mask"}  # else text-generation
+HEADINGS = {
+    "kept": "samples",
+    "supervised_tokens": "tokens in the loss",
+    "longest": "longest row",
+    "truncated": "rows cut",
+}
+# Said elsewhere in the card, or no concern of those who load the model.
+UNSHOWN = SECRET_FIELDS | {
+    "model", "project_name", "trainer", "data_path", "log", "run_name", "wandb_project", "wandb_entity",
+    "resume", "overwrite", "push_to_hub", "username",
+}  # fmt: skip
+SPEEDS = ("_runtime", "_per_second", "_num_tokens")  # ends of names that do not tell of quality
+
+
+def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Writes README.md: what this model is, from which data, with which parameters, and what is not known.
+
+    It replaces the card that the libraries leave, which names folders of this machine. `facts` is what
+    run.json says of the run; `facts["data"]` holds each split's counts.
+    """
+    entries = _logged(folder)
+    data: dict[str, dict[str, Any]] = facts.get("data") or {}
+    parts = [
+        "---\n" + _yaml(_front_matter(folder, config)) + "---",
+        f"# {name_of(folder)}",
+        "## What it is\n\n" + _about(folder, config, facts, entries),
+        "## Data\n\n" + _data(config, data),
+        "## Parameters\n\n" + _parameters(config),
+        "## Metrics\n\n" + _metrics(config, entries),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(config, data, entries)),
+        "## How to load it\n\n" + f"```python\n{_snippet(folder, config)}```",
+        "## Versions\n\n" + _listed((facts.get("versions") or versions()).items()),
+    ]
+    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The card's metadata. No licence: it is not this project's to give."""
+    front: dict[str, Any] = {"library_name": "peft" if (folder / ADAPTER).is_file() else "transformers"}
+    if is_hub_id(config.model):
+        front["base_model"] = config.model
+    if is_hub_id(config.data_path):
+        front["datasets"] = [config.data_path]
+    front["tags"] = ["phalanx", config.trainer]
+    front["pipeline_tag"] = PIPELINES.get(config.trainer, "text-generation")
+    return front
+
+
+def _about(folder: Path, config: TrainConfig, facts: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    if not config.peft:
+        trained = "All weights were trained."
+    else:
+        kind = "DoRA" if config.use_dora else "LoRA"
+        trained = f"{kind} adapters (rank {config.lora_r}, alpha {config.lora_alpha}) were trained"
+        if config.quantization:
+            trained += f" over a base model quantised to {config.quantization}"
+        if (folder / ADAPTER).is_file():
+            trained += "; this folder holds the adapter alone, and the base model is needed with it."
+        else:
+            trained += " and merged into the base model."
+    rows = {
+        "Base model": _named(config.model) + (f", revision {config.revision}" if config.revision else ""),
+        "Trainer": f"{config.trainer} ({KINDS[config.trainer]})",
+        "Steps": max((entry["step"] for entry in entries), default=None),
+        "Rows (or packs of rows) a step": facts.get("global_batch"),
+        "Tokens a step, at most": facts.get("global_batch_tokens"),
+        "Processes": facts.get("world_size"),
+        "Spread by": facts.get("distributed_type"),
+        "Device": facts.get("device"),
+        "Seed": config.seed,
+    }
+    return f"{trained}\n\n" + _listed((name, value) for name, value in rows.items() if value is not None)
+
+
+def _data(config: TrainConfig, data: dict[str, dict[str, Any]]) -> str:
+    text = f"Rows from {_named(config.data_path)}, split `{config.train_split}`."
+    if not data:
+        return text + " Their counts were not recorded."
+    counted = [(key, value) for counts in data.values() for key, value in counts.items() if key != "dropped"]
+    keys = list(dict.fromkeys(key for key, value in counted if isinstance(value, (int, float))))
+    table = [["split", *(HEADINGS.get(key, key.replace("_", " ")) for key in keys), "rows dropped"]]
+    table += [
+        [split, *(_number(counts.get(key)) for key in keys), str(_dropped(counts))]
+        for split, counts in data.items()
+    ]
+    lines = [
+        f"- Dropped from {split}: {count} ({reason})."
+        for split, counts in data.items()
+        if isinstance(counts.get("dropped"), dict)
+        for reason, count in counts["dropped"].items()
+        if count
+    ]
+    return "\n\n".join([text, _table(table), *(["\n".join(lines)] if lines else [])])
+
+
+def _parameters(config: TrainConfig) -> str:
+    chosen = {
+        name: _without_folders(value)
+        for name, value in config.model_dump(mode="json").items()
+        if name not in UNSHOWN and value != TrainConfig.model_fields[name].default
+    }
+    if not chosen:
+        return "All parameters have their defaults."
+    return f"Those that differ from the defaults:\n\n```yaml\n{_yaml(chosen)}```"
+
+
+def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
+    """The last value of each measure; with load_best_model_at_end, of the evaluation that chose the model."""
+    found: dict[str, tuple[Any, int]] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            measured = name == "loss" or name.startswith(("eval_", "test_"))
+            if measured and not name.endswith(SPEEDS):
+                found[name] = (value, entry["step"])
+    best = _best(config, entries)
+    if best is not None:
+        found |= {name: (best[name], best["step"]) for name in found if name in best and name != "loss"}
+    if not found:
+        return "Nothing was measured."
+    table = [["measure", "value", "step"], *([n, _number(v), str(s)] for n, (v, s) in found.items())]
+    notes = ["`loss` is of training rows, at the last step that was logged."] if "loss" in found else []
+    if best is not None:
+        notes.append(f"The saved model is that of step {best['step']}, which had the lowest eval_loss.")
+    return "\n\n".join([_table(table), *([" ".join(notes)] if notes else [])])
+
+
+def _limits(
+    config: TrainConfig, data: dict[str, dict[str, Any]], entries: list[dict[str, Any]]
+) -> Iterable[str]:
+    held_out = [word for word in ("eval", "test") if any(f"{word}_loss" in entry for entry in entries)]
+    if held_out:
+        yield (
+            f"It was evaluated ({', '.join(held_out)}) on held-out rows of its own data alone. How it does "
+            "on other data or tasks, or against its base model, was not measured."
+        )
+    else:
+        yield "It was not evaluated: no row was held out. The training loss does not tell how good it is."
+    if _best(config, entries) is not None:
+        yield "Its checkpoint was chosen by eval_loss, so new rows would give somewhat worse values."
+    yield "Safety, bias and truthfulness were not evaluated. What is wrong with its base model may still be."
+    for split, counts in data.items():
+        for count, what in ((counts.get("truncated"), "cut to block_size"), (_dropped(counts), "left out")):
+            if count:
+                yield f"{count} of {counts.get('rows', '?')} rows of {split} were {what}."
+    if config.quantization:
+        yield f"It was trained over {config.quantization} weights; over others its outputs differ a little."
+    yield "No licence is stated here: those of the base model and of the data apply."
+
+
+def _snippet(folder: Path, config: TrainConfig) -> str:
+    loader = LOADERS.get(config.trainer, "AutoModelForCausalLM")
+    name = f"{config.username}/{name_of(folder)}" if config.push_to_hub else name_of(folder)
+    extra = ", num_labels=1" if config.trainer == "reward" else ""
+    if config.trust_remote_code:
+        extra += ", trust_remote_code=True"
+    code = f"from transformers import {loader}, AutoTokenizer\n\nname = {name!r}\n"
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(name)\n"
+    if not (folder / ADAPTER).is_file():
+        trust = ", trust_remote_code=True" if config.trust_remote_code else ""
+        return f"{code}{tokenizer}model = {loader}.from_pretrained(name{trust})\n"
+    base = config.model if is_hub_id(config.model) else last_part(config.model)
+    revision = f", revision={config.revision!r}" if config.revision else ""
+    return (
+        f"from peft import PeftModel\n{code}{tokenizer}"
+        f"base = {loader}.from_pretrained({base!r}{revision}{extra})\n"
+        "if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # the training added tokens\n"
+        "    base.resize_token_embeddings(len(tokenizer))\n"
+        "model = PeftModel.from_pretrained(base, name)\n"
+    )
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _best(config: TrainConfig, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The evaluation whose checkpoint became the final model, if one was chosen."""
+    scored = [entry for entry in entries if "eval_loss" in entry]
+    if not (config.load_best_model_at_end and scored):
+        return None
+    return min(scored, key=lambda entry: float(entry["eval_loss"]))
+
+
+def _dropped(counts: dict[str, Any]) -> int:
+    dropped = counts.get("dropped") or 0
+    return sum(dropped.values()) if isinstance(dropped, dict) else int(dropped)
+
+
+def name_of(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def last_part(path: str) -> str:
+    """The last part of a local path: the folders above it name a user and a machine."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+
+def _named(source: str) -> str:
+    return f"`{source}`" if is_hub_id(source) else f"`{last_part(source)}` (local)"
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return last_part(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _listed(pairs: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in pairs)
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,154 @@
+"""The first and last thing a rank does: its own log file, and a note of what stopped it.
+
+The launcher sets PHALANX_LOG_DIR; a run by hand has none and writes to the terminal as usual.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from trainers.config.schema import SAVED, USAGE_ERROR, ConfigError
+from trainers.rank.failures import code_of, is_lost_peer
+from trainers.rank.heartbeat import heart
+from trainers.rank.out_of_memory import BatchTooLarge
+from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
+
+_PR_SET_PDEATHSIG = 1
+# Ranks that were started by hand have nobody who could start them again.
+BY_HAND = (
+    "Lower batch_size and raise gradient_accumulation; or let the launcher find them, which alone can start "
+    "the ranks again: phalanx train config.yaml --auto-find-batch-size."
+)
+
+
+def rank() -> int:
+    """This process's rank over all machines; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def log_folder() -> Path | None:
+    """Where the launcher wants the logs of the ranks, if a launcher started this one."""
+    folder = os.environ.get("PHALANX_LOG_DIR")
+    return Path(folder) if folder else None
+
+
+def live_terminal() -> bool:
+    """Whether a person watches: the launcher says it, else the terminal itself."""
+    return os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
+
+
+_after_failure: list[Callable[[], None]] = []
+
+
+def after_failure(action: Callable[[], None]) -> None:
+    """What to do once a failure of this rank is noted, however long it takes."""
+    _after_failure.append(action)
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """Runs a rank's main function with its output in its own file, and returns its exit code.
+
+    0: trained; or stopped by a signal, where a launcher reads rank-N.stopped.json. Else what
+    docs/exit-codes.md says: a mistake of the user's in one line, other errors with their traceback.
+    """
+    folder = log_folder()
+    if folder is not None:
+        _redirect(folder / f"rank-{rank()}.log")
+        _dump_stack_on_signal(folder / f"rank-{rank()}.stack")
+        heart.start(rank())
+        (folder / f"rank-{rank()}.pid").write_text(str(os.getpid()), encoding="utf-8")
+        die_with_parent()
+    stop.listen()
+    try:
+        code = main()
+        if stop.saved is not None:
+            return _stopped(folder, stop.saved)
+        if folder is not None:  # else a launcher could not tell it from a rank that was killed
+            (folder / f"rank-{rank()}.done").touch()
+        return code
+    except StopNow as now:
+        return _stopped(folder, "", now.number)
+    except ConfigError as error:
+        _note(folder, error, USAGE_ERROR)
+        if folder is None:  # else the launcher prints it, once for all ranks
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    except Exception as error:
+        code = code_of(error)
+        _note(folder, error, code)
+        traceback.print_exc()
+        if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher says what to do
+            print(f"error: rank {rank()} ran out of memory. {BY_HAND}", file=sys.stderr, flush=True)
+        for action in _after_failure:
+            action()
+        return code
+
+
+def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
+    """The end of a rank that was asked to stop; `saved` says what, or is empty.
+
+    torchrun takes every code but 0 for a failure and kills the other ranks, so a launcher reads the file.
+    """
+    number = number or stop.requested
+    if folder is None:
+        print(
+            f"stopped by {signal.Signals(number).name}; {saved or 'nothing was to be saved yet'}", flush=True
+        )
+        return SAVED if saved else 128 + number
+    text = json.dumps({"rank": rank(), "signal": number, "saved": saved})
+    (folder / f"rank-{rank()}.stopped.json").write_text(text, encoding="utf-8")
+    return 0
+
+
+def _dump_stack_on_signal(path: Path) -> None:
+    """The file stays open for the life of the rank: the handler must not open one."""
+    faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
+
+
+def _redirect(path: Path) -> None:
+    """Sends this process's output, that of C++ libraries too, to a file."""
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(target, stream.fileno())
+    os.close(target)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def die_with_parent() -> None:
+    """A process whose parent was killed outright does not stay behind (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _note(folder: Path | None, error: Exception, code: int) -> None:
+    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause.
+
+    accelerate and torchrun make 1 of every exit code, so the rank's own is in the note.
+    """
+    if folder is None:
+        return
+    note = {
+        "rank": rank(),
+        "time": time.monotonic(),  # of one machine's ranks; the clock may be set back between two failures
+        "code": code,
+        "type": type(error).__name__,
+        "message": str(error)[:2000],
+        "peer_lost": is_lost_peer(error),
+    }
+    try:
+        (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")
+    except OSError as full:  # the exit code still says the class
+        print(f"rank {rank()} could not leave a note: {full}", file=sys.stderr)
