@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from launcher.config import LaunchConfig, SlurmConfig
 from trainers.config.consistency import CONDITIONS
-from trainers.config.schema import ALIASES, SWITCHES, TRAINERS, TrainConfig, acts_for
+from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.schema import TRAINERS, TrainConfig, acts_for
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trainers.config.schema import ALIASES, DISK_FAILED, SWITCHES, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
+from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.schema import TrainConfig
 from trainers.rank.failures import disk_is_full
 
 if TYPE_CHECKING:

@@ -12,8 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from trainers.config.file import COLUMN_KEYS, DATA_KEYS, HUB_KEYS, TASKS, TOP_KEYS, read_config_file
-from trainers.config.schema import ALIASES, SWITCHES, ConfigError, Float, Int, TrainConfig, Word
+from trainers.config.errors import ConfigError
+from trainers.config.field_types import Float, Int, Word
+from trainers.config.file import read_config_file
+from trainers.config.names import ALIASES, COLUMN_KEYS, DATA_KEYS, HUB_KEYS, SWITCHES, TASKS, TOP_KEYS
+from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings, Value, changed, put, resolve, validate
 
 

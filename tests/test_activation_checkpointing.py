@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainers.config.schema import TRAINERS, ConfigError
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TRAINERS
 
 LAYERS, STEPS = 2, 2
 RUN = {"max_steps": STEPS, "lr": 1e-2, "quantization": None, "lora_dropout": 0.0}

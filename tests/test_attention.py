@@ -12,7 +12,7 @@ from inprocess import ROWS, build, logged, settings_of
 from transformers import GPT2Config, LlamaConfig
 
 import trainers.model.document_attention
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.model.attention import choose_attention, implementation
 from trainers.model.isolation_probe import probe
 from trainers.model.padding_free import flat_inputs, flatten_body, padded

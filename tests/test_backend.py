@@ -25,7 +25,8 @@ from launcher.plan.backend import RULES, Backend, resolve_backend
 from launcher.plan.command import build_command, build_environment
 from launcher.plan.memory import predict_bytes_per_rank
 from launcher.plan.topology import Hardware, Topology, resolve_topology
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SHIPPED
 
 GOLDEN = Path(__file__).parent / "golden"

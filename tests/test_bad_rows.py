@@ -7,7 +7,8 @@ from copy import deepcopy
 
 import pytest
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 
 TEXTS = ("default", "sft", "mlm")
 PAIRS = ("reward", "dpo", "orpo", "kto")

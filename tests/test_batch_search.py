@@ -25,8 +25,9 @@ from launcher.plan.topology import Hardware, resolve_topology
 from launcher.supervise import attempt
 from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import diagnose
+from trainers.config.errors import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.file import load_settings, write_effective
-from trainers.config.schema import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.rank import process
 from trainers.rank.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
 from trainers.storage import run_folder

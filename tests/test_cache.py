@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage import data_cache
 from trainers.storage.data_cache import WAITS, cache_root, make_once, tell_prepared, wait_for_machine_0
 

@@ -13,7 +13,8 @@ from fakes import listing, run_command, write_rows
 
 from launcher.cli import COMMANDS
 from launcher.config import LaunchConfig
-from trainers.config.schema import ALIASES, SWITCHES, TrainConfig
+from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.schema import TrainConfig
 
 CONFIG = """\
 task: llm-sft

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainers.config.schema import TRAINERS, ConfigError
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TRAINERS
 
 RUN = {"lr": 1e-2, "max_steps": 4, "batch_size": 2, "packing": "none", "quantization": None}
 

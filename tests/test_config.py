@@ -11,8 +11,10 @@ import pytest
 from fakes import run_command
 
 from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
-from trainers.config.file import TASKS, load_settings, write_effective
-from trainers.config.schema import ALIASES, SWITCHES, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.file import load_settings, write_effective
+from trainers.config.names import ALIASES, SWITCHES, TASKS
+from trainers.config.schema import TrainConfig
 from trainers.config.settings import Value, resolve
 
 AUTOTRAIN_DEFAULTS = {

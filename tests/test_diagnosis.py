@@ -24,7 +24,7 @@ from launcher.supervise.attempt import AccelerateLaunch, Outcome
 from launcher.supervise.diagnosis import CLASSES, LOG_LINES, STACK_LINES, Failure, diagnose, report
 from launcher.supervise.hangs import Hang
 from trainers.config import schema
-from trainers.config.schema import (
+from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
     HUNG,

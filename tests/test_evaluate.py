@@ -13,7 +13,7 @@ from tiny import write_evaluation
 from launcher.cli import main
 from launcher.commands import evaluate
 from launcher.commands.evaluate import command
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 
 @pytest.fixture

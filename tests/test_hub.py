@@ -14,7 +14,8 @@ import pytest
 import yaml
 from fake_hub import COMMIT, CREATE, FakeHub, fake_hub
 
-from trainers.config.schema import TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TRAINERS, TrainConfig
 from trainers.output.hub import push
 from trainers.output.model_card import write_card
 from trainers.storage.saved_model import check_saved

@@ -25,7 +25,7 @@ from launcher.supervise.machines import (
     first_cause,
     refuse,
 )
-from trainers.config.schema import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
+from trainers.config.errors import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 
 ORDER = Order(attempt=1, port=1234)
 

@@ -21,7 +21,8 @@ from launcher.config import Run, load_run
 from launcher.plan.backend import resolve_backend
 from launcher.plan.resume_layout import fitted
 from launcher.plan.topology import resolve_topology
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.storage import manifest, run_folder
 from trainers.storage.manifest import (
     FORMAT,

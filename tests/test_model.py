@@ -10,7 +10,7 @@ import torch
 from inprocess import build, logged, settings_of
 from tiny import build_tiny_model
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 PEFT = {"peft": True, "quantization": None, "lora_r": 4, "max_steps": 3, "lr": 1e-2}
 MERGES = {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import build, settings_of
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.data.packing import plan_packs, whole_rows, wrap_rows
 from trainers.data.sampler import Batches, FlatCollator, Steps, piece_costs
 

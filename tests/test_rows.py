@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 
 Q = "What is a rank?"
 A = "One process of many."

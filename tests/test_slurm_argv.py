@@ -13,7 +13,7 @@ from fakes import listing, run_command
 from launcher.config import Run, load_run
 from launcher.slurm.request import TRAIN as SCRIPT
 from launcher.slurm.request import sbatch_argv
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 BASE = "task: llm-sft\nbase_model: model\nproject_name: run\ndata: {path: data}\n"
 Read = Callable[..., Run]

@@ -26,7 +26,7 @@ from launcher.supervise import supervisor as supervise
 from launcher.supervise.attempt import Outcome, Signals
 from launcher.supervise.hangs import Hang
 from launcher.supervise.supervisor import PAUSES, WITHOUT_PROGRESS, Supervisor
-from trainers.config.schema import (
+from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
     HUNG,

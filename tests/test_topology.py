@@ -20,7 +20,7 @@ from launcher.plan.topology import (
     interface_to,
     resolve_topology,
 )
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 CPU = machine()
 STEP = {

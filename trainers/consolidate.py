@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
-from trainers.config.schema import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.storage.manifest import SHARDS
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage.manifest import CHECKPOINT_PREFIX, complaint, newest_usable
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launcher.plan.topology import detect_hardware, free_port
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"

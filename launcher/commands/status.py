@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.slurm.job import ENDED, NoAnswer, NoSlurm, ask, facts
 from launcher.slurm.journal import JOBS, ended, jobs, last_job
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage.manifest import CHECKPOINT_PREFIX
 from trainers.storage.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
 

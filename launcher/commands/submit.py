@@ -13,7 +13,7 @@ from launcher.slurm.arrays import LIST, Task, numbered, swept
 from launcher.slurm.job import NoSlurm, ask
 from launcher.slurm.journal import note
 from launcher.slurm.request import TRAIN, check, check_no_secret, sbatch_argv
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 ARRAY = SLURM_SCRIPTS / "array.sh"

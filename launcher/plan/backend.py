@@ -15,7 +15,8 @@ from pathlib import Path
 from launcher.config import Run
 from launcher.plan.memory import predict_bytes_per_rank, size_of_model
 from launcher.plan.topology import Topology
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.model.reentrancy import reentrancy
 from trainers.storage.run_folder import version_of
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS

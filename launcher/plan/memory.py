@@ -11,7 +11,8 @@ import os
 import struct
 from pathlib import Path
 
-from trainers.config.schema import REFERENCE_TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import REFERENCE_TRAINERS, TrainConfig
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter

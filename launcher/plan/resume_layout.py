@@ -7,7 +7,7 @@ from dataclasses import replace
 from launcher.config import Run
 from launcher.plan.backend import AUTOTRAIN_ZERO_STAGE, Backend
 from launcher.plan.topology import Topology
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage.manifest import Layout, misfit, read_manifest
 from trainers.storage.run_folder import resume_checkpoint
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.config import LaunchConfig
 from launcher.plan.nodelist import hosts
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 

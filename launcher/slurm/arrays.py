@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from launcher.config import Run, SlurmConfig, load_run
 from launcher.slurm.request import check, check_no_secret
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 TASK = "SLURM_ARRAY_TASK_ID"
 LARGEST_ARRAY = 10_000  # tasks

@@ -9,7 +9,8 @@ from launcher.config import Run, SlurmConfig
 from launcher.plan.backend import resolve_backend
 from launcher.plan.preflight import preflight
 from launcher.plan.topology import Gpu, Hardware, Topology
-from trainers.config.schema import SECRET_FIELDS, ConfigError
+from trainers.config.errors import ConfigError
+from trainers.config.schema import SECRET_FIELDS
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 TRAIN = SLURM_SCRIPTS / "train.sh"

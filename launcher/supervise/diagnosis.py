@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.supervise.attempt import Outcome
-from trainers.config.schema import (
+from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
     HUNG,

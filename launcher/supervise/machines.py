@@ -29,7 +29,7 @@ from typing import Any
 from launcher.plan.topology import Topology
 from launcher.supervise.diagnosis import Failure
 from launcher.supervise.hangs import Wakefulness
-from trainers.config.schema import OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
+from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.storage.data_cache import FORGOTTEN, cache_root
 from trainers.storage.run_folder import LAUNCH, write_whole
 

@@ -31,7 +31,8 @@ from launcher.supervise.hangs import make_beats_folder
 from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
 from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
 from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
-from trainers.config.schema import MODULES, OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
+from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
+from trainers.config.schema import MODULES
 from trainers.rank.heartbeat import FOLDER as BEATS
 from trainers.storage.data_cache import WAITS, cache_root
 from trainers.storage.manifest import newest_usable, step_of

@@ -10,7 +10,8 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from trainers.checkpoint import fsdp_shards
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainers.checkpoint.safe_pickle import SafeReader, allow_deepspeed
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.storage.manifest import SHARDS
 
 LATEST = "latest"  # DeepSpeed's pointer to the folder of its newest save

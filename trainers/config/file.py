@@ -20,36 +20,21 @@ from typing import Any
 
 import yaml
 
-from trainers.config.schema import ALIASES, SWITCHES, TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.names import (
+    ALIASES,
+    COLUMN_ALIASES,
+    COLUMN_KEYS,
+    DATA_KEYS,
+    HUB_KEYS,
+    LAUNCHER_SECTIONS,
+    SECTIONS,
+    SWITCHES,
+    TASKS,
+    TOP_KEYS,
+)
+from trainers.config.schema import TRAINERS, TrainConfig
 from trainers.config.settings import Settings, Value, nearest, put, resolve
-
-TASKS = (
-    "llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo",
-    "llm-kto", "llm-mlm",
-)  # fmt: skip
-TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
-DATA_KEYS = {
-    "path": "data_path",
-    "train_split": "train_split",
-    "valid_split": "valid_split",
-    "test_split": "test_split",
-    "valid_fraction": "valid_fraction",
-    "test_fraction": "test_fraction",
-    "split_seed": "split_seed",
-    "chat_template": "chat_template",
-    "prompt_format": "prompt_format",
-}
-COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column", "label_column")
-# AutoTrain's own documentation also writes these three without the suffix.
-COLUMN_ALIASES = {
-    "text": "text_column",
-    "prompt": "prompt_text_column",
-    "rejected_text": "rejected_text_column",
-    "label": "label_column",
-}
-HUB_KEYS = ("username", "token", "push_to_hub")
-LAUNCHER_SECTIONS = ("launch", "slurm")
-SECTIONS = ("task", "backend", *TOP_KEYS, "data", "params", "hub", *LAUNCHER_SECTIONS)
 
 DEEPEST = 5  # levels of a config, lists counted; an effective config has the most
 

@@ -11,6 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from trainers.config.field_types import (
+    Float,
+    Int,
+    Strategy,
+    Word,
+    checkpointing_word,
+    flag_word,
+    int_or_list,
+    names,
+    none_word,
+    strategy_word,
+)
+
 TRAINERS = ("default", "sft", "reward", "dpo", "orpo", "kto", "mlm")  # AutoTrain's five, kto and mlm
 # Trainers of one kind: what a row is to them.
 PREFERENCE_TRAINERS = ("reward", "dpo", "orpo", "kto")  # a chosen and a rejected answer
@@ -21,44 +34,6 @@ PAIR_TRAINERS = ("reward", "dpo", "orpo")  # two answers to one prompt in a row
 PLANNED_TRAINERS = ("default", "sft", "reward", "dpo", "orpo")  # may fill a micro-batch to a budget of tokens
 BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
 
-# Names that mean the same thing elsewhere (Hugging Face's TrainingArguments, TRL) -> our field.
-ALIASES = {
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "output_dir": "project_name",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "learning_rate": "lr",
-    "optim": "optimizer",
-    "lr_scheduler_type": "scheduler",
-    "evaluation_strategy": "eval_strategy",
-    "report_to": "log",
-    "max_seq_length": "block_size",
-    "max_length": "block_size",
-    "resume_from_checkpoint": "resume",
-    "dataset_text_field": "text_column",
-    "bnb_4bit_use_double_quant": "double_quantization",
-    "model_revision": "revision",
-    "ref_model": "model_ref",
-    "use_liger_kernel": "use_kernels",
-}
-# Names that switch one of our choices on or off: (field, its value at true, its value at false).
-SWITCHES = {
-    "gradient_checkpointing": ("activation_checkpointing", "full", "none"),
-    "disable_gradient_checkpointing": ("activation_checkpointing", "none", "full"),  # AutoTrain's
-}
-# Exit codes (docs/exit-codes.md). A run that was stopped before it could save ends with 128 + the signal.
-RUN_FAILED = 1  # an error in the code
-USAGE_ERROR = 2  # a mistake in the config, the flags or the rows
-OUT_OF_MEMORY = 3
-KILLED = 4  # by the system, or by hand
-PEER_LOST = 5  # the connection between ranks broke, and no rank of this machine is to blame
-NOT_FINITE = 6  # NaN or infinite loss or gradient
-DATA_FAILED = 7  # an error while rows were read or collated
-DISK_FAILED = 8  # no space, or an error of input or output
-HUNG = 9
-SAVED = 75  # stopped by a signal, and saved: run me again (sysexits' EX_TEMPFAIL)
 SECRET_FIELDS = frozenset({"token"})
 
 
@@ -66,60 +41,9 @@ SECRET_FIELDS = frozenset({"token"})
 MODULES = {name: name for name in TRAINERS} | {"default": "clm"}
 
 
-class ConfigError(ValueError):
-    """A mistake that the user can mend: what is wrong, where, what is allowed. Exit code 2, no traceback."""
-
-
-def _none_word(value: Any) -> Any:
-    """`none`, `null` and `no` as words (a flag has no other way to say null)."""
-    return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "no", "") else value
-
-
-def _int_or_list(value: Any) -> Any:
-    """`1024` or `1024,512` from a flag, as AutoTrain's --block-size takes it."""
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.strip("[]").split(",")]
-        return parts[0] if len(parts) == 1 else parts
-    return value
-
-
-def _no_bool(value: Any) -> Any:
-    """YAML's `true` is not the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-def _names(value: Any) -> Any:
-    """`sigmoid,sft` from a flag as a list; one name alone stays a word."""
-    if isinstance(value, str) and "," in value:
-        return [part.strip() for part in value.split(",")]
-    return _none_word(value)
-
-
-def _flag_word(value: Any) -> Any:
-    """`true` and `false` from a flag, where the field may be a path as well."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _checkpointing_word(value: Any) -> Any:
-    """transformers' field of this name is true or false; YAML 1.1 reads a bare `no` as false."""
-    return {"true": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
-
-
 def _only(*trainers: str) -> dict[str, Any]:
     """Marks a field that acts for these trainers alone; acts_for() reads it."""
     return {"trainers": list(trainers)}
-
-
-Word = Annotated[str | None, BeforeValidator(_none_word)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Strategy = Literal["no", "steps", "epoch"]
-
-
-def _strategy_word(value: Any) -> Any:
-    return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
 
 class TrainConfig(BaseModel):
@@ -149,7 +73,7 @@ class TrainConfig(BaseModel):
     data_seed: Int | None = Field(
         None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
     )
-    resume: Annotated[bool | str, BeforeValidator(_flag_word)] = Field(
+    resume: Annotated[bool | str, BeforeValidator(flag_word)] = Field(
         False,
         description="true: go on from the newest checkpoint of the run that verifies, or from the start "
         "where it wrote none. A path: from that checkpoint.",
@@ -175,7 +99,7 @@ class TrainConfig(BaseModel):
         42, ge=0, lt=2**32, description="Seed of what is held out; apart from seed, so that runs compare."
     )
     chat_template: Annotated[
-        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(_none_word)
+        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(none_word)
     ] = Field(
         None,
         description="How turns become text: tokenizer (its own), chatml, zephyr, phi3, alpaca, or null.",
@@ -221,7 +145,7 @@ class TrainConfig(BaseModel):
         description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
         json_schema_extra=_only(*TRAINERS[:-1]),
     )
-    block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(_int_or_list)] = (
+    block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(int_or_list)] = (
         Field(
             -1,
             description="Longest sequence in tokens. -1: model_max_length, at most 1024. With dpo, orpo and "
@@ -243,7 +167,7 @@ class TrainConfig(BaseModel):
         description="Longest completion in tokens; its start is kept.",
         json_schema_extra=_only(*PROMPT_TRAINERS),
     )
-    padding: Annotated[Literal["left", "right"] | None, BeforeValidator(_none_word)] = Field(
+    padding: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = Field(
         "right", description="Padding side of the saved tokenizer; batches in training are padded right."
     )
 
@@ -285,7 +209,7 @@ class TrainConfig(BaseModel):
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="Adam's first beta.")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="Adam's second beta.")
     adam_epsilon: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(_none_word)] = Field(
+    mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(none_word)] = Field(
         None, description="Compute type over float32 master weights; null: float32 throughout."
     )
     attention: Literal[
@@ -293,7 +217,7 @@ class TrainConfig(BaseModel):
     ] = Field("auto", description="How attention is computed (docs/packing.md). auto: the fastest there is.")
     use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
     activation_checkpointing: Annotated[
-        Literal["none", "full", "selective", "offload"], BeforeValidator(_checkpointing_word)
+        Literal["none", "full", "selective", "offload"], BeforeValidator(checkpointing_word)
     ] = Field(
         "full",
         description="What is kept for the backward. none: every activation (fastest, most memory). full: a "
@@ -307,14 +231,14 @@ class TrainConfig(BaseModel):
 
     # --- logging, evaluation, saving
     logging_steps: Int = Field(-1, ge=-1, description="Steps between logs. -1: a fifth of the data, 1 to 25.")
-    eval_strategy: Annotated[Strategy, BeforeValidator(_strategy_word)] = Field(
+    eval_strategy: Annotated[Strategy, BeforeValidator(strategy_word)] = Field(
         "epoch", description="When to evaluate, if there is a valid_split."
     )
     eval_steps: Int | None = Field(
         None, gt=0, description="Steps between evaluations (eval_strategy: steps)."
     )
     eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
-    save_strategy: Annotated[Strategy | None, BeforeValidator(_strategy_word)] = Field(
+    save_strategy: Annotated[Strategy | None, BeforeValidator(strategy_word)] = Field(
         None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
     )
     save_steps: Int | None = Field(
@@ -344,7 +268,7 @@ class TrainConfig(BaseModel):
         "all-linear",
         description="all-linear; names (a list, or comma-separated); or a regular expression of whole names.",
     )
-    quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(_none_word)] = Field(
+    quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(none_word)] = Field(
         "int4",
         description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised.",
     )
@@ -366,7 +290,7 @@ class TrainConfig(BaseModel):
         description="Ask the reference model once, before training, and free its memory.",
         json_schema_extra=_only(*REFERENCE_TRAINERS),
     )
-    loss_type: Annotated[str | list[str] | None, BeforeValidator(_names)] = Field(
+    loss_type: Annotated[str | list[str] | None, BeforeValidator(names)] = Field(
         None,
         description="Loss of dpo (sigmoid, or several added up) and kto (kto).",
         json_schema_extra=_only(*REFERENCE_TRAINERS),

@@ -12,14 +12,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainers.config.consistency import problems, without_effect
-from trainers.config.schema import (
-    ALIASES,
-    BLOCK_SIZE_LIMIT,
-    SECRET_FIELDS,
-    SWITCHES,
-    ConfigError,
-    TrainConfig,
-)
+from trainers.config.errors import ConfigError
+from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.schema import BLOCK_SIZE_LIMIT, SECRET_FIELDS, TrainConfig
 
 MANY = 20  # more names than a message can list
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.data import chat
 from trainers.data.chat import RowError, Turns
 from trainers.data.files import Columns

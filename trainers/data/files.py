@@ -19,7 +19,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from trainers.config.schema import PREFERENCE_TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import PREFERENCE_TRAINERS, TrainConfig
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 FIRST_ROWS = 100  # a column that none of them has is taken to be missing

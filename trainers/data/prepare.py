@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.data.chat import RowError, forget_truncation
 from trainers.data.encoders import COUNTS, Encoder, check_label_balance
 from trainers.data.files import Columns, Split, column_names, find_columns, find_split, place_of, rows

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback
 
-from trainers.config.schema import LANGUAGE_TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import LANGUAGE_TRAINERS, TrainConfig
 from trainers.data.packing import Ints, Pieces, plan_packs, whole_rows, wrap_rows
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainers.config.errors import RUN_FAILED, ConfigError
 from trainers.config.file import load_settings
-from trainers.config.schema import RUN_FAILED, ConfigError, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.model import fsdp
 from trainers.rank.out_of_memory import taking_batches

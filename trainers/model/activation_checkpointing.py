@@ -15,7 +15,8 @@ import inspect
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.model.reentrancy import reentrancy
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     import torch

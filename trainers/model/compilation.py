@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 QKV = tuple[Tensor, Tensor, Tensor]  # (batch, heads, queries, d), and twice (batch, kv heads, keys, d)
 

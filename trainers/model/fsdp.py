@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.model.padding_free import flat_inputs
 
 if TYPE_CHECKING:

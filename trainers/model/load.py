@@ -7,7 +7,8 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import PAIR_TRAINERS, REFERENCE_TRAINERS, ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import PAIR_TRAINERS, REFERENCE_TRAINERS, TrainConfig
 from trainers.data.chat import forget_truncation, set_template
 from trainers.model import fsdp
 from trainers.model.activation_checkpointing import checkpoint_layers

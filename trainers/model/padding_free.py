@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
 from trainers.storage.run_folder import RECORD, TRACKER

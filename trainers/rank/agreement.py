@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.rank.process import rank, world_size
 
 Word = TypeVar("Word")

@@ -6,7 +6,7 @@ import errno
 import re
 from types import TracebackType
 
-from trainers.config.schema import (
+from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
     KILLED,

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trainers.config.schema import SAVED, USAGE_ERROR, ConfigError
+from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError
 from trainers.rank.failures import code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
 from trainers.rank.out_of_memory import BatchTooLarge

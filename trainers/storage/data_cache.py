@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from trainers.config.schema import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.rank.failures import knows_no_locks
 from trainers.rank.process import log_folder, rank
 

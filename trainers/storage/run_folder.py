@@ -17,7 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from trainers.config.schema import ConfigError, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.rank.failures import knows_no_locks
 from trainers.storage.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
