@@ -12,7 +12,8 @@ from launcher.config import Run
 from launcher.plan.memory import predict_disk, size_of_model
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.data.files import check_split, find_split
+from trainers.data.columns import check_split
+from trainers.data.files import find_split
 from trainers.storage.manifest import checkpoint_folders, in_words
 from trainers.storage.run_folder import check_free
 

@@ -18,7 +18,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data import chat
 from trainers.data.chat import RowError, Turns
-from trainers.data.files import Columns
+from trainers.data.columns import Columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable

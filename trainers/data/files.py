@@ -16,15 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import PREFERENCE_TRAINERS, TrainConfig
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 FIRST_ROWS = 100  # a column that none of them has is taken to be missing
-CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -212,122 +209,6 @@ def _parquet_rows(path: Path) -> int:
         return int(pq.read_metadata(path).num_rows)
     except pa.ArrowInvalid:
         raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
-
-
-def check_split(split: Split, config: TrainConfig, key: str) -> None:
-    """Refuses an empty split, a missing column, and rows that cannot be read (as far as CHECK_BYTES).
-
-    Raises:
-        ConfigError: what is wrong and where.
-    """
-    if not split.files:
-        return
-    columns = column_names(split)
-    if not columns:
-        raise ConfigError(
-            f"data.{key}: the split '{split.name}' is empty ({split.files[0]}). It needs at least one row."
-        )
-    find_columns(columns, config)
-    for _ in rows(split, CHECK_BYTES):
-        pass
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what, and so which kind of row it is.
-
-    kind is tokens (ids already), text (plain, or messages), completion (of a prompt), pair (chosen and
-    rejected), or labelled (a completion that is wanted or not).
-    """
-
-    kind: str
-    text: str  # the text, the messages, the completion, or the chosen answer
-    prompt: str | None = None
-    instruction: bool = False  # the prompt is made of the columns instruction and input
-    rejected: str | None = None
-    label: str | None = None
-
-
-def find_columns(columns: list[str], config: TrainConfig) -> Columns:
-    """Tells the rows of a split by the names of its columns and by what the config says of them.
-
-    Raises:
-        ConfigError: a column that is named in the config, or needed, is not there.
-    """
-    for name in prompt_fields(config):
-        _need(columns, name, "data.prompt_format")
-    if config.prompt_text_column:
-        _need(columns, config.prompt_text_column, _key("prompt_text_column"))
-    prompt = config.prompt_text_column or ("prompt" if "prompt" in columns else None)
-    instruction = prompt is None and config.prompt_format is None and "instruction" in columns
-    if config.trainer in PREFERENCE_TRAINERS:
-        return _preference_columns(columns, config, prompt, instruction)
-    text = completion_name(columns, config)
-    asked = config.prompt_text_column is not None or config.prompt_format is not None
-    if asked:
-        _need(columns, text, _key("text_column"))
-        return Columns("completion", text, prompt)
-    if "text_column" in config.model_fields_set or config.text_column in columns:
-        _need(columns, config.text_column, _key("text_column"))
-        return Columns("text", config.text_column)
-    if {"prompt", "completion"} <= set(columns):
-        return Columns("completion", "completion", "prompt")
-    if {"instruction", "output"} <= set(columns):
-        return Columns("completion", "output", None, instruction=True)
-    if "messages" in columns:
-        return Columns("text", "messages")
-    if "input_ids" in columns:
-        return Columns("tokens", "input_ids")
-    _need(columns, config.text_column, _key("text_column"))
-    raise AssertionError("unreachable")
-
-
-def _preference_columns(
-    columns: list[str], config: TrainConfig, prompt: str | None, instruction: bool
-) -> Columns:
-    label = config.label_column
-    labelled = label in columns or "label_column" in config.model_fields_set
-    paired = config.rejected_text_column is not None or bool({"chosen", "rejected"} & set(columns))
-    if config.trainer == "kto" and ((labelled and config.rejected_text_column is None) or not paired):
-        text = completion_name(columns, config)
-        _need(columns, text, _key("text_column"))
-        _need(columns, label, _key("label_column"))
-        return Columns("labelled", text, prompt, instruction, label=label)
-    chosen = config.text_column if "text_column" in config.model_fields_set else "chosen"
-    rejected = config.rejected_text_column or "rejected"
-    _need(columns, chosen, _key("text_column"))
-    _need(columns, rejected, _key("rejected_text_column"))
-    return Columns("pair", chosen, prompt, instruction, rejected)
-
-
-def completion_name(columns: list[str], config: TrainConfig) -> str:
-    """The column with the completion of a prompt; it may be left out where it has a usual name."""
-    if "text_column" in config.model_fields_set:
-        return config.text_column
-    return next((name for name in ("completion", "output") if name in columns), config.text_column)
-
-
-def prompt_fields(config: TrainConfig) -> list[str]:
-    """The columns that prompt_format names.
-
-    Raises:
-        ConfigError: braces that hold more than a name.
-    """
-    names = []
-    for _, name, form, conversion in Formatter().parse(config.prompt_format or ""):
-        if form or conversion:
-            raise ConfigError(f"data.prompt_format: the braces hold a name alone. Write {{{name}}}.")
-        names += [name] if name else []
-    return names
-
-
-def _key(field: str) -> str:
-    return f"data.column_mapping.{field}"
-
-
-def _need(columns: list[str], name: str, key: str) -> None:
-    if name not in columns:
-        raise ConfigError(f"{key}: there is no column '{name}'. The columns are: {', '.join(columns)}.")
 
 
 def place_of(split: Split, number: int) -> str:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.chat import RowError, forget_truncation
+from trainers.data.columns import Columns, find_columns
 from trainers.data.encoders import COUNTS, Encoder, check_label_balance
-from trainers.data.files import Columns, Split, column_names, find_columns, find_split, place_of, rows
+from trainers.data.files import Split, column_names, find_split, place_of, rows
 from trainers.data.sampler import count_packs
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
