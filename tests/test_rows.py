@@ -180,7 +180,8 @@ GAINED = {
 def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, template):
     from copy import deepcopy
 
-    from trainers.data.chat import encode_messages, set_template
+    from trainers.data.chat import encode_messages
+    from trainers.data.templates import set_template
 
     own = deepcopy(tokenizer)
     gained = set_template(own, template)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PAIR_TRAINERS, REFERENCE_TRAINERS, TrainConfig
-from trainers.data.chat import forget_truncation, set_template
+from trainers.data.chat import forget_truncation
+from trainers.data.templates import set_template
 from trainers.model import fsdp
 from trainers.model.activation_checkpointing import checkpoint_layers
 from trainers.model.attention import choose_attention, implementation

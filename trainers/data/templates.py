@@ -1,0 +1,72 @@
+"""The chat templates that `chat_template` names, and the tokens that they bring."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainers.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Stanford Alpaca's prompt; a system turn takes the place of its preamble.
+ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n"
+    "{% else %}Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+# Template, tokens that must be one id each, and the token that ends a turn where it is not the model's EOS.
+TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "zephyr": (ZEPHYR, ("<|system|>", "<|user|>", "<|assistant|>"), None),
+    "phi3": (PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
+    "alpaca": (ALPACA, (), None),
+}
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[str]:
+    """Gives the tokenizer the template that the config names; returns the tokens that the vocabulary gained.
+
+    Raises:
+        ConfigError: `tokenizer` was asked for and the tokenizer has none.
+    """
+    if name == "tokenizer" and not tokenizer.chat_template:
+        raise ConfigError("chat_template: this model's tokenizer has none. Use chatml or zephyr.")
+    if name in TEMPLATES:
+        tokenizer.chat_template, tokens, end = TEMPLATES[name]
+        gained = _add_tokens(tokenizer, list(tokens))
+        if end is not None:
+            tokenizer.eos_token = end
+        return gained
+    return []
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    return new
