@@ -68,8 +68,9 @@ def phalanx(folder: Path, options: Namespace, read: bool) -> Result:
     """The plan, and with `read` every pack of it as the trainer reads it."""
     from datasets import load_from_disk
 
+    from trainers.data.collators import FlatCollator, PieceRows
     from trainers.data.packing import plan_packs, whole_rows
-    from trainers.data.sampler import FlatCollator, PieceRows, row_lengths
+    from trainers.data.sampler import row_lengths
 
     rows = load_from_disk(folder).with_format("numpy")
     with PeakOwnMemory() as own:

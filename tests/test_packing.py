@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from inprocess import build, settings_of
 
 from trainers.config.errors import ConfigError
+from trainers.data.collators import FlatCollator
 from trainers.data.packing import plan_packs, whole_rows, wrap_rows
-from trainers.data.sampler import Batches, FlatCollator, Steps, piece_costs
+from trainers.data.sampler import Batches, Steps, piece_costs
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
 CAPACITY = st.integers(40, 130)

@@ -19,7 +19,7 @@ def build(context: Context) -> TokenizedSFTTrainer:
     """The trainer over rows that are tokenized and masked already."""
     from trl import SFTConfig
 
-    from trainers.data.sampler import FlatCollator
+    from trainers.data.collators import FlatCollator
     from trainers.loop.ingredients import ingredients
     from trainers.loop.trl_trainers import TokenizedSFTTrainer
 

@@ -20,7 +20,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trainers.checkpoint.saving import Durable
 from trainers.config.schema import TrainConfig
-from trainers.data.sampler import Batches, FlatCollator, PieceRows, plan_batches, row_lengths
+from trainers.data.collators import FlatCollator, PieceRows
+from trainers.data.sampler import Batches, plan_batches, row_lengths
 from trainers.model.padding_free import padded
 
 ROWS = "rows"  # how many rows of a micro-batch count; the collator adds it, the model never sees it

@@ -1,0 +1,69 @@
+"""From rows to tensors: the pieces of a data set, and the flat micro-batch that holds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainers.data.packing import Pieces
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class PieceRows:
+    """The pieces of a dataset as a torch dataset: an index is a piece, not a row."""
+
+    def __init__(self, dataset: Dataset, pieces: Pieces) -> None:
+        self.pieces = pieces
+        self.flat = "labels" in dataset.column_names  # documents, for FlatCollator; pairs are lists to TRL
+        self.dataset = dataset.with_format("numpy") if self.flat else dataset
+
+    def __len__(self) -> int:
+        return len(self.pieces.row)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if not indices:
+            return []
+        pieces = self.pieces
+        rows: list[dict[str, Any]] = self.dataset.__getitems__(pieces.row[indices].tolist())
+        for index, row in zip(indices, rows if self.flat else [], strict=self.flat):
+            span = slice(pieces.start[index], pieces.stop[index])
+            row |= {name: row[name][span] for name in ("input_ids", "labels")}
+        return rows
+
+
+class FlatCollator:
+    """Pieces of `input_ids` and `labels` (arrays) -> one flat sequence, without padding and without a mask.
+
+    Gives input_ids, labels and position_ids of shape (1, tokens), and the boundaries of the documents in the
+    words of transformers' flash attention: cu_seq_lens_q and cu_seq_lens_k (int32, documents + 1),
+    max_length_q and max_length_k.
+    """
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # like lengths side by side: fewer calls
+        ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
+        labels = np.concatenate([row["labels"] for row in rows]).astype(np.int64)
+        lengths = np.asarray([len(row["input_ids"]) for row in rows])
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        labels[begins] = -100  # the first token of a document is predicted from nothing
+        positions = np.arange(len(ids)) - np.repeat(begins, lengths)
+        bounds = torch.from_numpy(np.append(begins, ends[-1]).astype(np.int32))
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.from_numpy(ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
