@@ -82,7 +82,7 @@ def count_tokens(dataset: Any) -> int:
 def phalanx(work: Path, options: Namespace) -> Callable[[], Any]:
     from trainers.config.schema import TrainConfig
     from trainers.data import encoders, prepare
-    from trainers.model.load import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer
 
     config = TrainConfig(
         model=str(options.model), trainer="sft", data_path=str(options.data), block_size=options.length,

@@ -509,14 +509,14 @@ def test_a_reference_with_another_tokenizer(tiny_model, tiny_masked_model, token
 
 
 def test_a_causal_model_for_mlm(tiny_model):
-    from trainers.model.load import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer
 
     with pytest.raises(ConfigError, match=r"has no mask token, so it is no masked LM"):
         load_tokenizer(TrainConfig(model=str(tiny_model), trainer="mlm"))
 
 
 def test_a_template_that_the_tokenizer_lacks(tiny_masked_model):
-    from trainers.model.load import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer
 
     config = TrainConfig(model=str(tiny_masked_model), trainer="mlm", chat_template="tokenizer")
     with pytest.raises(ConfigError, match=r"chat_template: this model's tokenizer has none\. Use chatml"):

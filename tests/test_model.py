@@ -54,7 +54,7 @@ def outputs(model, ids) -> torch.Tensor:
 @pytest.mark.parametrize("name", MERGES)
 def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, capsys):
     from trainers.data.preview import first_tokens
-    from trainers.model.load import model_class
+    from trainers.model.source import model_class
 
     built, folder = finish(tmp_path, tiny_model, **MERGES[name])
     ids = first_tokens(built.context.rows("train")[0])
@@ -184,7 +184,7 @@ def test_what_is_trained_is_float32(tmp_path, tiny_model, quantization):
 
 
 def test_int4_is_nf4_stored_in_the_compute_type():
-    from trainers.model.load import quantization_config
+    from trainers.model.quantization import quantization_config
 
     for name, dtype in ((None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         config = settings_of(trainer="sft", peft=True, quantization="int4", mixed_precision=name).train
@@ -196,7 +196,7 @@ def test_int4_is_nf4_stored_in_the_compute_type():
 def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
     from transformers import AutoTokenizer
 
-    from trainers.model.load import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token

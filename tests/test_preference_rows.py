@@ -338,7 +338,7 @@ def test_a_named_split_beside_a_fraction(tokenizer, tmp_path, monkeypatch):
 @pytest.fixture
 def load(tiny_model, tokenizer, tmp_path):
     """`load(pad=..., **config)`: the tokenizer as a run loads it, from a folder whose pad token is `pad`."""
-    from trainers.model.load import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer
 
     def loaded(pad="<pad>", **config):
         own = deepcopy(tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainers.checkpoint.safe_pickle import SafeReader, allow_deepspeed
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, first_line
 from trainers.storage.manifest import SHARDS
 
 LATEST = "latest"  # DeepSpeed's pointer to the folder of its newest save
@@ -47,7 +47,7 @@ def open_shards(checkpoint: Path) -> Source | None:
         RuntimeError,
         pickle.UnpicklingError,
     ) as error:  # torch: RuntimeError
-        raise ConfigError(f"{checkpoint} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"{checkpoint} cannot be read: {first_line(error)}") from error
     return None
 
 
@@ -71,7 +71,7 @@ def _fsdp(folder: Path) -> Source:
             load(keyed, storage_reader=SafeReader(folder), no_dist=True)
         except CheckpointException as error:  # no Exception: torch derives it from BaseException
             failure = next(iter(error.failures.values()))[0]
-            raise ConfigError(f"{folder} cannot be read: {_first_line(failure)}") from error
+            raise ConfigError(f"{folder} cannot be read: {first_line(failure)}") from error
 
     stored = {
         key.removeprefix("model."): torch.empty(value.size, dtype=value.properties.dtype, device="meta")
@@ -165,7 +165,3 @@ def _zero3_pieces(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torc
             part = math.ceil(math.prod(shape) / len(ranks))
             yield name, [piece for rank in ranks for piece in _cut(rank[key.FP32_FLAT_GROUPS], at, part)]
             at += part
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

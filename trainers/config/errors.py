@@ -17,3 +17,8 @@ SAVED = 75  # stopped by a signal, and saved: run me again (sysexits' EX_TEMPFAI
 
 class ConfigError(ValueError):
     """A mistake that the user can mend: what is wrong, where, what is allowed. Exit code 2, no traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What the columns of a split hold: which kind of row it is, and whether the config names columns that exist."""
+"""Which columns of a split hold what, and so which kind of row it is."""
 
 from __future__ import annotations
 

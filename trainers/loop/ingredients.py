@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from trainers.loop.life import Context
 from trainers.model import fsdp
-from trainers.model.load import load_model, load_reference, lora_config
+from trainers.model.load import load_model, load_reference
+from trainers.model.lora import lora_config
 
 Built = TypeVar("Built", bound=Any)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainers.config.errors import RUN_FAILED, ConfigError
+from trainers.config.errors import RUN_FAILED, ConfigError, first_line
 from trainers.config.file import load_settings
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -163,7 +163,8 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.data.prepare import parts, prepare
     from trainers.data.preview import show_example
     from trainers.model.attention import choose_attention
-    from trainers.model.load import load_tokenizer, model_config
+    from trainers.model.source import model_config
+    from trainers.model.tokenizer import load_tokenizer
     from trainers.storage.data_cache import tell_prepared, wait_for_machine_0
 
     config = settings.train
@@ -201,7 +202,7 @@ def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments
     try:
         arguments = schema(**values)
     except ValueError as error:
-        raise ConfigError(f"params: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"params: {first_line(error)}") from error
     fsdp.enable_on_cpu("bf16" if values["bf16"] else "no")  # a CPU has no fp16
     return arguments
 
@@ -258,7 +259,7 @@ def complete(trainer: Durable, context: Context) -> None:
     """What a trainer that was built lacks before it may start."""
     from trainers.loop.planned_batches import balance
     from trainers.model.isolation_probe import ProbeIsolation
-    from trainers.model.load import adapt_output
+    from trainers.model.lora import adapt_output
 
     config = context.config
     trainer.protect(config, context.data["train"].key)

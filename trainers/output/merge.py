@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.schema import TrainConfig
-from trainers.model.load import compute_dtype, fit_vocabulary, model_class, quantization_config
+from trainers.model.load import fit_vocabulary
+from trainers.model.quantization import compute_dtype, quantization_config
+from trainers.model.source import model_class
 
 if TYPE_CHECKING:
     import torch

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from trainers.config.errors import first_line
 from trainers.config.schema import TrainConfig
 from trainers.storage.run_folder import TRACKER, write_whole
 
@@ -70,7 +71,7 @@ class Guarded:
             act()
         except Exception as error:  # whatever a tracker raises, the training is worth more
             self.tracker = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             print(
                 f"warning: tracker {self.name} failed: {reason}; the run goes on without it",
                 flush=True,

@@ -1,0 +1,120 @@
+"""LoRA: its settings, what it may target, and the rows of new tokens that it trains."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.errors import ConfigError
+from trainers.config.schema import REFERENCE_TRAINERS, TrainConfig
+from trainers.model import fsdp
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+TASK_TYPES = {"reward": "SEQ_CLS", "mlm": None}  # peft's word for a trainer; CAUSAL_LM for the rest
+
+
+def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedModel) -> LoraConfig | None:
+    """LoRA's settings, or None for full training. Tokens that the vocabulary gained are trained too.
+
+    Raises:
+        ConfigError: peft cannot train those tokens here.
+    """
+    if not config.peft:
+        return None
+    from peft import LoraConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if new_tokens and is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            f"chat_template: {config.chat_template} adds tokens, and their rows in a split model cannot be "
+            "trained beside an adapter under ZeRO-3. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
+            "chat_template: tokenizer."
+        )
+    _check_targets(model, config)
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        target_modules=config.lora_targets,
+        trainable_token_indices=_trained_rows(model, new_tokens) if new_tokens else None,
+        bias="none",
+        task_type=TASK_TYPES.get(config.trainer, "CAUSAL_LM"),
+        revision=config.revision,
+    )
+
+
+def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+    """target_modules must be there; and dpo and kto read the output's weight past an adapter on it.
+
+    Raises:
+        ConfigError: a name or an expression that matches nothing, or the output of dpo and kto.
+    """
+    targets = config.lora_targets
+    if targets is None or targets == "all-linear":
+        return
+    names = {id(module): path for path, module in model.named_modules() if path}
+    asked = targets if isinstance(targets, list) else [targets]
+
+    def matches(path: str, target: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(target, path) is not None
+        return path == target or path.endswith(f".{target}")
+
+    missing = [target for target in asked if not any(matches(path, target) for path in names.values())]
+    if missing:
+        ends = {path.rpartition(".")[2] for path in names.values()}
+        known = sorted(end for end in ends if not end.isdigit())
+        raise ConfigError(
+            f"target_modules: {', '.join(missing)} matches no module of {config.model}. There are: "
+            f"{', '.join(known)}."
+        )
+    output = names.get(id(model.get_output_embeddings()))
+    if config.trainer in REFERENCE_TRAINERS and output and any(matches(output, target) for target in asked):
+        raise ConfigError(
+            f"target_modules: it matches {output}, whose weight the loss of {config.trainer} reads past the "
+            "adapter, which would never train. Leave it out."
+        )
+
+
+def _trained_rows(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
+    """Where the rows of new tokens lie: in the embedding, and in the output where it has rows of its own.
+
+    Without those of the output a model could read the end of a turn, and never write it.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is embedding.weight:  # peft follows a tied weight by itself
+        return tokens
+    names = {id(module): path.rpartition(".")[2] for path, module in model.named_modules()}
+    return {names[id(module)]: tokens for module in (embedding, output)}
+
+
+def adapt_output(model: Any) -> None:
+    """Makes an output layer with trained rows look like a plain one to TRL's fused losses.
+
+    They read its weight and bias and do not call it. peft 0.21 shows the weight alone, and cannot put its
+    rows into one that FSDP2 has sharded.
+    """
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inner = getattr(output, "original_module", None)
+    if inner is None:
+        return
+    output.__dict__["bias"] = inner.bias  # not as a parameter of its own, which would be saved twice
+    rows = output.token_adapter
+    rows.get_merged_weights = lambda adapters: _merged_rows(rows, adapters)
+
+
+def _merged_rows(rows: Any, adapters: list[str]) -> torch.Tensor:
+    """The weight of a layer with its trained rows in place, whole on each rank: (vocabulary, hidden)."""
+    import torch
+
+    weight: torch.Tensor = fsdp.whole(rows.base_layer.weight)
+    for name in adapters:
+        index = torch.tensor(rows.token_indices[name], device=weight.device)
+        weight = weight.index_copy(0, index, fsdp.whole(rows.trainable_tokens_delta[name]).to(weight))
+    return weight

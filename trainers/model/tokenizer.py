@@ -1,0 +1,69 @@
+"""The tokenizer of a run: its template, padding token, padding side and length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainers.config.errors import ConfigError, first_line
+from trainers.config.schema import TrainConfig
+from trainers.data.chat import forget_truncation
+from trainers.data.templates import set_template
+from trainers.model.source import source_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that vocabularies hold for padding, best first.
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The model's tokenizer with the template, padding side and length that the config names.
+
+    Returns it, and the ids of the tokens that its vocabulary gained.
+
+    Raises:
+        ConfigError: there is no tokenizer, or no template or mask token where one is needed.
+    """
+    tokenizer = tokenizer_of(config.model, config)
+    forget_truncation(tokenizer)
+    gained = set_template(tokenizer, config.chat_template)
+    if config.trainer == "mlm" and tokenizer.mask_token is None:
+        raise ConfigError(
+            f"base_model: {config.model} has no mask token, so it is no masked LM. Use another model, or "
+            "trainer: default."
+        )
+    _choose_pad(tokenizer)
+    if config.padding is not None:
+        tokenizer.padding_side = config.padding
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.model_max_length)
+    known = tokenizer.get_vocab()
+    return tokenizer, [known[token] for token in gained]
+
+
+def tokenizer_of(model: str, config: TrainConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, **source_arguments(model, config)
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"base_model: no tokenizer can be loaded from {model}: {first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not EOS: whoever masks by padding would never learn to stop.
+
+    A reward model reads the last token that is no padding, which would be the one before EOS.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    known = tokenizer.get_vocab()
+    spare = [token for token in PAD_TOKENS if token in known and token != tokenizer.eos_token]
+    if tokenizer.unk_token and tokenizer.unk_token != tokenizer.eos_token:
+        spare.append(tokenizer.unk_token)
+    tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
