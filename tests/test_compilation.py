@@ -61,7 +61,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
 ):
     from torch._dynamo.utils import counters
 
-    from trainers.loop import life
+    from trainers.loop import finish
 
     model = tiny_masked_model if trainer == "mlm" else tiny_model
     values = {"trainer": trainer, "activation_checkpointing": mode}
@@ -72,7 +72,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     assert [entry["loss"] for entry in logged(built)] == pytest.approx(expected, abs=1e-4)
     # Once for the first length, once more for any length; 2 layers of 2 kinds at most.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
-    life._save(built.trainer, built.context)
+    finish.save_final_model(built.trainer, built.context)
     with safe_open(built.context.folder / "model.safetensors", "pt") as saved:
         assert not [name for name in saved.keys() if "_orig_mod" in name]  # noqa: SIM118
 

@@ -30,11 +30,11 @@ MERGES = {
 
 def finish(tmp_path: Path, model: Path, **config):
     """Trains and saves, as the end of a run does; what was built, and the run's folder."""
-    from trainers.loop import life
+    from trainers.loop import finish
 
     built = build(tmp_path, model, **{**PEFT, **config})
     logged(built)
-    life._save(built.trainer, built.context)
+    finish.save_final_model(built.trainer, built.context)
     return built, built.context.folder
 
 

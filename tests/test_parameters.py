@@ -25,7 +25,7 @@ from trainers.config import consistency
 from trainers.config.schema import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
 from trainers.config.settings import Settings
 from trainers.data.sampler import row_lengths
-from trainers.loop import life
+from trainers.loop import finish, life
 from trainers.loop.planned_batches import Balanced
 from trainers.loop.step_boundary import StepBoundary
 from trainers.model import attention
@@ -579,8 +579,8 @@ def test_merge_adapter_leaves_a_whole_model(place, trainer):
         built = small(place, trainer, **LORA, merge_adapter=merge, project_name=str(folder))
         assert not idle(built.settings, "merge_adapter")
         built.trainer.train()
-        life._save(built.trainer, built.context)
-        life._finish(built.context, life._facts(built.trainer, built.context))
+        finish.save_final_model(built.trainer, built.context)
+        finish.finish(built.context, life._facts(built.trainer, built.context))
         left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
     assert left == [
         {"adapter_config.json": True, "model.safetensors": False},

@@ -205,7 +205,7 @@ def test_a_template_that_rewrites_turns_is_refused(tokenizer):
 
 
 def test_logging_steps_follow_autotrain(prepare):
-    from trainers.loop.life import logging_steps
+    from trainers.loop.arguments import logging_steps
 
     data = {"train": prepare([{"text": f"row {i}"} for i in range(40)])}
     assert logging_steps(TrainConfig(batch_size=2), data) == 4

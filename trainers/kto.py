@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainers.loop.life import Context, make_arguments, run
+from trainers.loop.arguments import make_arguments
+from trainers.loop.context import Context
+from trainers.loop.life import run
 
 if TYPE_CHECKING:
     from trainers.loop.trl_trainers import TokenizedKTOTrainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from trainers.loop.life import Context
+from trainers.loop.context import Context
 from trainers.model import fsdp
 from trainers.model.load import load_model, load_reference
 from trainers.model.lora import lora_config

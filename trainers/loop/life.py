@@ -6,55 +6,34 @@ A trainer module gives `build`, which makes its Trainer from a Context; everythi
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from trainers.config.errors import RUN_FAILED, ConfigError, first_line
+from trainers.config.errors import RUN_FAILED, ConfigError
 from trainers.config.file import load_settings
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
+from trainers.loop.arguments import logging_steps, training_arguments
+from trainers.loop.context import Build, Context
+from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.rank.out_of_memory import taking_batches
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.signals import stop
 from trainers.storage.manifest import step_of
-from trainers.storage.run_folder import check_free, claim, hold, remove_model, versions, write_record
+from trainers.storage.run_folder import check_free, claim, hold, versions, write_record
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from torch.nn import Module
-    from transformers import PreTrainedTokenizerBase, Trainer
 
     from trainers.checkpoint.saving import Durable
-    from trainers.data.prepare import Part, Prepared
     from trainers.output.trackers import Tracker
-
-
-@dataclass
-class Context:
-    """What a trainer module builds its Trainer from."""
-
-    config: TrainConfig
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    new_tokens: list[int]
-    data: dict[Part, Prepared]  # train, and valid and test where the config has them
-    arguments: dict[str, Any]  # for TrainingArguments and its subclasses
-
-    def rows(self, part: Part) -> Dataset | None:
-        """The prepared rows of a part, or None where the run has none."""
-        return self.data[part].dataset if part in self.data else None
-
-
-Build = Callable[[Context], "Durable"]
-Arguments = TypeVar("Arguments")
 
 
 def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> int:
@@ -107,17 +86,17 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         with taking_batches():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.saved is not None:
-                _leave()
+                leave_group()
                 return 0
             if (held_out := context.rows("test")) is not None:
                 trainer.eval_dataset = {"test": held_out}
                 trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
-        _save(trainer, context)
-        _leave()
+        save_final_model(trainer, context)
+        leave_group()
         first = trainer.is_world_process_zero()
         del trainer  # a merge needs its memory
         if first:
-            _finish(context, facts)
+            finish(context, facts)
     return 0
 
 
@@ -184,75 +163,6 @@ def _prepare(settings: Settings, folder: Path) -> Context:
         print(show_example(data["train"].dataset[0], tokenizer, live_terminal()), flush=True)
     arguments = training_arguments(config, folder, logging_steps(config, data))
     return Context(config, folder, tokenizer, new_tokens, data, arguments)
-
-
-def logging_steps(config: TrainConfig, data: dict[Part, Prepared]) -> int:
-    """AutoTrain's rule for logging_steps -1.
-
-    A fifth of the evaluated (else trained) batches, from 1 to 25.
-    """
-    if config.logging_steps > 0:
-        return config.logging_steps
-    rows = len(data.get("valid", data["train"]).dataset)
-    return min(max(int(0.2 * rows / config.batch_size), 1), 25)
-
-
-def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments:
-    """Builds TrainingArguments; what they refuse (an optimiser that does not exist) is the user's to mend."""
-    try:
-        arguments = schema(**values)
-    except ValueError as error:
-        raise ConfigError(f"params: {first_line(error)}") from error
-    fsdp.enable_on_cpu("bf16" if values["bf16"] else "no")  # a CPU has no fp16
-    return arguments
-
-
-def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:
-    """The config in the words of transformers' TrainingArguments."""
-    import torch
-
-    from trainers.model.activation_checkpointing import checkpointing_arguments
-
-    # warmup_steps below 1 is a ratio (transformers 5); a ratio of 1.0 must not become one step.
-    warmup = config.warmup_steps if config.warmup_steps is not None else min(config.warmup_ratio, 0.999999)
-    return {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "data_seed": config.data_seed,  # unset, the order depends on the backend
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "learning_rate": config.lr,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "lr_scheduler_type": config.scheduler,
-        "optim": config.optimizer,
-        "warmup_steps": warmup,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
-        "bf16": config.mixed_precision == "bf16",
-        "fp16": config.mixed_precision == "fp16",
-        "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": logging,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": config.eval_strategy if config.validates else "no",
-        "eval_steps": config.eval_steps,
-        "eval_on_start": config.eval_on_start and config.validates,
-        "save_strategy": config.save_strategy,
-        "save_steps": config.save_steps or 500,  # read only with save_strategy: steps, which needs save_steps
-        "load_best_model_at_end": config.load_best_model_at_end,
-        "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
-        "greater_is_better": False if config.load_best_model_at_end else None,
-        "report_to": "none",  # trainers/output/trackers.py has them
-        "dataloader_num_workers": config.dataloader_num_workers,
-        "ddp_find_unused_parameters": False,
-        "disable_tqdm": True,
-        **checkpointing_arguments(config),
-    }
 
 
 def complete(trainer: Durable, context: Context) -> None:
@@ -325,52 +235,3 @@ def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tr
             print(f"resume: {checkpoint}", flush=True)
         trainer.add_callback(Report(folder, live_terminal(), step_of(checkpoint), tracker))
     trainer.add_callback(StepBoundary(trainer, checkpoint))
-
-
-def _save(trainer: Trainer, context: Context) -> None:
-    """The final model as an ordinary Hugging Face folder, gathered from the shards; and the tokenizer."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if trainer.is_world_process_zero():
-        remove_model(
-            context.folder
-        )  # a merged model of an earlier start, beside which an adapter counts twice
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(context.folder))
-    if trainer.is_world_process_zero():
-        context.tokenizer.save_pretrained(context.folder)
-        trainer.state.save_to_json(str(context.folder / "trainer_state.json"))
-
-
-def _leave() -> None:
-    """All ranks are done with each other: what follows happens on rank 0 alone, with no collective open."""
-    import torch.distributed
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else ZeRO-3 would split the model of a merge, and wait for the other ranks
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def _finish(context: Context, facts: dict[str, Any]) -> None:
-    """What rank 0 does with the saved files, alone."""
-    import torch
-
-    from trainers.data.preview import first_tokens
-    from trainers.output.hub import push
-    from trainers.output.merge import merge_adapter
-    from trainers.output.model_card import write_card
-    from trainers.storage.saved_model import check_saved
-
-    config, folder = context.config, context.folder
-    gc.collect()
-    torch.cuda.empty_cache()
-    check_saved(folder)
-    write_card(folder, config, facts)
-    if config.merge_adapter:
-        merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
-        check_saved(folder)
-        write_card(folder, config, facts)
-    if config.push_to_hub:
-        push(config, folder)

@@ -59,15 +59,13 @@ class Head:
         where the size of a block is LOGITS, not chunk_size.
         """
         if hidden.device.type != "cpu":
-            return ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
+            return ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
             )
         early = _equal_weights and torch.is_grad_enabled()
         shape = _Shape(scale, softcap, temperature)
         with torch.autocast("cpu", enabled=False):
-            return _HeadOnCPU.apply(  # type: ignore[no-untyped-call]
-                hidden, weight, bias, targets, shape, outputs, early
-            )
+            return _HeadOnCPU.apply(hidden, weight, bias, targets, shape, outputs, early)
 
 
 class _Shape:

@@ -85,17 +85,14 @@ def refuse(others: dict[str, Any]) -> None:
 
 def _split(qkv: QKV, lengths: list[int]) -> Iterator[QKV]:
     """Stretches of tokens. Split, and not sliced: the gradient of a slice is as large as the whole."""
-    yield from zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)  # type: ignore[no-untyped-call]
+    yield from zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
 
 
 def _runs(qkv: QKV, scores: Scores, lengths: list[int]) -> Iterator[Tensor]:
     """Documents of one length side by side are the batch of one call."""
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]
     for (number, length), part in zip(runs, _split(qkv, [n * size for n, size in runs]), strict=True):
-        q, k, v = (
-            tensor[0].unflatten(1, (number, length)).transpose(0, 1)  # type: ignore[no-untyped-call]
-            for tensor in part
-        )
+        q, k, v = (tensor[0].unflatten(1, (number, length)).transpose(0, 1) for tensor in part)
         yield _causal((q, k, v), scores)
 
 

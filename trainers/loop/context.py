@@ -1,0 +1,36 @@
+"""What a trainer module builds its Trainer from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from trainers.checkpoint.saving import Durable
+    from trainers.data.prepare import Part, Prepared
+
+
+@dataclass
+class Context:
+    """What a trainer module builds its Trainer from."""
+
+    config: TrainConfig
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    new_tokens: list[int]
+    data: dict[Part, Prepared]  # train, and valid and test where the config has them
+    arguments: dict[str, Any]  # for TrainingArguments and its subclasses
+
+    def rows(self, part: Part) -> Dataset | None:
+        """The prepared rows of a part, or None where the run has none."""
+        return self.data[part].dataset if part in self.data else None
+
+
+Build = Callable[[Context], "Durable"]
