@@ -240,10 +240,11 @@ def _located(run: Run, message: str) -> str:
 
 def _train(run: Run, layout: Topology) -> int:
     from launcher.plan import backend, command, preflight, resume_layout
-    from launcher.supervise import attempt, supervisor
+    from launcher.supervise import supervisor
+    from launcher.supervise.signals import Signals
     from trainers.storage.data_cache import cache_root
 
-    with attempt.Signals() as signals:  # a warning of the job's end may come at any moment
+    with Signals() as signals:  # a warning of the job's end may come at any moment
         chosen = backend.resolve_backend(run, layout)
         preflight.preflight(run)
         cache_root()  # not on a login node: the disk of a node may be another

@@ -29,7 +29,7 @@ from trainers.config.errors import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, Confi
 from trainers.config.file import load_settings, write_effective
 from trainers.config.schema import TrainConfig
 from trainers.rank import process
-from trainers.rank.out_of_memory import BatchTooLarge, ran_out_of_memory, taking_batches
+from trainers.rank.failures import BatchTooLarge, ran_out_of_memory, taking_batches
 from trainers.storage import run_folder
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"

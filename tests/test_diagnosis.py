@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
-from launcher.supervise.attempt import AccelerateLaunch, Outcome
+from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import CLASSES, LOG_LINES, STACK_LINES, Failure, diagnose, report
 from launcher.supervise.hangs import Hang
+from launcher.supervise.launches import AccelerateLaunch
 from trainers.config import schema
 from trainers.config.errors import (
     DATA_FAILED,
@@ -38,9 +39,8 @@ from trainers.config.errors import (
     ConfigError,
 )
 from trainers.rank import process
-from trainers.rank.failures import NotFinite, code_of, disk_is_full, is_lost_peer
+from trainers.rank.failures import BatchTooLarge, NotFinite, code_of, disk_is_full, is_lost_peer
 from trainers.rank.heartbeat import STEP, Beat
-from trainers.rank.out_of_memory import BatchTooLarge
 from trainers.rank.signals import SIGNALS
 
 PAGE = Path(__file__).parent.parent / "docs" / "exit-codes.md"

@@ -23,8 +23,9 @@ from launcher.plan.backend import resolve_backend
 from launcher.plan.topology import resolve_topology
 from launcher.slurm import job as slurm
 from launcher.supervise import supervisor as supervise
-from launcher.supervise.attempt import Outcome, Signals
+from launcher.supervise.attempt import Outcome
 from launcher.supervise.hangs import Hang
+from launcher.supervise.signals import Signals
 from launcher.supervise.supervisor import PAUSES, WITHOUT_PROGRESS, Supervisor
 from trainers.config.errors import (
     DATA_FAILED,

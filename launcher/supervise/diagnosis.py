@@ -23,7 +23,7 @@ from trainers.config.errors import (
     RUN_FAILED,
     USAGE_ERROR,
 )
-from trainers.rank.out_of_memory import BatchTooLarge
+from trainers.rank.failures import BatchTooLarge
 
 LOG_LINES = 25  # of a failed rank's log that are shown
 STACK_LINES = 12

@@ -25,12 +25,15 @@ from launcher.plan.topology import Topology, free_port
 from launcher.slurm import job as slurm
 from launcher.slurm.journal import note, note_end, starts_in_vain
 from launcher.supervise import attempt
-from launcher.supervise.attempt import AccelerateLaunch, Outcome, Signals, WarmLaunch, Watcher
+from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import Failure, diagnose, read_notes, report
 from launcher.supervise.hangs import make_beats_folder
+from launcher.supervise.launches import POLL_SECONDS, AccelerateLaunch, WarmLaunch
 from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.supervise.signals import Signals
 from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
 from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
+from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.config.schema import MODULES
 from trainers.rank.heartbeat import FOLDER as BEATS
@@ -77,7 +80,7 @@ def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
         except InUse:
             if time.monotonic() > end:
                 raise
-            time.sleep(attempt.POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     else:
         return None
     claim(run.folder, run.train)
@@ -314,7 +317,7 @@ class Supervisor:
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._asked_to_stop():
-            time.sleep(attempt.POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _give_up(self, failure: Failure, where: Ended) -> int:
         lines = []

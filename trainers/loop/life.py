@@ -22,7 +22,7 @@ from trainers.loop.arguments import logging_steps, training_arguments
 from trainers.loop.context import Build, Context
 from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
-from trainers.rank.out_of_memory import taking_batches
+from trainers.rank.failures import taking_batches
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.signals import stop
 from trainers.storage.manifest import step_of

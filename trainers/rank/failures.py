@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from trainers.config.errors import (
@@ -17,7 +19,6 @@ from trainers.config.errors import (
     USAGE_ERROR,
     ConfigError,
 )
-from trainers.rank.out_of_memory import ran_out_of_memory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -34,10 +35,40 @@ _PEER_LOST = re.compile(
 )
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: Killed")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process|DataLoader worker \(pid")
+# What torch's allocators and the libraries below them say; each comes as a RuntimeError.
+_MEMORY_SIGNS = (
+    "out of memory",  # CUDA, HIP, XPU, MPS, and the CUDA errors that NCCL passes on
+    "DefaultCPUAllocator: can't allocate memory",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, hipBLAS
+)
 
 
 class NotFinite(RuntimeError):
     """A loss or gradient norm was NaN or infinite; every rank raises it at the same step."""
+
+
+class BatchTooLarge(RuntimeError):
+    """Memory ran out while batches were taken: a smaller micro-batch needs less of it."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the device, or of the host, did not suffice."""
+    if not isinstance(error, RuntimeError):
+        return False
+    # torch.OutOfMemoryError by its name: the launcher reads modules that import this one, and has no torch.
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or isinstance(error, BatchTooLarge) or any(sign in str(error) for sign in _MEMORY_SIGNS)
+
+
+@contextmanager
+def taking_batches() -> Iterator[None]:
+    """Memory that runs out in here is BatchTooLarge; elsewhere (loading, saving) a batch is not to blame."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise BatchTooLarge(str(error)) from error
+        raise
 
 
 def disk_is_full(error: BaseException) -> bool:

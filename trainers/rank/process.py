@@ -17,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError
-from trainers.rank.failures import code_of, is_lost_peer
+from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
-from trainers.rank.out_of_memory import BatchTooLarge
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 
 _PR_SET_PDEATHSIG = 1

@@ -1,0 +1,161 @@
+"""The two ways to start ranks: `accelerate launch`, and forks of a warm parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from launcher.plan.command import ELASTIC
+from launcher.supervise.warm_parent import WarmParent
+from trainers.rank.process import die_with_parent
+
+POLL_SECONDS = 0.1
+WORDS = ("done", "error.json", "stopped.json")  # what a rank leaves that ends by itself
+# torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
+_SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
+
+
+class Launch(Protocol):
+    """Ranks that were started, by either way."""
+
+    def ranks(self) -> dict[int, int]:
+        """The ranks of this machine that are known to run: rank -> pid."""
+
+    def wait(self, seconds: float) -> int | None:
+        """The code of the launch when all ranks are gone; None where some are there after so many seconds."""
+
+    def exits(self) -> dict[int, int]:
+        """Exit codes of the ranks that ended so far, negative where a signal killed one."""
+
+    def kill(self) -> None:
+        """SIGKILL to every rank: a stopped one would not act on SIGTERM."""
+
+
+class AccelerateLaunch:
+    """Ranks started by `accelerate launch`, which is a process of its own above them."""
+
+    def __init__(self, argv: list[str], environ: Mapping[str, str], folder: Path) -> None:
+        self.folder = folder
+        self.killed: set[int] = set()  # ranks that we have killed
+        with (folder / "launcher.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                argv,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+                preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
+            )
+
+    def ranks(self) -> dict[int, int]:
+        found = {}
+        for path in self.folder.glob("rank-*.pid"):
+            text = path.read_text(encoding="utf-8")
+            if text and self._is_rank(int(text)):
+                found[int(path.stem.partition("-")[2])] = int(text)
+        return found
+
+    def wait(self, seconds: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self._end_what_waits()
+        if self.process.returncode is not None:
+            self.kill()  # no process stays behind
+            shutil.rmtree(self.folder / ELASTIC, ignore_errors=True)
+        return self.process.returncode
+
+    def _end_what_waits(self) -> None:
+        """SIGKILL to the other ranks when one died without a word.
+
+        torchrun asks them to end with SIGTERM, and gives those that wait for the dead one 30 s.
+        """
+        alive, pids = self.ranks(), self.folder.glob("rank-*.pid")
+        gone = {int(path.stem.partition("-")[2]) for path in pids if path.stat().st_size} - alive.keys()
+        if any(not self._left_word(rank) for rank in gone):
+            for rank, pid in alive.items():
+                self.killed.add(rank)
+                _kill(pid)
+
+    def _left_word(self, rank: int) -> bool:
+        """Whether a rank has ended by itself (trainers/rank/process.py)."""
+        return any((self.folder / f"rank-{rank}.{kind}").exists() for kind in WORDS)
+
+    def exits(self) -> dict[int, int]:
+        """From torchrun's summary, which is there when it has ended; it ends the other ranks with SIGTERM."""
+        if self.process.returncode is None:
+            return {}
+        text = (self.folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
+        codes = {int(rank): int(code) for rank, code in _SUMMARY.findall(text)}
+        ours = {rank for rank, code in codes.items() if -code in (signal.SIGTERM, signal.SIGINT)}
+        return {rank: code for rank, code in codes.items() if rank not in ours | self.killed}
+
+    def kill(self) -> None:
+        if self.process.returncode is None:
+            _kill(self.process.pid)
+        _kill_session(self.process.pid)
+        for pid in self.ranks().values():
+            _kill(pid)
+            _kill_session(pid)
+        while self.ranks():
+            time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
+
+    def _is_rank(self, pid: int) -> bool:
+        """Whether a pid is still our rank, and not another process that got the number."""
+        try:
+            return str(self.folder / "config.json").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+
+class WarmLaunch:
+    """Ranks that a warm parent has forked."""
+
+    def __init__(
+        self, parent: WarmParent, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
+    ) -> None:
+        self.parent = parent
+        self.pids = parent.start(argv, environ, given_up)
+        self.codes: dict[int, int] = {}
+
+    def ranks(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in self.pids.items() if rank not in self.codes}
+
+    def wait(self, seconds: float) -> int | None:
+        for answer in self.parent.answers(seconds):
+            rank = answer["exited"]["rank"]
+            self.codes[rank] = answer["exited"]["code"]
+            _kill_session(self.pids[rank])  # what it started
+        if len(self.codes) == len(self.pids):
+            return next((code for code in self.codes.values() if code), 0)
+        return -signal.SIGKILL if self.parent.ended else None
+
+    def exits(self) -> dict[int, int]:
+        return dict(self.codes)
+
+    def kill(self) -> None:
+        for pid in self.ranks().values():
+            _kill(pid)
+            _kill_session(pid)
+
+
+def _kill_session(leader: int) -> None:
+    """A rank leads a session: its data workers are in it, and compilers, which have groups of their own."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text(encoding="utf-8").rpartition(") ")[2].split()
+            if int(fields[3]) == leader:
+                _kill(int(path.parent.name))
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,50 @@
+"""Signals to the launcher, and how they reach the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping
+from types import FrameType
+
+from trainers.rank.signals import SIGNALS
+
+
+class Signals:
+    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 to the launcher are passed to each rank, once.
+
+    They save and end (trainers/rank/signals.py). Asked twice with SIGINT or SIGTERM, the ranks are killed.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.twice = False
+        self.passed: set[int] = set()  # pids
+
+    def __enter__(self) -> Signals:
+        self.old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        ends = (signal.SIGINT, signal.SIGTERM)
+        if self.received is None:
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: what trains saves at the end of this step, then stops\n".encode())
+            self.received = number
+        elif number in ends and self.received in ends:
+            self.twice = True
+        elif number in ends:  # somebody ends what was only warned
+            self.received = number
+
+    def pass_on(self, ranks: Mapping[int, int]) -> None:
+        """Passes what was received to the ranks that have not got it."""
+        for pid in ranks.values() if self.received is not None else ():
+            if pid not in self.passed:
+                self.passed.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self.received or signal.SIGTERM)
