@@ -20,7 +20,8 @@ from fakes import fake_checkpoint, machine
 from launcher.cli import main
 from launcher.config import Run, load_run
 from launcher.plan.backend import resolve_backend
-from launcher.plan.batch_search import advice, announce, next_smaller, with_smaller_batch
+from launcher.plan.batch_search import announce, next_smaller, with_smaller_batch
+from launcher.plan.memory_advice import advice
 from launcher.plan.topology import Hardware, resolve_topology
 from launcher.supervise import attempt
 from launcher.supervise.attempt import Outcome

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
-from launcher.commands.status import _goes_on, status
+from launcher.commands.logs import _goes_on
 from launcher.config import load_run
 from launcher.slurm import job as slurm
 from launcher.slurm.journal import note, note_end
+from launcher.slurm.run_state import read_status
 from trainers.storage.run_folder import PROGRESS
 
 HOLD = """
@@ -76,7 +77,7 @@ def test_a_run_that_ended() -> None:
     folder = run_in("run")
     (folder / "run.json").write_text("{}")
     (folder / "model.safetensors").touch()
-    assert status(folder).state == "ended"
+    assert read_status(folder).state == "ended"
 
 
 def test_all_runs_below(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +225,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller]:
     def answer(**states: str) -> Controller:
         made = Controller(**states)
         monkeypatch.setattr(slurm, "ask", made)
-        monkeypatch.setattr("launcher.commands.status.ask", made)
+        monkeypatch.setattr("launcher.commands.cancel.ask", made)
         for job in made.states:
             note(Path("run"), job)
         return made
@@ -258,7 +259,7 @@ def test_a_job_that_is_still_setting_up_has_nothing_to_save(
     controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = controller(job2="RUNNING")
-    monkeypatch.setattr("launcher.commands.status._has_begun", lambda job: False)
+    monkeypatch.setattr("launcher.commands.cancel._has_begun", lambda job: False)
     assert main(["cancel", "run"]) == 0
     assert told.asked == [("scancel", "2")]
 

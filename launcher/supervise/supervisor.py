@@ -19,8 +19,9 @@ from typing import IO
 
 from launcher.config import Run
 from launcher.plan.backend import Backend
-from launcher.plan.batch_search import advice, announce, with_smaller_batch
+from launcher.plan.batch_search import announce, with_smaller_batch
 from launcher.plan.command import build_environment, launch_arguments
+from launcher.plan.memory_advice import advice
 from launcher.plan.topology import Topology, free_port
 from launcher.slurm import job as slurm
 from launcher.slurm.journal import note, note_end, starts_in_vain

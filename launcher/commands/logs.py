@@ -1,0 +1,82 @@
+"""`phalanx logs`: the log of a rank in the newest attempt."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.slurm.job import ENDED
+from launcher.slurm.journal import last_job
+from launcher.slurm.run_state import find_runs, state_of
+from trainers.config.errors import ConfigError
+from trainers.storage.run_folder import LAUNCH
+
+FOLLOW_SECONDS = 0.5
+STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
+
+
+def show_logs(name: str, rank: int, follow: bool) -> int:
+    """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
+    folder = _one(name)
+    seen: Path | None = None
+    try:
+        for path in _logs(folder, rank, follow):
+            if path != seen:
+                print(f"--- {path}", file=sys.stderr)
+            seen = path
+    except KeyboardInterrupt:  # the way to end it; the run goes on
+        return 128 + signal.SIGINT
+    if seen is None:
+        raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
+    return 0
+
+
+def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
+    """Copies to the terminal what is new in the newest log, and gives its path; ends with the run."""
+    path, position, over, asked = None, 0, False, float("-inf")
+    while True:
+        if time.monotonic() - asked >= STATE_SECONDS:
+            over, asked = not follow or not _goes_on(folder), time.monotonic()
+        newest = _newest_log(folder, rank)
+        if newest != path:
+            path, position = newest, 0
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(position)
+                chunk = file.read()
+            yield path
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+            position += len(chunk)
+        if over:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _newest_log(folder: Path, rank: int) -> Path | None:
+    found = [
+        path
+        for pattern in ("attempt-*", "attempt-*/machine-*")
+        for path in (folder / LAUNCH).glob(f"{pattern}/rank-{rank}.log")
+    ]
+    return max(found, key=lambda path: _attempt_of(folder, path), default=None)
+
+
+def _attempt_of(folder: Path, log: Path) -> int:
+    return int(log.relative_to(folder / LAUNCH).parts[0].removeprefix("attempt-"))
+
+
+def _goes_on(folder: Path) -> bool:
+    state, _, _ = state_of(folder, last_job(folder))
+    return state not in (*ENDED, "ended", "stopped")
+
+
+def _one(name: str) -> Path:
+    found = {target.folder for target in find_runs(name)}
+    if len(found) > 1:
+        runs = ", ".join(sorted(str(folder) for folder in found))
+        raise ConfigError(f"{name}: several runs are meant: {runs}. Give one of them.")
+    return found.pop()

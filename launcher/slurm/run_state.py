@@ -1,0 +1,141 @@
+"""Runs as they are now: which ones a command means, and the state of each, from its folder and from SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.slurm.job import NoAnswer, NoSlurm, facts
+from launcher.slurm.journal import JOBS, ended, jobs, last_job
+from trainers.config.errors import ConfigError
+from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
+
+AT_WORK = ("RUNNING", "COMPLETING")
+UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run; None where it is not."""
+
+    run: str
+    state: str  # SLURM's word for the job, or running, ended, stopped
+    job: str | None = None
+    reason: str | None = None  # why the job waits, or did not end well
+    step: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: int | None = None
+    attempts: int = 0
+    requeues: int = 0
+
+    @property
+    def line(self) -> str:
+        parts = [self.run, self.state + (f" ({self.reason})" if self.reason else "")]
+        if self.job:
+            parts.append(f"job {self.job}")
+        if self.step is not None:
+            parts.append(f"step {self.step}/{self.max_steps}")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:.0f} tokens/s")
+        if self.seconds_left is not None and self.state in ("RUNNING", "running"):
+            hours, rest = divmod(self.seconds_left, 3600)
+            parts.append(f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}")
+        if self.attempts > 1:
+            parts.append(f"{self.attempts} attempts")
+        if self.requeues:
+            parts.append(f"requeued {self.requeues} times")
+        return "  ".join(parts)
+
+
+def read_status(folder: Path, job: str | None = None) -> Status:
+    """Reads the run's folder, and asks SLURM for a job: its last one, if none is named."""
+    progress = _progress(folder)
+    job = job or last_job(folder)
+    state, reason, requeues = state_of(folder, job)
+    attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
+    return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    path = folder / PROGRESS
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text(encoding="utf-8"))
+    names = ("step", "max_steps", "loss", "tokens_per_second", "seconds_left")
+    return {name: told.get(name) for name in names}
+
+
+def state_of(folder: Path, job: str | None) -> tuple[str, str | None, int]:
+    """The state, why, and how often the job was requeued."""
+    if job is not None:
+        try:
+            known = facts(job)
+            reason, state = known.get("Reason", "None"), known["JobState"]
+            # A job may make several runs, one after the other.
+            if not (ended(folder, job) and state in AT_WORK):
+                return state, None if reason == "None" else reason, int(known.get("Restarts", "0"))
+        except NoAnswer as error:
+            return UNKNOWN, str(error), 0
+        except NoSlurm:
+            pass  # the job is forgotten, or this machine has no SLURM
+    if holder(folder) is not None:
+        return "running", None, 0
+    return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
+
+
+def _has_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run that a command is meant for; with a job where the user named one."""
+
+    folder: Path
+    job: str | None = None
+
+
+def find_runs(name: str | None) -> list[Target]:
+    """The runs that are meant: of a folder, of a job's id, or all below this folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name is not None and Path(name).is_dir() and _is_run(Path(name)):
+        return [Target(Path(name))]
+    below = sorted(_below(Path()))
+    if name is None:
+        return [Target(folder) for folder in below]
+    if found := [Target(folder, job) for folder in below for job in jobs(folder) if _same_job(name, job)]:
+        return found
+    raise ConfigError(
+        f"{name}: no run lies there, and no run below {Path.cwd()} has such a job. Give a run's folder or a "
+        "job's id."
+    )
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """The runs in a folder; they may be at work, so what is gone meanwhile is passed over."""
+    for path, folders, _ in os.walk(root):
+        if LAUNCH in folders and _is_run(Path(path)):
+            yield Path(path)
+        folders[:] = [
+            name for name in folders if not name.startswith((".", CHECKPOINT_PREFIX)) and name != LAUNCH
+        ]
+
+
+def _is_run(folder: Path) -> bool:
+    return holds_run(folder) or (folder / JOBS).exists()
+
+
+def _same_job(name: str, job: str) -> bool:
+    return name in (job, job.partition("_")[0])

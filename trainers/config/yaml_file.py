@@ -1,0 +1,113 @@
+"""Reading YAML with the line of each key, and `${VAR}` in its strings."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainers.config.errors import ConfigError
+
+DEEPEST = 5  # levels of a config, lists counted; an effective config has the most
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Reads a YAML mapping.
+
+    Returns the tree and the line (from 1) of each key, by its path, such as ("data", "path").
+
+    Raises:
+        ConfigError: no such file, not YAML, empty, not a mapping, or a key given twice.
+    """
+    if str(path).startswith(("http://", "https://", "http:/", "https:/")):
+        raise ConfigError(f"{path}: a remote config is not read. Download it, look at it, and give its path.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file. Give the path of a config, for example examples/demo.yaml."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder. Give the path of a config file in it.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(
+                f"{path}: the file is empty. It needs at least task, base_model, project_name and data."
+            )
+        if not isinstance(node, yaml.MappingNode):
+            kind, line = type(node).__name__.removesuffix("Node").lower(), node.start_mark.line + 1
+            raise ConfigError(f"{path}:{line}: a mapping of keys is needed, not a {kind}.")
+        lines: dict[tuple[str, ...], int] = {}
+        tree = _build(loader, node, (), lines, path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    finally:
+        loader.dispose()
+    return tree, lines
+
+
+def _build(
+    loader: yaml.SafeLoader,
+    node: yaml.Node,
+    keys: tuple[str, ...],
+    lines: dict[tuple[str, ...], int],
+    path: Path,
+    depth: int = 0,
+) -> Any:
+    line = node.start_mark.line + 1
+    if depth == DEEPEST:  # an alias of itself has no end
+        raise ConfigError(f"{path}:{line}: nested deeper than any key of a config.")
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{path}:{line}: a key must be a word, not a {key_node.id}.")
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"{path}:{line}: merge keys (<<) are not read. Write the keys out.")
+            if key in result:
+                first = lines[(*keys, key)]
+                raise ConfigError(f"{path}:{line}: '{key}' is given twice (first in line {first}). Keep one.")
+            lines[(*keys, key)] = line
+            result[key] = _build(loader, value_node, (*keys, key), lines, path, depth + 1)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, keys, lines, path, depth + 1) for item in node.value]
+    try:
+        return loader.construct_object(node)
+    except ValueError as error:  # a date or a number that is none, such as 2024-13-45
+        raise ConfigError(f"{path}:{line}: {node.value} is not a value: {error}. Put it in quotes.") from None
+
+
+def expand(value: Any, where: str, optional: bool = False) -> tuple[Any, str]:
+    """Replaces `${VAR}` in a string, and tells which variables were read.
+
+    `optional`: a string that is one unset variable becomes None (AutoTrain's hub section works so).
+    """
+    if isinstance(value, list):
+        return [expand(item, where)[0] for item in value], ""
+    if not isinstance(value, str):
+        return value, ""
+    names = _VARIABLE.findall(value)
+    for name in names:
+        if name not in os.environ:
+            if optional and value == f"${{{name}}}":
+                return None, f" (${{{name}}}, not set)"
+            raise ConfigError(
+                f"{where}: the environment variable {name} is not set. Export it, or write the value."
+            )
+    text = _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+    return text, f" ({', '.join('${' + n + '}' for n in names)})" if names else ""
