@@ -6,6 +6,7 @@ python docs/make_config_page.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from launcher.config import LaunchConfig, SlurmConfig
 from trainers.config.consistency import CONDITIONS
 from trainers.config.names import ALIASES, SWITCHES
-from trainers.config.schema import TRAINERS, TrainConfig, acts_for
+from trainers.config.schema import TRAINERS, TrainConfig, acts_for, sections
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -66,9 +67,11 @@ Where a parameter has no effect whatever the trainer, which is noted in the same
 """
 
 
-def table(schema: type[BaseModel], names: dict[str, list[str]]) -> str:
+def table(schema: type[BaseModel], chosen: Iterable[str], names: dict[str, list[str]]) -> str:
+    """Return the table of these fields; `names` are their other names."""
     rows = ["| name | default | meaning |", "| --- | --- | --- |"]
-    for name, field in schema.model_fields.items():
+    for name in chosen:
+        field = schema.model_fields[name]
         also = f" Also: {', '.join(f'`{alias}`' for alias in names[name])}." if name in names else ""
         default = {None: "null", True: "true", False: "false"}.get(field.default, field.default)
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
@@ -104,16 +107,16 @@ def page() -> str:
         names.setdefault(name, []).append(f"{alias}: true ({on}), false ({off})")
     parts = [
         HEAD,
-        "## Training: `params`, and the keys of `data` and `hub`\n",
-        table(TrainConfig, names),
+        "## Training: `params`, and the keys of `data` and `hub`",
+        *(f"\n### {title}\n\n{table(TrainConfig, chosen, names)}" for title, chosen in sections()),
         ACTS,
         trainers_table(),
         CONDITIONAL,
         conditions_table(),
         "\n## `launch`\n",
-        table(LaunchConfig, {}),
+        table(LaunchConfig, LaunchConfig.model_fields, {}),
         "\n## `slurm`\n",
-        table(SlurmConfig, {}),
+        table(SlurmConfig, SlurmConfig.model_fields, {}),
     ]
     return "\n".join(parts) + "\n"
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trainers.config.errors import ConfigError
-from trainers.config.field_types import Float, Int, Word
+from trainers.config.field_types import Float, Int
 from trainers.config.file import read_config_file
-from trainers.config.names import ALIASES, COLUMN_KEYS, DATA_KEYS, HUB_KEYS, SWITCHES, TASKS, TOP_KEYS
+from trainers.config.names import ALIASES, DATA_KEYS
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings, Value, changed, put, resolve, validate
 
@@ -139,6 +139,12 @@ class Run:
         changes = {name: Value(value, why, name) for name, value in values.items()}
         return replace(self, settings=changed(self.settings, changes))
 
+    def located(self, message: str) -> str:
+        """Return a message that begins with a key, with the line of the file or the flag before it."""
+        source = self.source_of(message.split(": ")[0])
+        chosen = source and source != "default" and not source.startswith("derived")
+        return f"{source}: {message}" if chosen else message
+
     def source_of(self, key: str) -> str:
         """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from.
 
@@ -200,31 +206,3 @@ def check_folder_name(project_name: str, source: str) -> None:
             f"{source}: project_name: {project_name!r} is not a plain path inside the working folder {here}. "
             "Allowed: letters, digits, '.', '_', '-' and '/', for example my-run or runs/my-run."
         )
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a config file, for editors."""
-    fields = TrainConfig.model_fields
-
-    def pick(keys: Mapping[str, str]) -> dict[str, Any]:
-        return {key: (fields[name].annotation, fields[name]) for key, name in keys.items()}
-
-    strict = ConfigDict(extra="forbid")
-    mapping = create_model("ColumnMapping", __config__=strict, **pick({name: name for name in COLUMN_KEYS}))
-    data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
-    hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
-    params: dict[str, Any] = pick(ALIASES)
-    for key, (name, on, off) in SWITCHES.items():
-        params[key] = (bool, Field(on == "full", description=f"true: {name} is {on}. false: it is {off}."))
-    whole: dict[str, Any] = {
-        "task": (Literal[TASKS], ...),
-        "backend": (Word, Field("local", description="AutoTrain's key; only local.")),
-        **pick(TOP_KEYS),
-        "data": (data, ...),
-        "params": (create_model("Params", __base__=TrainConfig, **params), {}),
-        "hub": (hub, {}),
-        "launch": (LaunchConfig, {}),
-        "slurm": (SlurmConfig, {}),
-    }
-    schema: dict[str, Any] = create_model("PhalanxConfig", __config__=strict, **whole).model_json_schema()
-    return schema

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import listing, run_command, write_rows
 
-from launcher.cli import COMMANDS
+from launcher.commands import COMMANDS
 from launcher.config import LaunchConfig
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.schema import TrainConfig
@@ -272,10 +272,10 @@ def test_the_shipped_files_that_show_names_exist(
 def test_autotrains_flags_are_the_file(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from launcher import cli
+    from launcher.commands import train
 
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda run, layout: seen.append(run) or 0)
+    monkeypatch.setattr(train, "_train", lambda run, layout: seen.append(run) or 0)
     file = ["train", "c.yaml"]
     flags = [
         "llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fakes import run_command
 
-from launcher.config import LaunchConfig, Run, SlurmConfig, json_schema, load_run
+from launcher.commands.schema import json_schema
+from launcher.config import LaunchConfig, Run, SlurmConfig, load_run
 from trainers.config.errors import ConfigError
 from trainers.config.file import load_settings, write_effective
 from trainers.config.names import ALIASES, SWITCHES, TASKS

@@ -24,7 +24,7 @@ from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import CLASSES, LOG_LINES, STACK_LINES, Failure, diagnose, report
 from launcher.supervise.hangs import Hang
 from launcher.supervise.launches import AccelerateLaunch
-from trainers.config import schema
+from trainers.config import errors
 from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
@@ -501,7 +501,7 @@ def test_every_class_is_named_and_has_a_mend(
 
 # -------------------------------------------------------------------------------------- the exit codes
 
-CODES = {name: value for name, value in vars(schema).items() if name.isupper() and value in range(1, 128)}
+CODES = {name: value for name, value in vars(errors).items() if name.isupper() and value in range(1, 128)}
 
 
 def test_every_exit_code_is_a_class_or_no_failure_of_a_rank() -> None:
@@ -520,7 +520,7 @@ def test_the_page_of_exit_codes_lists_each_of_them() -> None:
 
 
 def test_errors_are_classed_without_torch() -> None:
-    script = "import sys; from trainers import failures; sys.exit('torch' in sys.modules)"
+    script = "import sys; from trainers.rank import failures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -190,13 +190,15 @@ def test_a_job_that_came_back_goes_on_with_what_is_its_own() -> None:
     run_in("run")
     run = load_run(Path("c.yaml"), {"overwrite": "true"})
     environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
-    assert slurm.going_on(run, environ) is run
+    assert slurm.resumed_by_slurm(run, environ) is run
     note(Path("run"), "7")
-    assert slurm.going_on(run, environ) is run
+    assert slurm.resumed_by_slurm(run, environ) is run
     note(Path("run"), "7", 0)
-    train = slurm.going_on(run, environ).train
+    train = slurm.resumed_by_slurm(run, environ).train
     assert (train.resume, train.overwrite) == (True, False)
-    assert slurm.going_on(run, {"SLURM_RESTART_COUNT": "1"}) is run, "a variable that somebody exported"
+    assert slurm.resumed_by_slurm(run, {"SLURM_RESTART_COUNT": "1"}) is run, (
+        "a variable that somebody exported"
+    )
 
 
 # ----------------------------------------------------------------------------- cancel, where SLURM answers

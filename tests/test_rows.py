@@ -125,7 +125,7 @@ def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from trainers.data import prepare
+    from trainers.data import prepare as data
 
     expected = list(prepare([{"text": "one"}, {"text": "two"}]).dataset)
     folder = tmp_path / suffix
@@ -136,7 +136,7 @@ def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
         content = {"csv": "text\none\ntwo\n", "json": '[{"text": "one"}, {"text": "two"}]'}
         (folder / f"train.{suffix}").write_text(content[suffix])
     config = TrainConfig(data_path=str(folder), trainer="sft", block_size=128, packing="none")
-    assert list(prepare.prepare(config, tokenizer).dataset) == expected
+    assert list(data.prepare(config, tokenizer).dataset) == expected
 
 
 def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
@@ -156,13 +156,13 @@ def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_is_used(prepare, tmp_path, monkeypatch):
-    from trainers.data import prepare
+    from trainers.data import prepare as data
 
     def fails(*_):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_tokenize", fails)
+        patch.setattr(data, "_tokenize", fails)
         with pytest.raises(RuntimeError):
             prepare([{"text": "one"}])
     assert len(prepare([{"text": "one"}]).dataset) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -13,20 +14,27 @@ from launcher.slurm.run_state import AT_WORK, find_runs
 from trainers.config.errors import ConfigError
 from trainers.storage.run_folder import holder
 
+HELP = "end runs; they save first"
+USAGE = "RUN|JOB"
 
-def cancel(name: str) -> int:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="a run's folder, or a job's id")
+
+
+def run(target: str) -> int:
     """Ends a job, or all that a run has: what waits is taken from the queue, what runs saves first."""
-    for target in find_runs(name):
+    for one in find_runs(target):
         said = []
-        for job in [target.job] if target.job else jobs(target.folder):
+        for job in [one.job] if one.job else jobs(one.folder):
             try:
-                said += [_cancel_job(target.folder, job)]
+                said += [_cancel_job(one.folder, job)]
             except NoAnswer as error:
-                raise ConfigError(f"{target.folder}: job {job}: {error}") from None
+                raise ConfigError(f"{one.folder}: job {job}: {error}") from None
         if not any(said):
-            said = ["it does not run" if target.job else _cancel_process(target.folder)]
+            said = ["it does not run" if one.job else _cancel_process(one.folder)]
         for line in filter(None, said):
-            print(f"{target.folder}: {line}")
+            print(f"{one.folder}: {line}")
     return 0
 
 

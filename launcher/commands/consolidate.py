@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.storage.manifest import CHECKPOINT_PREFIX, complaint, newest_usable
+
+HELP = "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named"
+USAGE = "RUN|CHECKPOINT [--output FOLDER]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, help="folder to write (default: CHECKPOINT-model)")
 
 
 def run(source: Path, output: Path | None) -> int:

@@ -16,6 +16,13 @@ from trainers.config.errors import ConfigError
 
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"
+HELP = "measure a run's final model with lm-eval; what follows RUN is for lm-eval"
+USAGE = "RUN --tasks NAMES [...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a run's folder")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="lm-eval's, such as --tasks arc_easy")
 
 
 def run(folder: Path, arguments: Sequence[str]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import time
@@ -14,13 +15,22 @@ from launcher.slurm.run_state import find_runs, state_of
 from trainers.config.errors import ConfigError
 from trainers.storage.run_folder import LAUNCH
 
+HELP = "print the log of a rank"
+USAGE = "RUN|JOB [--rank N] [--follow]"
+
 FOLLOW_SECONDS = 0.5
 STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
 
 
-def show_logs(name: str, rank: int, follow: bool) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="a run's folder, or a job's id")
+    parser.add_argument("--rank", type=int, default=0, help="whose (default: 0)")
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+
+
+def run(target: str, rank: int, follow: bool) -> int:
     """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
-    folder = _one(name)
+    folder = _one(target)
     seen: Path | None = None
     try:
         for path in _logs(folder, rank, follow):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launcher.config import Run
+from launcher.config import Run, load_run
+from launcher.parser import add_config_flags
+from launcher.plan import topology
 from launcher.plan.accelerate_config import build_accelerate_config, build_deepspeed_config
 from launcher.plan.backend import resolve_backend
 from launcher.plan.command import build_command
@@ -16,8 +20,29 @@ from launcher.plan.preflight import preflight
 from launcher.plan.topology import Topology
 from launcher.slurm.request import sbatch_argv
 from launcher.supervise.attempt import attempt_folder
+from trainers.config.errors import ConfigError
 from trainers.config.schema import MODULES
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SLURM_SCRIPTS
+
+HELP = "dry run: the effective config, the backend and why, the files and the command"
+USAGE = "config.yaml [--flag VALUE ...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+    add_config_flags(parser, slurm=True)
+
+
+def run(config: Path, as_json: bool, **flags: Any) -> int:
+    described = load_run(config, flags)
+    try:
+        layout = topology.resolve_topology(described.launch, topology.detect_hardware())
+        found = plan(described, layout)
+    except ConfigError as error:
+        raise ConfigError(described.located(str(error))) from None
+    print(json.dumps(found, indent=2) if as_json else render(found))
+    return 0
 
 
 def plan(run: Run, topology: Topology) -> dict[str, Any]:

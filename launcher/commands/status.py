@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from launcher.slurm.run_state import find_runs, read_status
 
+HELP = "what runs do: state, step, loss, speed, time left"
+USAGE = "[RUN|JOB] [--json]"
 
-def show_status(name: str | None, as_json: bool) -> int:
-    found = [read_status(target.folder, target.job) for target in find_runs(name)]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", help="a run's folder, or a job's id (default: all below here)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def run(target: str | None, as_json: bool) -> int:
+    found = [read_status(one.folder, one.job) for one in find_runs(target)]
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=2))
         return 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher.config import Run, SlurmConfig, load_run
+from launcher.parser import add_config_flags
 from launcher.slurm.arrays import LIST, Task, numbered, swept
 from launcher.slurm.job import NoSlurm, ask
 from launcher.slurm.journal import note
@@ -17,6 +20,31 @@ from trainers.config.errors import ConfigError
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 ARRAY = SLURM_SCRIPTS / "array.sh"
+HELP = "check a config on the login node, then hand it to SLURM"
+USAGE = "config.yaml [--flag VALUE ...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # The lines of --array may begin with a config each; then the command names none.
+    parser.add_argument("config", type=Path, nargs="?", help="config file (YAML, AutoTrain's form)")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print the command only")
+    parser.add_argument("--parsable", action="store_true", help="print only the job's id")
+    parser.add_argument(
+        "--array",
+        metavar="FILE[%%N]|LIST",
+        help="a run for each line of a file (at most N at once), or for each of sbatch's numbers",
+    )
+    add_config_flags(parser, slurm=True)
+
+
+def run(config: Path | None, array: str | None, dry_run: bool, parsable: bool, **flags: Any) -> int:
+    tasks, argv = plan(config, flags, array)
+    if dry_run:
+        print(shlex.join(argv))
+        return 0
+    job = submit(tasks, argv)
+    print(job if parsable else f"job {job}: {', '.join(str(task.run.folder) for task in tasks)}")
+    return 0
 
 
 def plan(config: Path | None, flags: Mapping[str, Any], array: str | None) -> tuple[list[Task], list[str]]:

@@ -131,7 +131,7 @@ def requeue(job: str) -> bool:
     return True
 
 
-def going_on(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
+def resumed_by_slurm(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
     """A job that came back goes on with what it did before, whatever its command says of the first start.
 
     If it never had the run's folder, what lies there is another's.

@@ -34,6 +34,20 @@ PAIR_TRAINERS = ("reward", "dpo", "orpo")  # two answers to one prompt in a row
 PLANNED_TRAINERS = ("default", "sft", "reward", "dpo", "orpo")  # may fill a micro-batch to a budget of tokens
 BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
 
+# Sections of --help and of docs/config.md: the title, and the field that it begins with.
+SECTIONS = {
+    "Run": "project_name",
+    "Model": "model",
+    "Data": "data_path",
+    "Optimisation": "lr",
+    "Memory and speed": "mixed_precision",
+    "Evaluation and saving": "eval_strategy",
+    "LoRA and quantisation": "peft",
+    "One trainer's own": "model_ref",
+    "Logging and tracking": "log",
+    "Hub": "push_to_hub",
+    "Backend": "distributed_backend",
+}
 SECRET_FIELDS = frozenset({"token"})
 
 
@@ -51,27 +65,12 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
 
-    # --- the run
-    model: str = Field("gpt2", min_length=1, description="Model folder, or id on the hub.")
+    # Run
     project_name: str = Field(
         "project-name", min_length=1, description="Folder of the run, inside the working folder."
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of the model on the hub.")
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that lies beside the model; needs revision, so that it is pinned."
-    )
     trainer: Literal["default", "sft", "reward", "dpo", "orpo", "kto", "mlm"] = Field(
         "default", description="What is trained (docs/trainers.md). `task: llm-sft` sets it too."
-    )
-    log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
-    run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
-    wandb_project: str | None = Field(
-        None, description="Project in wandb. Default: WANDB_PROJECT, else project_name."
-    )
-    wandb_entity: str | None = Field(None, description="Team or account in wandb. Default: WANDB_ENTITY.")
-    seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
-    data_seed: Int | None = Field(
-        None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
     )
     resume: Annotated[bool | str, BeforeValidator(flag_word)] = Field(
         False,
@@ -79,8 +78,19 @@ class TrainConfig(BaseModel):
         "where it wrote none. A path: from that checkpoint.",
     )
     overwrite: bool = Field(False, description="Delete the run that project_name holds and start anew.")
+    seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    data_seed: Int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
+    )
 
-    # --- data
+    # Model
+    model: str = Field("gpt2", min_length=1, description="Model folder, or id on the hub.")
+    revision: str | None = Field(None, description="Commit, tag or branch of the model on the hub.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that lies beside the model; needs revision, so that it is pinned."
+    )
+
+    # Data
     data_path: str = Field(
         "data", min_length=1, description="Folder or file (CSV, JSONL, JSON, Parquet), or hub id."
     )
@@ -89,28 +99,19 @@ class TrainConfig(BaseModel):
     )
     valid_split: Word = Field(None, description="Split to evaluate on. null: no evaluation.")
     test_split: Word = Field(None, description="Split to evaluate on once, at the end of the run.")
-    valid_fraction: Float = Field(
-        0.0, ge=0, lt=1, description="Part of the training rows held out to evaluate on; no valid_split then."
-    )
-    test_fraction: Float = Field(
-        0.0, ge=0, lt=1, description="Part of the training rows held out for the end of the run."
-    )
-    split_seed: Int = Field(
-        42, ge=0, lt=2**32, description="Seed of what is held out; apart from seed, so that runs compare."
-    )
     chat_template: Annotated[
         Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(none_word)
     ] = Field(
         None,
         description="How turns become text: tokenizer (its own), chatml, zephyr, phi3, alpaca, or null.",
     )
-    prompt_format: str | None = Field(
-        None,
-        description="Prompt made of several columns, such as 'Q: {question} {context}'. Default: one column.",
-    )
     text_column: str = Field("text", description="Column with the text, the messages, or the completion.")
     prompt_text_column: str | None = Field(
         None, description="Column with the prompt; text_column is its completion."
+    )
+    prompt_format: str | None = Field(
+        None,
+        description="Prompt made of several columns, such as 'Q: {question} {context}'. Default: one column.",
     )
     rejected_text_column: str | None = Field(
         None,
@@ -122,28 +123,11 @@ class TrainConfig(BaseModel):
         description="Column that says whether a completion is wanted (true, 1) or not (false, 0).",
         json_schema_extra=_only("kto"),
     )
-    add_eos_token: bool = Field(
-        True,
-        description="End each document with the EOS token, and train on it.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
-    )
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
         description="What the loss sees. auto: completions and assistant turns, where rows have them; all "
         "with the default trainer.",
         json_schema_extra=_only("default", "sft", "orpo"),
-    )
-    packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
-        "auto",
-        description="bfd: documents share a sequence. wrapped: they are joined and cut into full blocks "
-        "(default, sft). none: one a row, padded. They never see each other. auto: wrapped with the default "
-        "trainer, else bfd.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
-    )
-    eval_packing: bool | None = Field(
-        None,
-        description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(int_or_list)] = (
         Field(
@@ -167,19 +151,40 @@ class TrainConfig(BaseModel):
         description="Longest completion in tokens; its start is kept.",
         json_schema_extra=_only(*PROMPT_TRAINERS),
     )
+    packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
+        "auto",
+        description="bfd: documents share a sequence. wrapped: they are joined and cut into full blocks "
+        "(default, sft). none: one a row, padded. They never see each other. auto: wrapped with the default "
+        "trainer, else bfd.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
+    )
+    add_eos_token: bool = Field(
+        True,
+        description="End each document with the EOS token, and train on it.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
+    )
     padding: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = Field(
         "right", description="Padding side of the saved tokenizer; batches in training are padded right."
     )
+    valid_fraction: Float = Field(
+        0.0, ge=0, lt=1, description="Part of the training rows held out to evaluate on; no valid_split then."
+    )
+    test_fraction: Float = Field(
+        0.0, ge=0, lt=1, description="Part of the training rows held out for the end of the run."
+    )
+    split_seed: Int = Field(
+        42, ge=0, lt=2**32, description="Seed of what is held out; apart from seed, so that runs compare."
+    )
 
-    # --- optimisation
+    # Optimisation
     lr: Float = Field(3e-5, ge=0, description="Peak learning rate.")
     epochs: Float = Field(1, gt=0, description="Passes over the training data.")
     max_steps: Int = Field(-1, ge=-1, description="Optimiser steps; overrides epochs. -1: by epochs.")
     batch_size: Int = Field(
         2, gt=0, description="Micro-batch: rows (blocks, when packed) a rank takes at a time."
     )
-    per_device_eval_batch_size: Int | None = Field(
-        None, gt=0, description="Evaluation rows a rank. Default: batch_size."
+    gradient_accumulation: Int = Field(
+        4, gt=0, description="Micro-batches a rank sums before an optimiser step."
     )
     tokens_per_batch: Int | None = Field(
         None,
@@ -187,9 +192,6 @@ class TrainConfig(BaseModel):
         description="Micro-batch by tokens: documents or pairs that have at most this many together. "
         "Replaces batch_size.",
         json_schema_extra=_only(*PLANNED_TRAINERS),
-    )
-    gradient_accumulation: Int = Field(
-        4, gt=0, description="Micro-batches a rank sums before an optimiser step."
     )
     auto_find_batch_size: bool = Field(
         False,
@@ -209,13 +211,11 @@ class TrainConfig(BaseModel):
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="Adam's first beta.")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="Adam's second beta.")
     adam_epsilon: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
+
+    # Memory and speed
     mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(none_word)] = Field(
         None, description="Compute type over float32 master weights; null: float32 throughout."
     )
-    attention: Literal[
-        "auto", "flash_attention_2", "varlen", "flex_attention", "documents", "sdpa", "eager"
-    ] = Field("auto", description="How attention is computed (docs/packing.md). auto: the fastest there is.")
-    use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
     activation_checkpointing: Annotated[
         Literal["none", "full", "selective", "offload"], BeforeValidator(checkpointing_word)
     ] = Field(
@@ -223,14 +223,17 @@ class TrainConfig(BaseModel):
         description="What is kept for the backward. none: every activation (fastest, most memory). full: a "
         "layer's input. selective: that and what attention came to. offload: as full, in host memory (GPUs).",
     )
+    attention: Literal[
+        "auto", "flash_attention_2", "varlen", "flex_attention", "documents", "sdpa", "eager"
+    ] = Field("auto", description="How attention is computed (docs/packing.md). auto: the fastest there is.")
+    use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
     torch_compile: bool = Field(False, description="Compile the repeated layers with torch.compile.")
     use_kernels: bool = Field(
         False, description="Compute with the hub's kernels where there are some (package kernels, GPUs)."
     )
     dataloader_num_workers: Int = Field(0, ge=0, description="Processes a rank uses to collate batches.")
 
-    # --- logging, evaluation, saving
-    logging_steps: Int = Field(-1, ge=-1, description="Steps between logs. -1: a fifth of the data, 1 to 25.")
+    # Evaluation and saving
     eval_strategy: Annotated[Strategy, BeforeValidator(strategy_word)] = Field(
         "epoch", description="When to evaluate, if there is a valid_split."
     )
@@ -238,6 +241,14 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Steps between evaluations (eval_strategy: steps)."
     )
     eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
+    per_device_eval_batch_size: Int | None = Field(
+        None, gt=0, description="Evaluation rows a rank. Default: batch_size."
+    )
+    eval_packing: bool | None = Field(
+        None,
+        description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
+        json_schema_extra=_only(*TRAINERS[:-1]),
+    )
     save_strategy: Annotated[Strategy | None, BeforeValidator(strategy_word)] = Field(
         None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
     )
@@ -257,17 +268,17 @@ class TrainConfig(BaseModel):
         description="End with the lowest eval_loss. Default: true where every save has its loss.",
     )
 
-    # --- peft and quantisation
+    # LoRA and quantisation
     peft: bool = Field(False, description="Train LoRA adapters instead of the whole model.")
     lora_r: Int = Field(16, gt=0, description="Rank of the LoRA matrices.")
     lora_alpha: Int = Field(32, gt=0, description="LoRA's alpha; the update is scaled by alpha / r.")
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout inside the adapters.")
-    use_dora: bool = Field(False, description="DoRA: a magnitude beside LoRA's direction (arXiv 2402.09353).")
-    use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     target_modules: Word | list[str] = Field(
         "all-linear",
         description="all-linear; names (a list, or comma-separated); or a regular expression of whole names.",
     )
+    use_dora: bool = Field(False, description="DoRA: a magnitude beside LoRA's direction (arXiv 2402.09353).")
+    use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(none_word)] = Field(
         "int4",
         description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised.",
@@ -279,7 +290,7 @@ class TrainConfig(BaseModel):
         False, description="Merge the adapter into the base model at the end, if the logits stay the same."
     )
 
-    # --- one trainer's own
+    # One trainer's own
     model_ref: str | None = Field(
         None,
         description="Reference model. Default: the base model as it was.",
@@ -330,7 +341,16 @@ class TrainConfig(BaseModel):
         0.15, gt=0, lt=1, description="Part of the tokens that is masked.", json_schema_extra=_only("mlm")
     )
 
-    # --- hub
+    # Logging and tracking
+    log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
+    logging_steps: Int = Field(-1, ge=-1, description="Steps between logs. -1: a fifth of the data, 1 to 25.")
+    run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
+    wandb_project: str | None = Field(
+        None, description="Project in wandb. Default: WANDB_PROJECT, else project_name."
+    )
+    wandb_entity: str | None = Field(None, description="Team or account in wandb. Default: WANDB_ENTITY.")
+
+    # Hub
     push_to_hub: bool = Field(False, description="Upload the final model to username/project_name, private.")
     username: str | None = Field(None, description="Account on the hub.")
     token: str | None = Field(
@@ -339,14 +359,14 @@ class TrainConfig(BaseModel):
         description="Hub token. Default: HF_TOKEN, else the file that the hub's own login wrote.",
     )
 
-    # --- how it is spread
-    unsloth: bool = Field(
-        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_only()
-    )
+    # Backend
     distributed_backend: Annotated[
         Literal["auto", "ddp", "fsdp", "deepspeed", "none"],
         BeforeValidator(lambda v: "auto" if v is None else v),
     ] = Field("auto", description="auto, ddp, fsdp, deepspeed, or none for one process.")
+    unsloth: bool = Field(
+        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_only()
+    )
 
     @property
     def sequence_length(self) -> int:
@@ -409,3 +429,14 @@ def acts_for(field: str) -> tuple[str, ...]:
     """The trainers for which a field does something."""
     extra = TrainConfig.model_fields[field].json_schema_extra
     return tuple(extra["trainers"]) if isinstance(extra, dict) else TRAINERS  # type: ignore[arg-type]
+
+
+def sections() -> list[tuple[str, list[str]]]:
+    """Return the fields in the order of the documentation, by section: (title, names)."""
+    titles = {first: title for title, first in SECTIONS.items()}
+    found: list[tuple[str, list[str]]] = []
+    for name in TrainConfig.model_fields:
+        if name in titles:
+            found.append((titles[name], []))
+        found[-1][1].append(name)
+    return found

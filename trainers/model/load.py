@@ -13,7 +13,7 @@ from trainers.model.activation_checkpointing import checkpoint_layers
 from trainers.model.attention import choose_attention, implementation
 from trainers.model.compilation import compile_layers
 from trainers.model.padding_free import flatten_body
-from trainers.model.quantization import compute_dtype, quantization_config
+from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class, model_config, source_arguments
 from trainers.model.tokenizer import tokenizer_of
 from trainers.rank.process import rank
@@ -90,6 +90,8 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         raise ConfigError(f"base_model: {name} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    if config.quantization == "int4":
+        keep_layout(model)
     if config.trainer == "reward":
         _draw_head(model, info["missing_keys"], config.seed)
     fit_vocabulary(model, tokenizer, config.seed)

@@ -8,7 +8,7 @@ from trainers.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -34,3 +34,16 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
     if config.trainer == "reward":  # the new head is trained, so it stays whole
         settings["llm_int8_skip_modules"] = ["score", "classifier", "lm_head"]
     return BitsAndBytesConfig(**settings)
+
+
+def keep_layout(model: PreTrainedModel) -> None:
+    """Keep the 4-bit weights in the layout that can be trained, saved and dequantised.
+
+    On CPUs with avx512_bf16 bitsandbytes (0.50) packs them anew in the first forward of an evaluation. That
+    layout has no backward: training after it goes on with wrong gradients, and a save of ZeRO-3 fails.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

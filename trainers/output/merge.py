@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.schema import TrainConfig
 from trainers.model.load import fit_vocabulary
-from trainers.model.quantization import compute_dtype, quantization_config
+from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         kwargs["quantization_config"] = quantization_config(config)
         kwargs["device_map"] = {"": "cpu"}  # whole again, it may be larger than a GPU
     base = model_class(config).from_pretrained(config.model, **kwargs)
+    if config.quantization == "int4":
+        keep_layout(base)
     fit_vocabulary(base, tokenizer, config.seed)
     return base
 

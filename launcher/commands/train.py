@@ -1,0 +1,67 @@
+"""`phalanx train`: checks a config, starts the ranks, and watches them to their end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.parser import add_config_flags
+from trainers.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+    from launcher.plan.topology import Topology
+
+HELP = "check a config, start the ranks, and watch them"
+USAGE = "config.yaml [--flag VALUE ...]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    add_config_flags(parser)
+
+
+def run(config: Path | None, **flags: Any) -> int:
+    from launcher.config import load_run
+    from launcher.plan import topology
+    from launcher.slurm import job
+    from launcher.supervise import machines
+
+    described = job.resumed_by_slurm(load_run(config, flags))
+    try:
+        return _train(described, topology.resolve_topology(described.launch, topology.detect_hardware()))
+    except machines.AnotherRefused:
+        raise
+    except Exception as error:
+        message, (number, count) = described.located(str(error)), job.this_node()
+        if count > 1:
+            machines.refuse(described.folder, number, job.this_start(), message)
+        if isinstance(error, ConfigError):
+            raise ConfigError(message) from None
+        raise
+
+
+def _train(run: Run, layout: Topology) -> int:
+    from launcher.plan import backend, command, preflight, resume_layout
+    from launcher.supervise import supervisor
+    from launcher.supervise.signals import Signals
+    from trainers.storage.data_cache import cache_root
+
+    with Signals() as signals:  # a warning of the job's end may come at any moment
+        chosen = backend.resolve_backend(run, layout)
+        preflight.preflight(run)
+        cache_root()  # not on a login node: the disk of a node may be another
+        run = resume_layout.fitted(run, layout, chosen)
+        for note in run.settings.notes:
+            print(f"note: {note}")
+        where = "GPU" if layout.on_gpu else "CPU"
+        print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
+        if layout.num_machines > 1:
+            for variable, name in command.socket_interfaces(layout, os.environ).items():
+                print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
+        code = supervisor.train(run, layout, chosen, signals)
+    if code == 0 and layout.machine_rank == 0:
+        print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
+    return code

@@ -1,0 +1,121 @@
+"""Flags: one for each field of the config, grouped as in the docs; and the parser that reads them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+from trainers.config.errors import USAGE_ERROR
+from trainers.config.names import ALIASES, SWITCHES
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+BOOLEAN = "true|false"
+# How help shows a value that is no choice of words.
+KINDS = {int: "N", float: "X", str: "TEXT"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest valid flag, and ends with the exit code of a user's mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        if unknown != message and unknown.startswith("--"):
+            close = difflib.get_close_matches(unknown, self._flags(), n=1)
+            message += f" (did you mean {close[0]}?)" if close else ""
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+    def _flags(self) -> list[str]:
+        """Return every flag of this parser and its commands; argparse reports an unknown one from the top."""
+        found: list[str] = []
+        for action in self._actions:
+            found += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                found += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return found
+
+
+def add_config_flags(parser: argparse.ArgumentParser, slurm: bool = False) -> None:
+    """Add a flag for each field of the schema, and hidden ones for the names that other tools use.
+
+    `--lr`, `--learning-rate` and `--learning_rate` all work; help shows the first.
+    """
+    from launcher.config import LaunchConfig, SlurmConfig
+    from trainers.config.schema import TrainConfig, sections
+
+    others: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        others.setdefault(name, []).append(alias)
+    groups = [
+        (title, {name: TrainConfig.model_fields[name] for name in names}) for title, names in sections()
+    ]
+    groups.append(("Launch", LaunchConfig.model_fields))
+    if slurm:
+        groups.append(("SLURM", SlurmConfig.model_fields))
+    for title, fields in groups:
+        group = parser.add_argument_group(title)
+        for name, field in fields.items():
+            _add_flag(group, name, field, _help(field))
+            for alias in others.get(name, ()):
+                _add_flag(group, alias, field, argparse.SUPPRESS)
+    for switch in SWITCHES:
+        for spelling in _spellings(switch):
+            parser.add_argument(
+                spelling,
+                dest=switch,
+                nargs="?",
+                const="true",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+
+
+def _add_flag(group: Any, name: str, field: FieldInfo, text: str) -> None:
+    """Add a flag, and its spelling with underscores, which help does not show."""
+    words = list(values_of(field.annotation))
+    # --peft is --peft true, as in AutoTrain.
+    more: dict[str, Any] = {"nargs": "?", "const": "true"} if BOOLEAN in words else {}
+    for shown, spelling in zip((text, argparse.SUPPRESS), _spellings(name), strict=False):
+        action = group.add_argument(
+            spelling, dest=name, default=argparse.SUPPRESS, metavar="|".join(words), help=shown, **more
+        )
+        choices = [choice for word in words for choice in word.split("|") if word not in KINDS.values()]
+        action.completer = lambda choices=choices, **_: choices  # argcomplete's name for it
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
+
+
+def _help(field: FieldInfo) -> str:
+    text, default = field.description or "", field.default
+    if default not in (None, ""):
+        text += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+    return text.replace("%", "%%")
+
+
+def values_of(annotation: Any) -> Iterator[str]:
+    """Yield how help shows the values of a type: the words of a choice; N, X or TEXT for anything else.
+
+    Literal["fp16", "bf16"] | None -> fp16, bf16, none
+    """
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from values_of(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        parts = [word for part in get_args(annotation) for word in values_of(part)]
+        # none is a choice among words; where a number or text may be left out, the description says so.
+        only_kinds = set(parts) <= {"none", *KINDS.values()}
+        yield from dict.fromkeys(word for word in parts if not (word == "none" and only_kinds))
+    elif origin is Literal:
+        yield from (str(choice) for choice in get_args(annotation))
+    elif origin is list:
+        yield ",".join([*values_of(get_args(annotation)[0]), "..."])
+    elif annotation is NoneType:
+        yield "none"
+    else:
+        yield BOOLEAN if annotation is bool else KINDS[annotation]
