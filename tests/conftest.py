@@ -17,7 +17,7 @@ from ranks import Bench, environment, kept_warm
 
 from launcher.plan import backend, topology
 from launcher.plan.topology import Hardware
-from trainers.rank.import_environment import KEPT
+from trainers.rank.protocol import WARM
 from trainers.rank.signals import SIGNALS
 
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def bench(
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environ = environment(root / "cache")
     with kept_warm(root, environ) as path:
-        yield Bench(root, tiny_model, tiny_masked_model, environ | {KEPT: path})
+        yield Bench(root, tiny_model, tiny_masked_model, environ | {WARM: path})
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from launcher.plan.memory import predict_bytes_per_rank
 from launcher.plan.topology import Hardware, Topology, resolve_topology
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.rank.protocol import AttemptFiles
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SHIPPED
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -282,14 +283,14 @@ def test_a_relative_pointer_is_a_mistake_of_ours(resolve: Resolve) -> None:
     ],
 )
 def test_command(resolve: Resolve, name: str, hardware: Hardware, flags: dict[str, Any]) -> None:
-    argv = build_command(*resolve(hardware, **flags), HERE)
+    argv = build_command(*resolve(hardware, **flags), AttemptFiles(HERE))
     assert argv[0] == sys.executable
     same_as_golden(f"{name}.txt", "\n".join(["python", *argv[1:]]) + "\n")
 
 
 def test_more_ranks_than_cores_get_a_thread_each(resolve: Resolve) -> None:
     run, topology, chosen = resolve(num_processes=16, distributed_backend="ddp")
-    argv = build_command(run, topology, chosen, HERE)
+    argv = build_command(run, topology, chosen, AttemptFiles(HERE))
     assert argv[argv.index("--num_cpu_threads_per_process") + 1] == "1"
 
 

@@ -31,6 +31,7 @@ from trainers.config.file import load_settings, write_effective
 from trainers.config.schema import TrainConfig
 from trainers.rank import process
 from trainers.rank.failures import BatchTooLarge, ran_out_of_memory, taking_batches
+from trainers.rank.protocol import AttemptFiles
 from trainers.storage import run_folder
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
@@ -257,7 +258,7 @@ def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
     """The rank that lost its peer may be killed by its own watchdog, and note an error of any text."""
     note(tmp_path, 0, 1.0, RUN_FAILED, "RuntimeError", "a collective timed out")
     note(tmp_path, 1, 2.0, OUT_OF_MEMORY, "BatchTooLarge", CUDA)
-    failure = diagnose(Outcome(tmp_path, 1, exits={0: -signal.SIGABRT, 1: 1}))
+    failure = diagnose(Outcome(AttemptFiles(tmp_path), 1, exits={0: -signal.SIGABRT, 1: 1}))
     assert (failure.rank, failure.code, failure.of_batches) == (1, OUT_OF_MEMORY, True)
     assert failure.reason == f"BatchTooLarge: {CUDA}"
 
@@ -302,9 +303,7 @@ def launched(
         hold: float = 0.0,
     ) -> int:
         stands_for = [sys.executable, "-c", LAUNCH, json.dumps([fits, codes, kind, step, hold])]
-        monkeypatch.setattr(
-            attempt, "build_command", lambda *given: [*stands_for, str(given[-1] / "config.json")]
-        )
+        monkeypatch.setattr(attempt, "build_command", lambda *given: [*stands_for, str(given[-1].config)])
         argv = ["llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run", *flags]
         argv += ["--data-path", "data", "--num-processes", "2", "--distributed-backend", "ddp"]
         try:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from trainers.config.errors import ConfigError
+from trainers.rank.protocol import WAITS
 from trainers.storage import data_cache
-from trainers.storage.data_cache import WAITS, cache_root, make_once, tell_prepared, wait_for_machine_0
+from trainers.storage.data_cache import cache_root, make_once, tell_prepared, wait_for_machine_0
 
 
 def fill(folder: Path) -> None:

@@ -41,6 +41,7 @@ from trainers.config.errors import (
 from trainers.rank import process
 from trainers.rank.failures import BatchTooLarge, NotFinite, code_of, disk_is_full, is_lost_peer
 from trainers.rank.heartbeat import STEP, Beat
+from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import SIGNALS
 
 PAGE = Path(__file__).parent.parent / "docs" / "exit-codes.md"
@@ -220,7 +221,7 @@ def note(folder: Path, number: int, error: Exception, time: float) -> None:
 
 
 def diagnosed(folder: Path, exits: dict[int, int], hang: Hang | None = None, code: int = 1) -> Failure:
-    return diagnose(Outcome(folder, code, exits, hang))
+    return diagnose(Outcome(AttemptFiles(folder), code, exits, hang))
 
 
 OOM = BatchTooLarge("CUDA out of memory.")
@@ -367,7 +368,9 @@ Root Cause (first observed failure):
   traceback : Signal 9 (SIGKILL) received by PID 4712
 ============================================================
 """
-    launch = AccelerateLaunch([sys.executable, "-c", f"print({summary!r})"], os.environ, tmp_path)
+    launch = AccelerateLaunch(
+        [sys.executable, "-c", f"print({summary!r})"], os.environ, AttemptFiles(tmp_path)
+    )
     while (code := launch.wait(1.0)) is None:
         pass
     assert (code, launch.exits()) == (0, {1: -9})
@@ -430,7 +433,7 @@ def reported(
     shown: int = 0,
     lines: tuple[str, ...] = (),
 ) -> list[str]:
-    assert report(failure, folder, shown, lines) == failure.code
+    assert report(failure, AttemptFiles(folder), shown, lines) == failure.code
     out, err = capsys.readouterr()
     assert out == ""
     return err.splitlines()

@@ -17,7 +17,8 @@ import pytest
 from launcher.supervise import hangs
 from launcher.supervise.hangs import find_hang, limit, make_beats_folder
 from trainers.rank import heartbeat
-from trainers.rank.heartbeat import FOLDER, STEP, Beat, Heart, read_beat
+from trainers.rank.heartbeat import STEP, Beat, Heart, read_beat
+from trainers.rank.protocol import BEATS, AttemptFiles
 
 PATIENCE = 20.0  # a limit, not a measurement
 
@@ -35,7 +36,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heart]:
     """Rank 3's, whose thread beats a hundred times a second; it is not started yet."""
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(BEATS, str(tmp_path))
     monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
     made = Heart()
     yield made
@@ -84,7 +85,7 @@ def test_a_step_is_a_beat_that_says_how_far_the_rank_is(heart: Heart, last: Call
 
 
 def test_without_a_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.delenv(BEATS, raising=False)
     heart = Heart()
     heart.start(3)
     heart.stepped(1)
@@ -197,7 +198,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
     after = last()
     assert before.time <= after.time <= time.monotonic()
     assert 0 <= after.step_seconds < PATIENCE
-    assert find_hang(tmp_path, {3: os.getpid()}, 60.0, tmp_path) is None
+    assert find_hang(tmp_path, {3: os.getpid()}, 60.0, AttemptFiles(tmp_path)) is None
 
 
 # --------------------------------------------------------------------------------------- who hangs
@@ -256,7 +257,7 @@ class Ranks:
         (self.folder / f"rank-{rank}").write_bytes(raw)
 
     def find(self, pids: dict[int, int], timeout: float | None = None) -> hangs.Hang | None:
-        return find_hang(self.folder, pids, timeout, self.folder)
+        return find_hang(self.folder, pids, timeout, AttemptFiles(self.folder))
 
     def named(self, pids: dict[int, int]) -> int:
         found = self.find(pids)
@@ -295,11 +296,11 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
     awake = wakefulness.look()
     assert ranks.find(pids) is not None, "without it, both are silent for an hour"
-    assert find_hang(ranks.folder, pids, None, ranks.folder, awake) is None
+    assert find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake) is None
     for _ in range(10):
         now += hangs.SHORTEST / 5
         assert wakefulness.look() == awake, "looks that are a little apart are no pause"
-    hang = find_hang(ranks.folder, pids, None, ranks.folder, awake)
+    hang = find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake)
     assert hang is not None and hang.rank == 1
 
 

@@ -40,8 +40,9 @@ from trainers.config.errors import (
     USAGE_ERROR,
 )
 from trainers.rank.heartbeat import STEP, Beat
+from trainers.rank.protocol import LAUNCH, AttemptFiles
 from trainers.storage.manifest import MANIFEST
-from trainers.storage.run_folder import LAUNCH, InUse
+from trainers.storage.run_folder import InUse
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Life:
                 (folder / f"rank-{rank}.stopped.json").write_text(text)
         if end.received is not None:
             self.signals.received = end.received
-        return Outcome(folder, end.code, end.exits, end.hang)
+        return Outcome(AttemptFiles(folder), end.code, end.exits, end.hang)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from launcher.slurm.job import ENDED
 from launcher.slurm.journal import last_job
 from launcher.slurm.run_state import find_runs, state_of
 from trainers.config.errors import ConfigError
-from trainers.storage.run_folder import LAUNCH
+from trainers.rank.protocol import attempts, rank_logs
 
 HELP = "print the log of a rank"
 USAGE = "RUN|JOB [--rank N] [--follow]"
@@ -67,16 +67,8 @@ def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
 
 
 def _newest_log(folder: Path, rank: int) -> Path | None:
-    found = [
-        path
-        for pattern in ("attempt-*", "attempt-*/machine-*")
-        for path in (folder / LAUNCH).glob(f"{pattern}/rank-{rank}.log")
-    ]
-    return max(found, key=lambda path: _attempt_of(folder, path), default=None)
-
-
-def _attempt_of(folder: Path, log: Path) -> int:
-    return int(log.relative_to(folder / LAUNCH).parts[0].removeprefix("attempt-"))
+    newest_first = (attempt for _, attempt in sorted(attempts(folder).items(), reverse=True))
+    return next((log for attempt in newest_first for log in rank_logs(attempt, rank)), None)
 
 
 def _goes_on(folder: Path) -> bool:

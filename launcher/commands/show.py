@@ -19,9 +19,10 @@ from launcher.plan.command import build_command
 from launcher.plan.preflight import preflight
 from launcher.plan.topology import Topology
 from launcher.slurm.request import sbatch_argv
-from launcher.supervise.attempt import attempt_folder
+from launcher.supervise.attempt import attempt_files
 from trainers.config.errors import ConfigError
 from trainers.config.schema import MODULES
+from trainers.rank.protocol import AttemptFiles
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SLURM_SCRIPTS
 
 HELP = "dry run: the effective config, the backend and why, the files and the command"
@@ -53,9 +54,9 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
     """
     backend = resolve_backend(run, topology)
     preflight(run)
-    folder = attempt_folder(run, topology)
-    argv = build_command(run, topology, backend, folder)
-    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
+    files = attempt_files(run, topology)
+    argv = build_command(run, topology, backend, files)
+    accelerate = build_accelerate_config(backend, topology, run.launch, files.deepspeed_config)
     values = run.settings.public()
     launch = run.launch.model_dump()
     return {
@@ -70,7 +71,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
         },
         "accelerate_config": accelerate,
         "deepspeed_config": build_deepspeed_config(backend),
-        "folder": str(folder),
+        "folder": str(files.folder),
         "command": argv,
         "by_hand": [
             "accelerate", "launch", "--config_file", str(backend.template),
@@ -95,18 +96,18 @@ def render(plan: dict[str, Any]) -> str:
             lines.append(f"{name:<{width}}  {_word(entry['value']):<24}  {entry['source']}")
     if plan["notes"]:
         lines += ["", "# notes", *plan["notes"]]
-    ranks = plan["ranks"]
+    ranks, files = plan["ranks"], AttemptFiles(Path(plan["folder"]))
     lines += [
         "",
         "# backend",
         f"{plan['backend']['name']}: {plan['backend']['reason']}",
         f"{ranks['num_processes']} rank(s) on {ranks['num_machines']} machine(s), {ranks['device']}",
         "",
-        f"# {plan['folder']}/accelerate.yaml",
+        f"# {files.accelerate_config}",
         yaml.safe_dump(plan["accelerate_config"], sort_keys=False).rstrip(),
     ]
     if plan["deepspeed_config"]:
-        lines += ["", f"# {plan['folder']}/deepspeed.json"]
+        lines += ["", f"# {files.deepspeed_config}"]
         lines.append(yaml.safe_dump(plan["deepspeed_config"], sort_keys=False).rstrip())
     lines += ["", "# command", shlex.join(plan["command"])]
     lines += ["", "# the same by hand", shlex.join(plan["by_hand"])]

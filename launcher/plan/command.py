@@ -10,26 +10,26 @@ from launcher.config import Run
 from launcher.plan.backend import Backend
 from launcher.plan.topology import LOOPBACK, Topology, interface_to
 from trainers.config.schema import MODULES
-from trainers.rank.signals import JOB_END
+from trainers.rank.protocol import JOB_END, LIVE, LOG_DIR, AttemptFiles
 
 ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
 
 
-def build_command(run: Run, topology: Topology, backend: Backend, folder: Path) -> list[str]:
-    """argv of the launch whose files lie in `folder` (accelerate.yaml, config.json)."""
+def build_command(run: Run, topology: Topology, backend: Backend, files: AttemptFiles) -> list[str]:
+    """argv of the launch with these files."""
     argv = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(folder / "accelerate.yaml"),
+        str(files.accelerate_config),
     ]
     if topology.num_machines > 1:
         # In the YAML these two have no effect (accelerate 1.15): the parser's defaults win.
         argv += ["--rdzv_backend", "static", "--same_network"]
     argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
-    argv += ["--log_dir", str(folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
-    return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(folder / "config.json")]
+    argv += ["--log_dir", str(files.folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
+    return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(files.config)]
 
 
 def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:
@@ -70,11 +70,11 @@ def build_environment(
     if topology.on_gpu and topology.num_processes == 1:
         # A single process that sees several GPUs would be wrapped in nn.DataParallel, which TRL refuses.
         environment["CUDA_VISIBLE_DEVICES"] = base.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment["PHALANX_LOG_DIR"] = str(logs)
+    environment[LOG_DIR] = str(logs)
     # accelerate leaves it to torchrun for deepspeed, which sets 1: a rank on a CPU would have one thread.
     environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(topology)))
     environment |= socket_interfaces(topology, base)
-    environment["PHALANX_LIVE"] = "1" if live_terminal else "0"
+    environment[LIVE] = "1" if live_terminal else "0"
     if job_end is not None:
         environment[JOB_END] = str(job_end)
     if run.train.token:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from trainers.storage.run_folder import LAUNCH
+from trainers.rank.protocol import LAUNCH
 
 JOBS = f"{LAUNCH}/jobs.jsonl"  # oldest first
 

@@ -12,8 +12,9 @@ from typing import Any
 from launcher.slurm.job import NoAnswer, NoSlurm, facts
 from launcher.slurm.journal import JOBS, ended, jobs, last_job
 from trainers.config.errors import ConfigError
+from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
-from trainers.storage.run_folder import LAUNCH, PROGRESS, RECORD, holder, holds_run
+from trainers.storage.run_folder import PROGRESS, RECORD, holder, holds_run
 
 AT_WORK = ("RUNNING", "COMPLETING")
 UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
@@ -61,8 +62,9 @@ def read_status(folder: Path, job: str | None = None) -> Status:
     progress = _progress(folder)
     job = job or last_job(folder)
     state, reason, requeues = state_of(folder, job)
-    attempts = len([path for path in (folder / LAUNCH).glob("attempt-*") if path.is_dir()])
-    return Status(str(folder), state, job, reason, attempts=attempts, requeues=requeues, **progress)
+    return Status(
+        str(folder), state, job, reason, attempts=len(attempts(folder)), requeues=requeues, **progress
+    )
 
 
 def _progress(folder: Path) -> dict[str, Any]:

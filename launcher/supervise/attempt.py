@@ -1,7 +1,6 @@
 """One attempt: writes its files, starts the ranks with its own rendezvous, and watches them to their end.
 
-<project_name>/launch/attempt-K/  accelerate.yaml deepspeed.json config.json command.txt launcher.log
-                                  rank-N.log .pid .stack, and .done, .error.json or .stopped.json at its end
+The names of the files are those of rank/protocol.py.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from launcher.plan.command import build_command
 from launcher.plan.topology import Topology
 from launcher.supervise.hangs import Hang
 from trainers.config.file import write_effective
-from trainers.storage.run_folder import LAUNCH
+from trainers.rank.protocol import AttemptFiles, attempt_folder, began, machine_folder
 
 
 @dataclass
 class Outcome:
     """How an attempt ended."""
 
-    folder: Path
+    files: AttemptFiles
     code: int
     exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, of those not killed by us
     hang: Hang | None = None
@@ -42,33 +41,30 @@ class Outcome:
 def next_attempt(folder: Path) -> int:
     """The number of the next free `launch/attempt-K`."""
     number = 1
-    while _holds_attempt(folder / LAUNCH / f"attempt-{number}"):
+    while began(attempt_folder(folder, number)):
         number += 1
     return number
 
 
-def _holds_attempt(folder: Path) -> bool:
-    return any(True for mark in ("command.txt", "machine-*/command.txt") for _ in folder.glob(mark))
-
-
-def attempt_folder(run: Run, topology: Topology, number: int | None = None) -> Path:
-    """`launch/attempt-K`, the next free one if no number is given; per machine where there are several."""
-    part = f"machine-{topology.machine_rank}" if topology.num_machines > 1 else ""
-    return (run.folder / LAUNCH / f"attempt-{number or next_attempt(run.folder)}" / part).resolve()
+def attempt_files(run: Run, topology: Topology, number: int | None = None) -> AttemptFiles:
+    """Return the files of an attempt on this machine; of the next free one if no number is given."""
+    folder = attempt_folder(run.folder, number or next_attempt(run.folder)).resolve()
+    several = topology.num_machines > 1
+    return AttemptFiles(machine_folder(folder, topology.machine_rank) if several else folder)
 
 
 def prepare(
     run: Run, topology: Topology, backend: Backend, number: int | None = None
-) -> tuple[Path, list[str]]:
-    """Writes the files of an attempt; returns their folder and the argv."""
-    folder = attempt_folder(run, topology, number)
-    folder.mkdir(parents=True, exist_ok=True)
+) -> tuple[AttemptFiles, list[str]]:
+    """Writes the files of an attempt; returns them and the argv."""
+    files = attempt_files(run, topology, number)
+    files.folder.mkdir(parents=True, exist_ok=True)
     deepspeed = build_deepspeed_config(backend)
     if deepspeed is not None:
-        (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
-    accelerate = build_accelerate_config(backend, topology, run.launch, folder / "deepspeed.json")
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
-    write_effective(run.settings, folder / "config.json")
-    argv = build_command(run, topology, backend, folder)
-    (folder / "command.txt").write_text(shlex.join(argv) + "\n", encoding="utf-8")
-    return folder, argv
+        files.deepspeed_config.write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    accelerate = build_accelerate_config(backend, topology, run.launch, files.deepspeed_config)
+    files.accelerate_config.write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
+    write_effective(run.settings, files.config)
+    argv = build_command(run, topology, backend, files)
+    files.command.write_text(shlex.join(argv) + "\n", encoding="utf-8")
+    return files, argv

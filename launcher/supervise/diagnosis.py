@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launcher.supervise.attempt import Outcome
 from trainers.config.errors import (
@@ -24,6 +20,7 @@ from trainers.config.errors import (
     USAGE_ERROR,
 )
 from trainers.rank.failures import BatchTooLarge
+from trainers.rank.protocol import AttemptFiles, ErrorNote, read_notes
 
 LOG_LINES = 25  # of a failed rank's log that are shown
 STACK_LINES = 12
@@ -98,15 +95,15 @@ def diagnose(outcome: Outcome) -> Failure:
     Memory that ran out is a cause, never a consequence. A rank that was killed from outside, or hangs, comes
     before the errors that its peers report.
     """
-    notes = read_notes(outcome.folder, "error")
-    notes.sort(key=lambda note: (note["peer_lost"], note["time"]))
-    short = [note for note in notes if note["code"] == OUT_OF_MEMORY]
+    notes = read_notes(outcome.files.folder, ErrorNote)
+    notes.sort(key=lambda note: (note.peer_lost, note.time))
+    short = [note for note in notes if note.code == OUT_OF_MEMORY]
     if short:
         return _noted(short[0])
     if outcome.hang is not None:
         hang = outcome.hang
         return Failure(hang.rank, hang.reason, HUNG, stack=hang.stack, waits=hang.waits)
-    own = [note for note in notes if not note["peer_lost"]]
+    own = [note for note in notes if not note.peer_lost]
     for rank, code in outcome.exits.items():
         # After an error of a rank its peers may be aborted, by NCCL's watchdog or by torchrun; the launcher
         # knows the order of the ends of forked ranks.
@@ -129,26 +126,17 @@ def diagnose(outcome: Outcome) -> Failure:
     return Failure(None, "it ended before a rank could say why; its log is above", RUN_FAILED)
 
 
-def read_notes(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """What the ranks left there: `error` or `stopped` (trainers/rank/process.py)."""
-    found = []
-    for path in folder.glob(f"rank-*.{kind}.json"):
-        with contextlib.suppress(ValueError):  # a full disk cut it off
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found
+def _noted(note: ErrorNote) -> Failure:
+    """What the note of a rank says."""
+    if note.code == USAGE_ERROR:
+        return Failure(note.rank, note.message, USAGE_ERROR)
+    first = next(iter(note.message.strip().splitlines()), "")
+    repeats = note.code == RUN_FAILED and note.type in _OF_THE_CODE
+    of_batches = note.type == BatchTooLarge.__name__
+    return Failure(note.rank, f"{note.type}: {first}", note.code, of_batches, repeats)
 
 
-def _noted(note: dict[str, Any]) -> Failure:
-    """What the note of a rank (trainers/rank/process.py) says."""
-    kind, code = note["type"], note["code"]
-    if code == USAGE_ERROR:
-        return Failure(note["rank"], note["message"], USAGE_ERROR)
-    first = next(iter(note["message"].strip().splitlines()), "")
-    repeats = code == RUN_FAILED and kind in _OF_THE_CODE
-    return Failure(note["rank"], f"{kind}: {first}", code, kind == BatchTooLarge.__name__, repeats)
-
-
-def report(failure: Failure, folder: Path, shown: int, lines: Sequence[str] = ()) -> int:
+def report(failure: Failure, files: AttemptFiles, shown: int, lines: Sequence[str] = ()) -> int:
     """Prints what went wrong, last things last, and returns the exit code.
 
     `shown` is the rank whose log the terminal has already; `lines` say what else to do.
@@ -156,7 +144,7 @@ def report(failure: Failure, folder: Path, shown: int, lines: Sequence[str] = ()
     if failure.code == USAGE_ERROR:
         print(f"error: {failure.reason}", file=sys.stderr)
         return USAGE_ERROR
-    log = folder / ("launcher.log" if failure.rank is None else f"rank-{failure.rank}.log")
+    log = files.launcher_log if failure.rank is None else files.rank(failure.rank).log
     if log.exists() and failure.rank != shown:
         print(f"--- end of {log}", file=sys.stderr)
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
@@ -167,6 +155,6 @@ def report(failure: Failure, folder: Path, shown: int, lines: Sequence[str] = ()
             print(f"    {line.strip()}", file=sys.stderr)
     print(f"error: {failure.line}", file=sys.stderr)
     mend = CLASSES[failure.code][2]
-    for line in (*([mend] if mend else []), *lines, f"logs of all ranks: {folder}"):
+    for line in (*([mend] if mend else []), *lines, f"logs of all ranks: {files.folder}"):
         print(f"       {line}", file=sys.stderr)
     return failure.code

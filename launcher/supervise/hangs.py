@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.rank.heartbeat import Beat, read_beat
+from trainers.rank.heartbeat import Beat, beat_file, read_beat
+from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import STACK_SIGNAL
 
 SHORTEST = 60.0  # seconds; the default timeout is never below
@@ -79,7 +80,7 @@ class Wakefulness:
 
 
 def find_hang(
-    beats: Path, ranks: Mapping[int, int], timeout: float | None, logs: Path, awake: float = 0.0
+    beats: Path, ranks: Mapping[int, int], timeout: float | None, files: AttemptFiles, awake: float = 0.0
 ) -> Hang | None:
     """The rank that hangs, if one has not beaten for `timeout` seconds; `ranks` is rank -> pid.
 
@@ -88,14 +89,14 @@ def find_hang(
     What was before `awake` does not count: nobody ran then.
     """
     now = time.monotonic()
-    last = {rank: beat for rank in ranks if (beat := read_beat(beats / f"rank-{rank}")) is not None}
+    last = {rank: beat for rank in ranks if (beat := read_beat(beat_file(beats, rank))) is not None}
     silent = {rank: now - max(beat.time, awake) for rank, beat in last.items()}
     suspects = [rank for rank, beat in last.items() if silent[rank] > limit(beat, timeout)]
     if not suspects:
         return None
     stopped = {rank: _is_stopped(ranks[rank]) for rank in last}
     suspects += [rank for rank in last if stopped[rank] and rank not in suspects]
-    stacks = _stacks(ranks, logs)
+    stacks = _stacks(ranks, files)
     rank = min(
         suspects,
         key=lambda r: (
@@ -124,9 +125,9 @@ def _is_stopped(pid: int) -> bool:
     return text.rpartition(") ")[2][:1] in ("T", "t")
 
 
-def _stacks(ranks: Mapping[int, int], logs: Path) -> dict[int, str]:
+def _stacks(ranks: Mapping[int, int], attempt: AttemptFiles) -> dict[int, str]:
     """The Python stacks, written by faulthandler inside each rank; a stopped one goes on to do so."""
-    files = {rank: logs / f"rank-{rank}.stack" for rank in ranks}
+    files = {rank: attempt.rank(rank).stack for rank in ranks}
     for pid in ranks.values():
         for number in (STACK_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):

@@ -16,9 +16,9 @@ from typing import Protocol
 from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
 from trainers.rank.process import die_with_parent
+from trainers.rank.protocol import AttemptFiles
 
 POLL_SECONDS = 0.1
-WORDS = ("done", "error.json", "stopped.json")  # what a rank leaves that ends by itself
 # torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
 _SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
 
@@ -42,10 +42,10 @@ class Launch(Protocol):
 class AccelerateLaunch:
     """Ranks started by `accelerate launch`, which is a process of its own above them."""
 
-    def __init__(self, argv: list[str], environ: Mapping[str, str], folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, argv: list[str], environ: Mapping[str, str], files: AttemptFiles) -> None:
+        self.files = files
         self.killed: set[int] = set()  # ranks that we have killed
-        with (folder / "launcher.log").open("wb") as log:
+        with files.launcher_log.open("wb") as log:
             self.process = subprocess.Popen(
                 argv,
                 env=dict(environ),
@@ -57,12 +57,7 @@ class AccelerateLaunch:
             )
 
     def ranks(self) -> dict[int, int]:
-        found = {}
-        for path in self.folder.glob("rank-*.pid"):
-            text = path.read_text(encoding="utf-8")
-            if text and self._is_rank(int(text)):
-                found[int(path.stem.partition("-")[2])] = int(text)
-        return found
+        return {rank: pid for rank, pid in self.files.pids().items() if self._is_rank(pid)}
 
     def wait(self, seconds: float) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -70,7 +65,7 @@ class AccelerateLaunch:
         self._end_what_waits()
         if self.process.returncode is not None:
             self.kill()  # no process stays behind
-            shutil.rmtree(self.folder / ELASTIC, ignore_errors=True)
+            shutil.rmtree(self.files.folder / ELASTIC, ignore_errors=True)
         return self.process.returncode
 
     def _end_what_waits(self) -> None:
@@ -78,22 +73,18 @@ class AccelerateLaunch:
 
         torchrun asks them to end with SIGTERM, and gives those that wait for the dead one 30 s.
         """
-        alive, pids = self.ranks(), self.folder.glob("rank-*.pid")
-        gone = {int(path.stem.partition("-")[2]) for path in pids if path.stat().st_size} - alive.keys()
-        if any(not self._left_word(rank) for rank in gone):
+        alive = self.ranks()
+        gone = self.files.pids().keys() - alive.keys()
+        if any(not self.files.rank(rank).ended_by_itself for rank in gone):
             for rank, pid in alive.items():
                 self.killed.add(rank)
                 _kill(pid)
-
-    def _left_word(self, rank: int) -> bool:
-        """Whether a rank has ended by itself (trainers/rank/process.py)."""
-        return any((self.folder / f"rank-{rank}.{kind}").exists() for kind in WORDS)
 
     def exits(self) -> dict[int, int]:
         """From torchrun's summary, which is there when it has ended; it ends the other ranks with SIGTERM."""
         if self.process.returncode is None:
             return {}
-        text = (self.folder / "launcher.log").read_text(encoding="utf-8", errors="replace")
+        text = self.files.launcher_log.read_text(encoding="utf-8", errors="replace")
         codes = {int(rank): int(code) for rank, code in _SUMMARY.findall(text)}
         ours = {rank for rank, code in codes.items() if -code in (signal.SIGTERM, signal.SIGINT)}
         return {rank: code for rank, code in codes.items() if rank not in ours | self.killed}
@@ -111,7 +102,7 @@ class AccelerateLaunch:
     def _is_rank(self, pid: int) -> bool:
         """Whether a pid is still our rank, and not another process that got the number."""
         try:
-            return str(self.folder / "config.json").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+            return str(self.files.config).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
 

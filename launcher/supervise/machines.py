@@ -30,8 +30,9 @@ from launcher.plan.topology import Topology
 from launcher.supervise.diagnosis import Failure
 from launcher.supervise.hangs import Wakefulness
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
+from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
 from trainers.storage.data_cache import FORGOTTEN, cache_root
-from trainers.storage.run_folder import LAUNCH, write_whole
+from trainers.storage.run_folder import write_whole
 
 JOIN_SECONDS = 600.0  # for all machines to come: environments are set up, file systems are slow
 GONE_SECONDS = 60.0  # without a sign of life; a network file system may show a file as late as that
@@ -92,7 +93,7 @@ class Machines:
     def __init__(
         self, folder: Path, topology: Topology, given_up: Callable[[], bool], start_id: str | None = None
     ) -> None:
-        self.launch, self.given_up, self.start_id = folder / LAUNCH, given_up, start_id
+        self.run_folder, self.given_up, self.start_id = folder, given_up, start_id
         self.rank, self.count = topology.machine_rank, topology.num_machines
         self.ranks = f"{topology.num_processes} ranks on {'GPUs' if topology.on_gpu else 'CPUs'}"
         self.others = [number for number in range(self.count) if number != self.rank]
@@ -189,7 +190,7 @@ class Machines:
         raise ConfigError(
             f"launch.num_machines: no sign of machine {', '.join(map(str, missing))} within "
             f"{JOIN_SECONDS:.0f} s. All {self.count} machines run the same command, each with its own "
-            f"machine_rank, and must see the same {self.launch.parent} (on a shared file system)."
+            f"machine_rank, and must see the same {self.run_folder} (on a shared file system)."
         )
 
     # ------------------------------------------------------------------------------------- an attempt
@@ -227,7 +228,7 @@ class Machines:
         """
         if self.count == 1:
             return decide([own])
-        _write(self._attempt / f"machine-{self.rank}" / "ended.json", asdict(own))
+        _write(machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
         if self.rank:
             return self._go(self._obey())
         order = decide([own, *self._await_all()])
@@ -257,7 +258,7 @@ class Machines:
             time.sleep(LOOK_SECONDS)
 
     def _ended(self, number: int) -> Ended | None:
-        return _read_ended(self._attempt / f"machine-{number}" / "ended.json")
+        return _read_ended(machine_folder(self._attempt, number) / "ended.json")
 
     def _sign(self) -> None:
         """A sign of life."""
@@ -276,7 +277,7 @@ class Machines:
             return None
         host = (_read(self._folder / f"member-{number}.json") or {}).get("host", "the first")
         reason = f"machine {number} ({host}) gave no sign of life for {now - since:.0f} s"
-        folder = str(self._attempt / f"machine-{number}")
+        folder = str(machine_folder(self._attempt, number))
         return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
 
     # ------------------------------------------------------------------------------------- folders
@@ -288,11 +289,11 @@ class Machines:
 
     @property
     def _folder(self) -> Path:
-        return self.launch / "machines"
+        return self.run_folder / LAUNCH / "machines"
 
     @property
     def _attempt(self) -> Path:
-        return self.launch / f"attempt-{self.number}"
+        return attempt_folder(self.run_folder, self.number)
 
 
 def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:

@@ -27,7 +27,7 @@ from launcher.slurm import job as slurm
 from launcher.slurm.journal import note, note_end, starts_in_vain
 from launcher.supervise import attempt
 from launcher.supervise.attempt import Outcome
-from launcher.supervise.diagnosis import Failure, diagnose, read_notes, report
+from launcher.supervise.diagnosis import Failure, diagnose, report
 from launcher.supervise.hangs import make_beats_folder
 from launcher.supervise.launches import POLL_SECONDS, AccelerateLaunch, WarmLaunch
 from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
@@ -37,10 +37,10 @@ from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
 from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.config.schema import MODULES
-from trainers.rank.heartbeat import FOLDER as BEATS
-from trainers.storage.data_cache import WAITS, cache_root
+from trainers.rank.protocol import BEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
+from trainers.storage.data_cache import cache_root
 from trainers.storage.manifest import newest_usable, step_of
-from trainers.storage.run_folder import LAUNCH, InUse, claim, hold, release
+from trainers.storage.run_folder import InUse, claim, hold, release
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
 WITHOUT_PROGRESS = 3  # attempts in a row that came no further
@@ -177,9 +177,9 @@ class Supervisor:
 
     def _attempt(self) -> Outcome:
         """Starts the ranks once, and waits for their end."""
-        folder, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
+        files, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
         live = sys.stdout.isatty()
-        environ = build_environment(self.run, self.topology, os.environ, folder, live, slurm.end_time())
+        environ = build_environment(self.run, self.topology, os.environ, files.folder, live, slurm.end_time())
         environ[BEATS] = str(self.beats)
         if self.topology.num_machines > 1:
             environ[WAITS] = "1" if self.machines.shares_cache else "0"
@@ -188,7 +188,7 @@ class Supervisor:
         for old in self.beats.iterdir():
             old.unlink()
         watcher = Watcher(
-            folder,
+            files,
             self.beats,
             self.run.launch.hang_timeout,
             first_rank(self.topology),
@@ -201,12 +201,12 @@ class Supervisor:
                     WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._needless)
                 )
             except GivenUp:
-                return Outcome(folder, RUN_FAILED, cut=not self._asked_to_stop())
+                return Outcome(files, RUN_FAILED, cut=not self._asked_to_stop())
             except Refused as why:
                 print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
                 self._drop_parent()
                 self.warm = False
-        return watcher.follow(AccelerateLaunch(argv, environ, folder))
+        return watcher.follow(AccelerateLaunch(argv, environ, files))
 
     def _asked_to_stop(self) -> bool:
         return self.signals.received is not None
@@ -233,11 +233,11 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> Ended:
         """How the attempt ended on this machine."""
-        notes = read_notes(outcome.folder, "stopped")
+        notes = read_notes(outcome.files.folder, StopNote)
         received = self.signals.received
-        number, folder, now = self.topology.machine_rank, str(outcome.folder), time.time()
+        number, folder, now = self.topology.machine_rank, str(outcome.files.folder), time.time()
         if received is not None and (outcome.code != 0 or notes):  # else it came too late: the run ended well
-            saved = next((note["saved"] for note in notes if note["saved"]), "")
+            saved = next((note.saved for note in notes if note.saved), "")
             return Ended(number, folder, now, stopped=received, saved=saved)
         failure = diagnose(outcome) if outcome.code else None
         return Ended(number, folder, now, failure)
@@ -330,5 +330,5 @@ class Supervisor:
             self._think_of_coming_back(received)
             print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
         shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
-        code = report(failure, Path(where.folder), shown, lines)
+        code = report(failure, AttemptFiles(Path(where.folder)), shown, lines)
         return code if received is None else 128 + received

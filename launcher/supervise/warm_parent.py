@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trainers.rank.import_environment import KEPT, read_by_imports
+from trainers.rank.import_environment import read_by_imports
 from trainers.rank.process import die_with_parent
+from trainers.rank.protocol import WARM
 
 
 class Refused(Exception):
@@ -35,7 +36,7 @@ class WarmParent:
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer, self.imported, self.ended = b"", False, False
         locks = [] if lock is None else [lock.fileno()]
-        kept = environ.get(KEPT)
+        kept = environ.get(WARM)
         if kept and self._joined(Path(kept), environ, log, locks):
             return
         self.socket, theirs = socket.socketpair()
@@ -61,7 +62,7 @@ class WarmParent:
             self.socket.connect(str(kept))
             socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)
         except OSError as error:
-            print(f"note: {KEPT}: {kept}: {error.strerror}; the libraries are imported anew", flush=True)
+            print(f"note: {WARM}: {kept}: {error.strerror}; the libraries are imported anew", flush=True)
             self.socket.close()
             return False
         while not (answers := self.answers(None)) and not self.ended:
@@ -69,7 +70,7 @@ class WarmParent:
         self.imported = any("imported" in answer for answer in answers)
         if not self.imported:
             why = next((answer["refused"] for answer in answers if "refused" in answer), "it ended")
-            print(f"note: {KEPT}: {why}; the libraries are imported anew", flush=True)
+            print(f"note: {WARM}: {why}; the libraries are imported anew", flush=True)
             self.socket.close()
             self.buffer, self.ended = b"", False
         return self.imported

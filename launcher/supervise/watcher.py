@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
 import sys
 import time
@@ -16,6 +14,7 @@ from launcher.supervise.attempt import Outcome
 from launcher.supervise.hangs import Wakefulness, find_hang
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
+from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
 
 GRACE_SECONDS = 3.0  # for the other ranks to say what they saw, after one failed
 
@@ -36,7 +35,7 @@ def nowhere() -> None:
 class Watcher:
     """What is looked at while an attempt runs."""
 
-    folder: Path
+    files: AttemptFiles
     beats: Path
     hang_timeout: float | None
     shown: int  # the rank whose log goes to the terminal
@@ -48,7 +47,7 @@ class Watcher:
         deadline = float("inf")
         exits: dict[int, int] = {}
         hang, cut, awake = None, False, Wakefulness()
-        with _Tail(self.folder / f"rank-{self.shown}.log") as tail:
+        with _Tail(self.files.rank(self.shown).log) as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
                 now, since = time.monotonic(), awake.look()
@@ -66,13 +65,13 @@ class Watcher:
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
-                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.folder, since)
+                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.files, since)
                 if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
             tail.show()
         if hang is None and not self.signals.twice and time.monotonic() < deadline:
             exits = launch.exits()
-        return Outcome(self.folder, code, exits, hang, cut)
+        return Outcome(self.files, code, exits, hang, cut)
 
     def _stopped_early(self) -> bool:
         """Whether a rank stopped before the ranks could agree on it, with nothing to save.
@@ -80,11 +79,9 @@ class Watcher:
         The signal may have come to that rank alone: it is then passed to the others, as if it were ours.
         """
         early = False
-        for path in self.folder.glob("rank-*.stopped.json"):
-            with contextlib.suppress(ValueError):  # it is being written
-                note = json.loads(path.read_text(encoding="utf-8"))
-                self.signals.received = self.signals.received or note["signal"]
-                early = early or not note["saved"]
+        for note in read_notes(self.files.folder, StopNote):
+            self.signals.received = self.signals.received or note.signal
+            early = early or not note.saved
         return early
 
 

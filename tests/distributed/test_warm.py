@@ -25,7 +25,7 @@ from launcher.plan.backend import resolve_backend
 from launcher.plan.command import build_command
 from launcher.plan.topology import free_port, resolve_topology
 from launcher.supervise.warm_parent import WarmParent
-from trainers.rank.import_environment import KEPT
+from trainers.rank.protocol import WARM, AttemptFiles
 
 REPO = Path(__file__).parents[2]
 THREADS = "3"  # of a rank: no machine's own default
@@ -168,7 +168,7 @@ def arguments(work: Path) -> Callable[..., list[str]]:
         deepspeed.write_text(json.dumps(build_deepspeed_config(chosen)))
         config = build_accelerate_config(chosen, topology, run.launch, deepspeed)
         (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-        argv = build_command(run, topology, chosen, folder)
+        argv = build_command(run, topology, chosen, AttemptFiles(folder))
         assert argv[:3] == LAUNCH
         argv[argv.index("--num_cpu_threads_per_process") + 1] = THREADS
         return [*argv[3:-2], "probe", str(folder), str(code), str(seconds)]
@@ -293,7 +293,7 @@ def test_ranks_do_not_outlive_their_parent(
 def kept(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of launchers for which one process is kept."""
     with kept_warm(tmp_path_factory.mktemp("kept"), environ, ["probe"]) as path:
-        yield environ | {KEPT: path}
+        yield environ | {WARM: path}
 
 
 def joined(environ: dict[str, str]) -> WarmParent:
@@ -312,7 +312,7 @@ def ends(parent: WarmParent, number: int) -> dict[int, int]:
 def test_a_kept_process_serves_launchers_side_by_side(
     kept: dict[str, str], arguments: Callable[..., list[str]], work: Path
 ) -> None:
-    assert stat.S_IMODE(Path(kept[KEPT]).stat().st_mode) & 0o077 == 0, "for its user alone"
+    assert stat.S_IMODE(Path(kept[WARM]).stat().st_mode) & 0o077 == 0, "for its user alone"
     one, two = joined(kept), joined(kept)
     assert one.process is two.process is None, "nothing is imported anew"
     try:
@@ -341,7 +341,7 @@ def test_what_imports_read_must_be_the_same(
 def test_a_kept_process_that_is_gone(
     environ: dict[str, str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parent = joined(environ | {KEPT: str(work / "gone")})
+    parent = joined(environ | {WARM: str(work / "gone")})
     parent.close()
     assert parent.process is not None
     assert "gone: No such file or directory; the libraries are imported anew" in capsys.readouterr().out

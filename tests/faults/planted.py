@@ -11,7 +11,7 @@ from typing import Any
 
 from ranks import BACKENDS, Bench, Finished
 
-from trainers.rank.import_environment import KEPT
+from trainers.rank.protocol import WARM
 
 PLANT = Path(__file__).parent / "plant"
 STEPS, EVERY = 12, 4
@@ -82,7 +82,7 @@ class Faults:
         """`kept`: the run's ranks are forked by the process that the session keeps, not by one of its own."""
         once = self.bench.root / f"{name}.once"
         planted = {"PYTHONPATH": str(PLANT), "PHALANX_FAULT": json.dumps({"once": str(once), **fault})}
-        return planted | {KEPT: self.warm if kept else ""}
+        return planted | {WARM: self.warm if kept else ""}
 
     def run(self, name: str, backend: str, *flags: str, **fault: Any) -> Finished:
         return self.bench.train(name, *self._flags(backend, flags), **self.environ(name, **fault))

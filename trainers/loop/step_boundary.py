@@ -18,7 +18,8 @@ from trainers.checkpoint.saving import Durable, StopTraining
 from trainers.rank.failures import NotFinite
 from trainers.rank.heartbeat import STEP, heart
 from trainers.rank.process import rank
-from trainers.rank.signals import JOB_END, stop
+from trainers.rank.protocol import JOB_END
+from trainers.rank.signals import stop
 from trainers.storage.manifest import read_manifest
 
 LIMIT_MARGIN = 45.0  # seconds before it, beside what a step and a save take: to agree, to end, to be requeued

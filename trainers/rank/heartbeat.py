@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = "PHALANX_BEATS"
+from trainers.rank.protocol import BEATS
+
 STEP = "step"  # the phase in which each step beats
 PERIOD = 0.5  # seconds between the beats of the thread
 _LAYOUT = struct.Struct("<dqqd32s")
@@ -37,6 +38,11 @@ class Beat:
     step: int
     step_seconds: float
     phase: str
+
+
+def beat_file(folder: Path, rank: int) -> Path:
+    """Return where a rank writes its heartbeats."""
+    return folder / f"rank-{rank}"
 
 
 def read_beat(path: Path) -> Beat | None:
@@ -65,10 +71,10 @@ class Heart:
 
     def start(self, rank: int) -> None:
         """Begins in the phase "start"."""
-        folder = os.environ.get(FOLDER)
+        folder = os.environ.get(BEATS)
         if folder is None or self.file is not None:
             return
-        with (Path(folder) / f"rank-{rank}").open("w+b") as file:
+        with beat_file(Path(folder), rank).open("w+b") as file:
             file.truncate(_LAYOUT.size)
             self.file = mmap.mmap(file.fileno(), _LAYOUT.size)
         self.enter("start")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-KEPT = "PHALANX_WARM"  # in the launcher's environment: where it listens
 # What a library reads when it is imported; a rank's own value would come too late.
 _READ_BY_IMPORTS = re.compile(
     r"(HF|HUGGING_?FACE|TRANSFORMERS|DATASETS|TOKENIZERS|TORCH|PYTORCH|TRL|WANDB|DS|BNB|XDG|PYTHON|LD)_?\w*|HOME"

@@ -1,13 +1,12 @@
 """The first and last thing a rank does: its own log file, and a note of what stopped it.
 
-The launcher sets PHALANX_LOG_DIR; a run by hand has none and writes to the terminal as usual.
+The launcher says where (protocol.py); a rank started by hand writes to the terminal as usual.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -19,9 +18,11 @@ from pathlib import Path
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
+from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 
 _PR_SET_PDEATHSIG = 1
+LONGEST_MESSAGE = 2000  # characters of an error that its note keeps
 # Ranks that were started by hand have nobody who could start them again.
 BY_HAND = (
     "Lower batch_size and raise gradient_accumulation; or let the launcher find them, which alone can start "
@@ -39,14 +40,14 @@ def world_size() -> int:
 
 
 def log_folder() -> Path | None:
-    """Where the launcher wants the logs of the ranks, if a launcher started this one."""
-    folder = os.environ.get("PHALANX_LOG_DIR")
+    """The attempt's folder, if a launcher started this rank."""
+    folder = os.environ.get(LOG_DIR)
     return Path(folder) if folder else None
 
 
 def live_terminal() -> bool:
     """Whether a person watches: the launcher says it, else the terminal itself."""
-    return os.environ.get("PHALANX_LIVE", "1" if sys.stdout.isatty() else "0") == "1"
+    return os.environ.get(LIVE, "1" if sys.stdout.isatty() else "0") == "1"
 
 
 _after_failure: list[Callable[[], None]] = []
@@ -65,10 +66,11 @@ def run_rank(main: Callable[[], int]) -> int:
     """
     folder = log_folder()
     if folder is not None:
-        _redirect(folder / f"rank-{rank()}.log")
-        _dump_stack_on_signal(folder / f"rank-{rank()}.stack")
+        files = RankFiles(folder, rank())
+        _redirect(files.log)
+        _dump_stack_on_signal(files.stack)
         heart.start(rank())
-        (folder / f"rank-{rank()}.pid").write_text(str(os.getpid()), encoding="utf-8")
+        files.pid.write_text(str(os.getpid()), encoding="utf-8")
         die_with_parent()
     stop.listen()
     try:
@@ -76,7 +78,7 @@ def run_rank(main: Callable[[], int]) -> int:
         if stop.saved is not None:
             return _stopped(folder, stop.saved)
         if folder is not None:  # else a launcher could not tell it from a rank that was killed
-            (folder / f"rank-{rank()}.done").touch()
+            RankFiles(folder, rank()).done.touch()
         return code
     except StopNow as now:
         return _stopped(folder, "", now.number)
@@ -97,18 +99,14 @@ def run_rank(main: Callable[[], int]) -> int:
 
 
 def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
-    """The end of a rank that was asked to stop; `saved` says what, or is empty.
-
-    torchrun takes every code but 0 for a failure and kills the other ranks, so a launcher reads the file.
-    """
+    """The end of a rank that was asked to stop; `saved` says what was saved, or is empty."""
     number = number or stop.requested
     if folder is None:
         print(
             f"stopped by {signal.Signals(number).name}; {saved or 'nothing was to be saved yet'}", flush=True
         )
         return SAVED if saved else 128 + number
-    text = json.dumps({"rank": rank(), "signal": number, "saved": saved})
-    (folder / f"rank-{rank()}.stopped.json").write_text(text, encoding="utf-8")
+    write_note(folder, StopNote(rank(), number, saved))
     return 0
 
 
@@ -133,21 +131,11 @@ def die_with_parent() -> None:
 
 
 def _note(folder: Path | None, error: Exception, code: int) -> None:
-    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause.
-
-    accelerate and torchrun make 1 of every exit code, so the rank's own is in the note.
-    """
+    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause."""
     if folder is None:
         return
-    note = {
-        "rank": rank(),
-        "time": time.monotonic(),  # of one machine's ranks; the clock may be set back between two failures
-        "code": code,
-        "type": type(error).__name__,
-        "message": str(error)[:2000],
-        "peer_lost": is_lost_peer(error),
-    }
+    message, kind = str(error)[:LONGEST_MESSAGE], type(error).__name__
     try:
-        (folder / f"rank-{rank()}.error.json").write_text(json.dumps(note), encoding="utf-8")
+        write_note(folder, ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error)))
     except OSError as full:  # the exit code still says the class
         print(f"rank {rank()} could not leave a note: {full}", file=sys.stderr)

@@ -14,8 +14,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # On this one a rank writes its Python stack to rank-N.stack, in C, whoever holds the interpreter.
 STACK_SIGNAL = signal.SIGRTMIN + 3
 
-JOB_END = "PHALANX_JOB_END"  # time.time() of a job's time limit, in the environment where one is known
-
 
 class StopNow(BaseException):
     """Raised by the handler where nothing is to be saved yet, or on a second SIGINT."""

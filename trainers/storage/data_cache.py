@@ -21,8 +21,8 @@ from typing import IO
 from trainers.config.errors import ConfigError
 from trainers.rank.failures import knows_no_locks
 from trainers.rank.process import log_folder, rank
+from trainers.rank.protocol import CACHE, WAITS, prepared_mark
 
-WAITS = "PHALANX_WAITS_FOR_MACHINE_0"  # the launcher sets it to 0 or 1, where there are several machines
 LOOK_SECONDS = 0.5
 FORGOTTEN = 86_400.0  # seconds after which an unfinished folder of another node is nobody's
 
@@ -33,12 +33,12 @@ def cache_root() -> Path:
     Raises:
         ConfigError: nothing can be written there.
     """
-    root = Path(os.environ.get("PHALANX_CACHE") or Path.home() / ".cache" / "phalanx") / "data"
+    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "phalanx") / "data"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"PHALANX_CACHE: {root} cannot be made: {error.strerror}. Prepared data lies there; give a "
+            f"{CACHE}: {root} cannot be made: {error.strerror}. Prepared data lies there; give a "
             "folder that you can write to."
         ) from None
     return root
@@ -53,7 +53,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
     if folder.exists():
         return
     if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"PHALANX_CACHE: {folder.parent} cannot be written to. Prepared data lies there.")
+        raise ConfigError(f"{CACHE}: {folder.parent} cannot be written to. Prepared data lies there.")
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
@@ -120,4 +120,4 @@ def _prepared() -> Path:
     """attempt-K/prepared, beside the folders of the machines."""
     logs = log_folder()
     assert logs is not None, "only the launcher lets a rank wait"
-    return logs.parent / "prepared"
+    return prepared_mark(logs.parent)

@@ -21,17 +21,15 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.rank.failures import knows_no_locks
+from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.storage.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
-LAUNCH = "launch"
 PROGRESS = f"{LAUNCH}/progress.json"  # how far the run is, for `phalanx status`
 LOCK = ".lock"
 SAVING = "saving"  # a checkpoint lies in here until it is whole
 TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run
-# Machine 0 marks an attempt; another machine of the same start may have made its own files already.
-LAUNCHED = (f"{LAUNCH}/attempt-*/command.txt", f"{LAUNCH}/attempt-*/machine-0/command.txt")
 VERSIONS = (
     "torch",
     "transformers",
@@ -47,8 +45,13 @@ VERSIONS = (
 
 def holds_run(folder: Path) -> bool:
     """Whether a run was started here before."""
-    marks = (RECORD, f"{CHECKPOINT_PREFIX}*", *LAUNCHED)
-    return any(True for mark in marks for _ in folder.glob(mark))
+    marks = (RECORD, f"{CHECKPOINT_PREFIX}*")
+    return any(True for mark in marks for _ in folder.glob(mark)) or bool(_earlier_attempts(folder))
+
+
+def _earlier_attempts(folder: Path) -> list[Path]:
+    """Machine 0 marks an attempt; another machine of this start may have made its own files already."""
+    return [attempt for attempt in attempts(folder).values() if began(attempt, machine=0)]
 
 
 def check_free(folder: Path, config: TrainConfig) -> None:
@@ -137,9 +140,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
     """
     check_free(folder, config)
     if config.overwrite and holds_run(folder):
-        for mark in LAUNCHED:
-            for command in folder.glob(mark):
-                shutil.rmtree(folder / LAUNCH / command.relative_to(folder / LAUNCH).parts[0])
+        for attempt in _earlier_attempts(folder):
+            shutil.rmtree(attempt)
         for path in [*checkpoint_folders(folder), *folder.glob("set-aside-*")]:
             if not path.is_symlink():
                 shutil.rmtree(path)

@@ -1,0 +1,149 @@
+"""The protocol between the launcher and the ranks: the files of an attempt, the environment, and notes.
+
+    <project_name>/launch/attempt-K/               one start of the ranks; several machines: machine-M/ in it
+        accelerate.yaml deepspeed.json config.json command.txt    what the launcher generated
+        launcher.log                               what `accelerate launch` printed
+        rank-N.log  rank-N.pid  rank-N.stack       output, process id, Python stack where one was asked for
+        rank-N.done | .error.json | .stopped.json  how the rank ended; absent where it was killed
+        prepared                                   several machines: machine 0 has prepared the data
+
+Heartbeats are in a folder of their own, on a disk of the machine (heartbeat.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+# Set by the launcher for its ranks.
+LOG_DIR = "PHALANX_LOG_DIR"  # the attempt's folder on this machine; unset where ranks are started by hand
+LIVE = "PHALANX_LIVE"  # 1: a person watches the terminal
+BEATS = "PHALANX_BEATS"  # the folder of the heartbeats
+JOB_END = "PHALANX_JOB_END"  # time.time() of a job's time limit, where one is known
+WAITS = (
+    "PHALANX_WAITS_FOR_MACHINE_0"  # several machines: 1 where machine 0 prepares the data for this one too
+)
+# Set by the user.
+CACHE = "PHALANX_CACHE"  # where prepared data is kept
+WARM = "PHALANX_WARM"  # the socket of a process that keeps the imports (trainers/warm.py)
+
+LAUNCH = "launch"  # in the run's folder
+_ATTEMPT, _MACHINE, _RANK = "attempt-", "machine-", "rank-"
+
+
+class RankFiles:
+    """The files of one rank in an attempt."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        stem = folder / f"{_RANK}{rank}"
+        self.log = stem.with_suffix(".log")
+        self.pid = stem.with_suffix(".pid")
+        self.stack = stem.with_suffix(".stack")
+        self.done = stem.with_suffix(".done")
+        self.error = stem.with_suffix(f".{ErrorNote.SUFFIX}")
+        self.stopped = stem.with_suffix(f".{StopNote.SUFFIX}")
+
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether the rank reported how it ended; one that was killed has not."""
+        return any(path.exists() for path in (self.done, self.error, self.stopped))
+
+
+class AttemptFiles:
+    """The files of one attempt on one machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.accelerate_config = folder / "accelerate.yaml"
+        self.deepspeed_config = folder / "deepspeed.json"
+        self.config = folder / "config.json"  # the effective config, which the ranks read
+        self.command = folder / "command.txt"
+        self.launcher_log = folder / "launcher.log"
+
+    def rank(self, number: int) -> RankFiles:
+        return RankFiles(self.folder, number)
+
+    def pids(self) -> dict[int, int]:
+        """Return the process ids that the ranks have written so far: rank -> pid."""
+        written = {path: path.read_text(encoding="utf-8") for path in self.folder.glob(f"{_RANK}*.pid")}
+        return {int(path.stem.removeprefix(_RANK)): int(text) for path, text in written.items() if text}
+
+
+def attempt_folder(run: Path, number: int) -> Path:
+    """Return `launch/attempt-K` of a run."""
+    return run / LAUNCH / f"{_ATTEMPT}{number}"
+
+
+def machine_folder(attempt: Path, machine: int) -> Path:
+    """Return the part of an attempt that is one machine's, where there are several."""
+    return attempt / f"{_MACHINE}{machine}"
+
+
+def attempts(run: Path) -> dict[int, Path]:
+    """Return the folders of the attempts of a run, by number."""
+    found = {path.name.removeprefix(_ATTEMPT): path for path in (run / LAUNCH).glob(f"{_ATTEMPT}*")}
+    return {int(number): path for number, path in found.items() if number.isdigit() and path.is_dir()}
+
+
+def began(attempt: Path, machine: int | None = None) -> bool:
+    """Whether an attempt was set up, by this machine or (None) by any."""
+    pattern = f"{_MACHINE}{'*' if machine is None else machine}/{AttemptFiles(Path()).command}"
+    return AttemptFiles(attempt).command.exists() or any(True for _ in attempt.glob(pattern))
+
+
+def rank_logs(attempt: Path, rank: int) -> Iterator[Path]:
+    """Yield the log of a rank in an attempt: there is one, on the machine that had the rank."""
+    for folder in (attempt, *attempt.glob(f"{_MACHINE}*")):
+        if (log := RankFiles(folder, rank).log).exists():
+            yield log
+
+
+def prepared_mark(attempt: Path) -> Path:
+    """Return the file that says that machine 0 has prepared the data of an attempt."""
+    return attempt / "prepared"
+
+
+@dataclass(frozen=True)
+class ErrorNote:
+    """What stopped a rank. accelerate and torchrun make 1 of every exit code; the rank's own is in here."""
+
+    SUFFIX: ClassVar[str] = "error.json"
+    rank: int
+    time: float  # time.monotonic(), to order the ranks of one machine; the clock may be set back meanwhile
+    code: int  # the exit code that the error stands for
+    type: str  # name of its class
+    message: str
+    peer_lost: bool  # it says only that another rank is gone
+
+
+@dataclass(frozen=True)
+class StopNote:
+    """A rank that was asked to stop. It ends with 0: torchrun takes every other exit code for a failure."""
+
+    SUFFIX: ClassVar[str] = "stopped.json"
+    rank: int
+    signal: int
+    saved: str  # what was saved; empty where nothing was
+
+
+Note = TypeVar("Note", ErrorNote, StopNote)
+
+
+def write_note(folder: Path, note: ErrorNote | StopNote) -> None:
+    """Write a note into the attempt's folder."""
+    files = RankFiles(folder, note.rank)
+    path = files.error if isinstance(note, ErrorNote) else files.stopped
+    path.write_text(json.dumps(asdict(note)), encoding="utf-8")
+
+
+def read_notes(folder: Path, kind: type[Note]) -> list[Note]:
+    """Return the notes of a kind in an attempt's folder, without one that is being written or was cut off."""
+    found = []
+    for path in sorted(folder.glob(f"{_RANK}*.{kind.SUFFIX}")):
+        with contextlib.suppress(ValueError):
+            found.append(kind(**json.loads(path.read_text(encoding="utf-8"))))
+    return found
