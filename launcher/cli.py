@@ -12,6 +12,7 @@ from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.rank.failures import disk_is_full
+from trainers.rank.say import say
 
 
 def build_parser(command: str | None) -> Parser:
@@ -57,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = _module(options.pop("command")).run(**options)
         return code
     except ConfigError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        for line in str(error).splitlines():
+            say("error", line)
         return USAGE_ERROR
     except OSError as error:
         if not disk_is_full(error):
             raise
-        print(f"error: {error.filename or 'the run folder'}: {error.strerror}. Make room.", file=sys.stderr)
+        say("error", f"{error.filename or 'the run folder'}: {error.strerror}. Make room.")
         return DISK_FAILED

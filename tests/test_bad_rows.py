@@ -49,7 +49,7 @@ def dropped(prepare):
         summary = prepare(rows, **config).summary
         assert summary.rows == len(rows)
         for reason, count in summary.dropped.items():
-            assert f"{count} ({reason})" in summary.line("train")
+            assert f"{count} ({reason})" in summary.line
         return summary.dropped
 
     return check

@@ -330,8 +330,10 @@ def test_it_searches_until_it_fits(launched: Callable[..., int], capfd: pytest.C
     assert sizes == [(8, 1), (4, 2), (2, 4)]
     out, err = capfd.readouterr()
     assert [line for line in out.splitlines() if "out of memory" in line] == [
+        "auto_find_batch_size: "
         "rank 1 ran out of memory with batch_size 8: trying batch_size 4 and gradient_accumulation 2 "
         "(the same global batch), from the start",
+        "auto_find_batch_size: "
         "rank 1 ran out of memory with batch_size 4: trying batch_size 2 and gradient_accumulation 4 "
         "(the same global batch), from the start",
     ]

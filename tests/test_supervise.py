@@ -175,6 +175,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(life: Life) -> None:
     done = life(killed(saves=4), WELL)
     assert (done.code, done.configs) == (0, [(False, False), (True, False)])
     assert done.err == [
+        "warning: "
         "rank 1 failed first: killed by SIGKILL (host memory ran out, or by hand); restart 1 of at most 10, "
         "from run/checkpoint-4"
     ]
@@ -324,7 +325,7 @@ def test_a_run_that_was_stopped_and_saved_ends_with_its_own_code(life: Life) -> 
 def test_a_run_that_was_stopped_before_it_could_save_ends_with_the_signal(life: Life, number: int) -> None:
     done = life(Ends(0, stopped="", received=number))
     assert (done.code, done.attempts) == (128 + number, 1)
-    assert done.err[0].startswith(f"stopped by {signal.Signals(number).name}; nothing was saved; logs: ")
+    assert done.err[0].startswith(f"stopped by {signal.Signals(number).name}: nothing was saved; logs: ")
 
 
 def test_ranks_that_a_second_signal_killed_are_not_started_again(life: Life) -> None:

@@ -307,7 +307,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     tracker.finish(1)
     monkeypatch.undo()
     assert [line["loss"] for line in lines] == [2.0, 1.0]
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: tracker wandb failed: no such server; the run goes on without it"]
 
 

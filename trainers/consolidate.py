@@ -21,6 +21,7 @@ import torch
 
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.rank.say import say
 from trainers.storage.manifest import SHARDS
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
@@ -49,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         made = consolidate(options.checkpoint, options.output, options.max_shard_size)
     except (ConfigError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say("error", str(error))
         return USAGE_ERROR if isinstance(error, ConfigError) else RUN_FAILED
-    print(f"consolidated: {made.folder} ({made.tensors} tensors, {made.bytes} bytes)")
+    say("consolidated", f"{made.folder} ({made.tensors} tensors, {made.bytes} bytes)")
     return 0
 
 

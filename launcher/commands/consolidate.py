@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
+from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX, complaint, newest_usable
 
 HELP = "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named"
@@ -34,7 +35,7 @@ def run(source: Path, output: Path | None) -> int:
     else:
         checkpoint, passed = newest_usable(source, content=True)
         for line in passed:
-            print(line, file=sys.stderr)
+            say("warning", line)
     if checkpoint is None:
         raise ConfigError(f"{source}: there is no checkpoint that verifies.")
     target = output or checkpoint.with_name(f"{checkpoint.name}-model")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.parser import add_config_flags
 from trainers.config.errors import ConfigError
+from trainers.rank.say import say
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -55,13 +56,13 @@ def _train(run: Run, layout: Topology) -> int:
         cache_root()  # not on a login node: the disk of a node may be another
         run = resume_layout.fitted(run, layout, chosen)
         for note in run.settings.notes:
-            print(f"note: {note}")
+            say("note", note)
         where = "GPU" if layout.on_gpu else "CPU"
-        print(f"backend: {chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)", flush=True)
+        say("backend", f"{chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)")
         if layout.num_machines > 1:
             for variable, name in command.socket_interfaces(layout, os.environ).items():
-                print(f"network: {variable}={name}, between the {layout.num_machines} machines", flush=True)
+                say("network", f"{variable}={name}, between the {layout.num_machines} machines")
         code = supervisor.train(run, layout, chosen, signals)
     if code == 0 and layout.machine_rank == 0:
-        print(f"done: {run.folder} (model, run.json, metrics.jsonl)")
+        say("done", f"{run.folder} (model, run.json, metrics.jsonl)")
     return code

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 
 from launcher.config import Run
 from launcher.slurm.journal import started
+from trainers.rank.say import say
 from trainers.storage.run_folder import holds_run
 
 ASK_SECONDS = 30.0
@@ -98,7 +98,7 @@ def end_time(environ: Mapping[str, str] = os.environ) -> float | None:
         return time.mktime(time.strptime(told.splitlines()[0], "%Y-%m-%dT%H:%M:%S"))
     except (NoSlurm, ValueError, IndexError) as error:  # "N/A": no limit
         if isinstance(error, NoSlurm):
-            print(f"note: the job's time limit is not known: {error}", file=sys.stderr)
+            say("note", f"the job's time limit is not known: {error}")
         return None
 
 
@@ -107,7 +107,7 @@ def preempted(job: str) -> bool:
     try:
         return facts(job).get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     except NoSlurm as error:
-        print(f"note: whether the job was preempted is not known: {error}", file=sys.stderr)
+        say("note", f"whether the job was preempted is not known: {error}")
         return False
 
 
@@ -123,10 +123,10 @@ def requeue(job: str) -> bool:
             return False
         if known.get("JobState") != "RUNNING":
             return False
-        print(f"job {job} goes back into the queue, and then goes on", file=sys.stderr, flush=True)
+        say("requeue", f"job {job} goes back into the queue, and then goes on")
         ask("scontrol", "requeue", job)
     except NoSlurm as error:
-        print(f"note: the job could not be requeued: {error}", file=sys.stderr)
+        say("note", f"the job could not be requeued: {error}")
         return False
     return True
 

@@ -21,6 +21,7 @@ from trainers.config.errors import (
 )
 from trainers.rank.failures import BatchTooLarge
 from trainers.rank.protocol import AttemptFiles, ErrorNote, read_notes
+from trainers.rank.say import say
 
 LOG_LINES = 25  # of a failed rank's log that are shown
 STACK_LINES = 12
@@ -142,19 +143,19 @@ def report(failure: Failure, files: AttemptFiles, shown: int, lines: Sequence[st
     `shown` is the rank whose log the terminal has already; `lines` say what else to do.
     """
     if failure.code == USAGE_ERROR:
-        print(f"error: {failure.reason}", file=sys.stderr)
+        say("error", failure.reason)
         return USAGE_ERROR
     log = files.launcher_log if failure.rank is None else files.rank(failure.rank).log
     if log.exists() and failure.rank != shown:
-        print(f"--- end of {log}", file=sys.stderr)
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]:
-            print(f"    {line}", file=sys.stderr)
+        _quote(f"end of {log}", log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
     if failure.stack:
-        print(f"--- stack of rank {failure.rank}", file=sys.stderr)
-        for line in failure.stack.partition("Current thread")[2].splitlines()[1 : 1 + STACK_LINES]:
-            print(f"    {line.strip()}", file=sys.stderr)
-    print(f"error: {failure.line}", file=sys.stderr)
+        main_thread = failure.stack.partition("Current thread")[2].splitlines()[1 : 1 + STACK_LINES]
+        _quote(f"stack of rank {failure.rank}", [line.strip() for line in main_thread])
     mend = CLASSES[failure.code][2]
-    for line in (*([mend] if mend else []), *lines, f"logs of all ranks: {files.folder}"):
-        print(f"       {line}", file=sys.stderr)
+    say("error", failure.line, *([mend] if mend else []), *lines, f"logs of all ranks: {files.folder}")
     return failure.code
+
+
+def _quote(title: str, lines: Sequence[str]) -> None:
+    """Print what a rank wrote, before the error."""
+    print(f"--- {title}", *(f"    {line}" for line in lines), sep="\n", file=sys.stderr)

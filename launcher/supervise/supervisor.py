@@ -38,6 +38,7 @@ from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.config.schema import MODULES
 from trainers.rank.protocol import BEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
+from trainers.rank.say import say
 from trainers.storage.data_cache import cache_root
 from trainers.storage.manifest import newest_usable, step_of
 from trainers.storage.run_folder import InUse, claim, hold, release
@@ -143,10 +144,10 @@ class Supervisor:
         except StoppedWaiting:
             received = self.signals.received or signal.SIGTERM
             self._think_of_coming_back(received)
-            print(f"stopped by {signal.Signals(received).name}; nothing was saved", file=sys.stderr)
+            say(f"stopped by {signal.Signals(received).name}", "nothing was saved")
             return 128 + received
         except GoneMachine:
-            print("error: machine 0 gives no sign of life; it decides what is next", file=sys.stderr)
+            say("error", "machine 0 gives no sign of life; it decides what is next")
             return PEER_LOST
 
     def _say_who_prepares(self, order: Order) -> None:
@@ -154,7 +155,7 @@ class Supervisor:
         if self.topology.machine_rank == 1 and order.end is None:
             who = "machine 0 prepares the data" if self.machines.shares_cache else "each prepares the data"
             kind = "shared by" if self.machines.shares_cache else "not shared by"
-            print(f"cache: {cache_root()} is {kind} the machines: {who}", flush=True)
+            say("cache", f"{cache_root()} is {kind} the machines: {who}")
 
     def _order(self, end: int | None = None) -> Order:
         """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
@@ -184,7 +185,7 @@ class Supervisor:
         if self.topology.num_machines > 1:
             environ[WAITS] = "1" if self.machines.shares_cache else "0"
         for lock in remove_left_locks(extensions_cache(environ), self.began):
-            print(f"note: {lock}, which a killed process left, is removed; the ranks would wait for it.")
+            say("note", f"{lock}, which a killed process left, is removed; the ranks would wait for it.")
         for old in self.beats.iterdir():
             old.unlink()
         watcher = Watcher(
@@ -203,7 +204,7 @@ class Supervisor:
             except GivenUp:
                 return Outcome(files, RUN_FAILED, cut=not self._asked_to_stop())
             except Refused as why:
-                print(f"start: accelerate launch, since the ranks cannot be forked: {why}", flush=True)
+                say("start", f"accelerate launch, since the ranks cannot be forked: {why}")
                 self._drop_parent()
                 self.warm = False
         return watcher.follow(AccelerateLaunch(argv, environ, files))
@@ -259,9 +260,9 @@ class Supervisor:
         saved = next((one.saved for one in stopped if one.saved), "")
         self._think_of_coming_back(stopped[0].stopped)
         if saved:
-            print(f"stopped by {name}: {saved}; `phalanx train` with --resume goes on", file=sys.stderr)
+            say(f"stopped by {name}", f"{saved}; `phalanx train` with --resume goes on")
             return SAVED
-        print(f"stopped by {name}; nothing was saved; logs: {stopped[0].folder}", file=sys.stderr)
+        say(f"stopped by {name}", f"nothing was saved; logs: {stopped[0].folder}")
         return 128 + stopped[0].stopped
 
     def _think_of_coming_back(self, received: int) -> None:
@@ -291,7 +292,7 @@ class Supervisor:
         self.run = self._going_on()
         begins = newest_usable(self.run.folder, content=False)[0] or "the start"
         count = f"{self.restarts} of at most {self.run.launch.max_restarts}"
-        print(f"{failure.line}; restart {count}, from {begins}", file=sys.stderr, flush=True)
+        say("warning", f"{failure.line}; restart {count}, from {begins}")
         self._pause(PAUSES[max(self.idle - 1, 0)])
         return not self._asked_to_stop()
 
@@ -303,7 +304,7 @@ class Supervisor:
         if smaller is None:
             return False
         begins = newest_usable(self.run.folder, content=False)[0]
-        print(announce(self.run, smaller, failure.rank or 0, begins), flush=True)
+        say("auto_find_batch_size", announce(self.run, smaller, failure.rank or 0, begins))
         self.run = smaller
         return True
 
@@ -328,7 +329,7 @@ class Supervisor:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
         if (received := self.signals.received) is not None:
             self._think_of_coming_back(received)
-            print(f"stopped by {signal.Signals(received).name} between two attempts", file=sys.stderr)
+            say(f"stopped by {signal.Signals(received).name}", "between two attempts")
         shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
         code = report(failure, AttemptFiles(Path(where.folder)), shown, lines)
         return code if received is None else 128 + received

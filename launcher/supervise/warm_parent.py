@@ -16,6 +16,7 @@ from typing import IO, Any
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
+from trainers.rank.say import say
 
 
 class Refused(Exception):
@@ -62,7 +63,7 @@ class WarmParent:
             self.socket.connect(str(kept))
             socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)
         except OSError as error:
-            print(f"note: {WARM}: {kept}: {error.strerror}; the libraries are imported anew", flush=True)
+            say("note", f"{WARM}: {kept}: {error.strerror}; the libraries are imported anew")
             self.socket.close()
             return False
         while not (answers := self.answers(None)) and not self.ended:
@@ -70,7 +71,7 @@ class WarmParent:
         self.imported = any("imported" in answer for answer in answers)
         if not self.imported:
             why = next((answer["refused"] for answer in answers if "refused" in answer), "it ended")
-            print(f"note: {WARM}: {why}; the libraries are imported anew", flush=True)
+            say("note", f"{WARM}: {why}; the libraries are imported anew")
             self.socket.close()
             self.buffer, self.ended = b"", False
         return self.imported

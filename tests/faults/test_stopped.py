@@ -72,7 +72,7 @@ def test_before_the_first_step_nothing_is_saved(faults):
     running.process.send_signal(signal.SIGTERM)
     stopped = running.end()
     assert stopped.code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; nothing was saved" in stopped.err
+    assert "stopped by SIGTERM: nothing was saved" in stopped.err
     assert alive(stopped.folder) == [] and not list(stopped.folder.glob("checkpoint-*"))
 
 

@@ -28,6 +28,7 @@ from trainers.rank.agreement import Agreement
 from trainers.rank.failures import disk_is_full
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
+from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
@@ -341,10 +342,10 @@ class Durable(Resuming):
         if rank() == 0:
             kept = checkpoint_folders(self.run_folder)
             newest = f"the newest is {kept[-1]}" if kept else "there is none yet"
-            print(
-                f"warning: no checkpoint at step {self._saving_step}: {why}. Training goes on; {newest}. "
+            say(
+                "warning",
+                f"no checkpoint at step {self._saving_step}: {why}. Training goes on; {newest}. "
                 "Make room, lower save_total_limit, or save less often.",
-                flush=True,
             )
 
     def _predicted_bytes(self) -> int:

@@ -52,11 +52,12 @@ class Summary:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     blocks: int = 0
 
-    def line(self, name: str) -> str:
+    @property
+    def line(self) -> str:
         packed = f" in {self.blocks} packs" if self.blocks != self.kept else ""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
-            f"{name}: {self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
+            f"{self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
             f"longest {self.longest}, truncated {self.truncated}, dropped {reasons or 0}"
         )
 

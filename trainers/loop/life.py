@@ -24,6 +24,7 @@ from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.rank.failures import taking_batches
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
+from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import step_of
 from trainers.storage.run_folder import check_free, claim, hold, versions, write_record
@@ -81,7 +82,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
     with _finished(tracker):
         for line in passed if trainer.is_world_process_zero() else ():
-            print(f"resume: {line}", flush=True)
+            say("resume", line)
         _report(trainer, folder, checkpoint, tracker)
         with taking_batches():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -154,12 +155,12 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     if rank() == 0:
         if log_folder() is None:  # else the launcher has said it
             for note in settings.notes:
-                print(f"note: {note}")
+                say("note", note)
             if config.auto_find_batch_size:
-                print("note: auto_find_batch_size: has no effect without the launcher (phalanx train).")
-        print("attention: {} ({})".format(*choose_attention(config, model_config(config.model, config))))
+                say("note", "auto_find_batch_size: has no effect without the launcher (phalanx train).")
+        say("attention", "{} ({})".format(*choose_attention(config, model_config(config.model, config))))
         for part, prepared in data.items():
-            print(prepared.summary.line(part))
+            say(part, prepared.summary.line)
         print(show_example(data["train"].dataset[0], tokenizer, live_terminal()), flush=True)
     arguments = training_arguments(config, folder, logging_steps(config, data))
     return Context(config, folder, tokenizer, new_tokens, data, arguments)
@@ -232,6 +233,6 @@ def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tr
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         if checkpoint:
-            print(f"resume: {checkpoint}", flush=True)
+            say("resume", str(checkpoint))
         trainer.add_callback(Report(folder, live_terminal(), step_of(checkpoint), tracker))
     trainer.add_callback(StepBoundary(trainer, checkpoint))

@@ -19,6 +19,7 @@ from trainers.rank.failures import NotFinite
 from trainers.rank.heartbeat import STEP, heart
 from trainers.rank.process import rank
 from trainers.rank.protocol import JOB_END
+from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import read_manifest
 
@@ -98,7 +99,7 @@ class StepBoundary(TrainerCallback):
         needed = LIMIT_MARGIN + 2 * (self.trainer.save_seconds + max(heart.recent, default=0.0))
         if left > needed:
             return 0
-        print(f"the job ends in {left:.0f} s: the ranks save and stop", flush=True)
+        say("time limit", f"the job ends in {left:.0f} s; the ranks save and stop")
         return signal.SIGUSR1
 
     def _minutes_passed(self) -> int:

@@ -17,6 +17,7 @@ from trainers.model.quantization import compute_dtype, keep_layout, quantization
 from trainers.model.source import model_class, model_config, source_arguments
 from trainers.model.tokenizer import tokenizer_of
 from trainers.rank.process import rank
+from trainers.rank.say import say
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:
     import torch
 
     if missing and rank() == 0:
-        print(f"reward: {', '.join(sorted(missing))} is not in the checkpoint; drawn from seed {seed}")
+        say("reward", f"{', '.join(sorted(missing))} is not in the checkpoint; drawn from seed {seed}")
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(missing):

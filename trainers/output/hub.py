@@ -12,6 +12,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
+from trainers.rank.say import say
 from trainers.storage.run_folder import RECORD, TRACKER
 from trainers.storage.saved_model import ADAPTER, read_object
 
@@ -62,11 +63,11 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
                 raise RuntimeError(
                     f"push_to_hub: {repo}: {reason} (attempt {attempt}) {_by_hand(repo, folder)}"
                 ) from None
-        print(f"push_to_hub: {reason} Trying again.", flush=True)
+        say("push_to_hub", f"{reason} Trying again.")
         time.sleep(pause)
     if public:
-        print(f"note: push_to_hub: {repo} was there already, and is public.")
-    print(f"pushed: {address}", flush=True)
+        say("note", f"push_to_hub: {repo} was there already, and is public.")
+    say("pushed", address)
     return address
 
 

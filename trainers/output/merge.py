@@ -11,6 +11,7 @@ from trainers.config.schema import TrainConfig
 from trainers.model.load import fit_vocabulary
 from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class
+from trainers.rank.say import say
 
 if TYPE_CHECKING:
     import torch
@@ -99,9 +100,7 @@ def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float, part
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - found).abs().max()) / scale
     if difference <= tolerance:  # NaN is not
-        print(
-            f"merge: outputs differ by {difference:.1e} of the largest (allowed {tolerance:.0e})", flush=True
-        )
+        say("merge", f"outputs differ by {difference:.1e} of the largest (allowed {tolerance:.0e})")
         return
     shutil.rmtree(part, ignore_errors=True)
     raise MergeRefused(

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from trainers.config.errors import first_line
 from trainers.config.schema import TrainConfig
+from trainers.rank.say import say
 from trainers.storage.run_folder import TRACKER, write_whole
 
 if TYPE_CHECKING:
@@ -72,10 +73,7 @@ class Guarded:
         except Exception as error:  # whatever a tracker raises, the training is worth more
             self.tracker = None
             reason = first_line(error)
-            print(
-                f"warning: tracker {self.name} failed: {reason}; the run goes on without it",
-                flush=True,
-            )
+            say("warning", f"tracker {self.name} failed: {reason}; the run goes on without it")
 
 
 class Wandb:
@@ -117,7 +115,7 @@ class Wandb:
             # Each start lies in a folder of its own; the pattern finds all of this run's.
             place = shlex.quote(os.path.dirname(self.run.settings.sync_dir))
             command = f"wandb sync {place}/offline-run-*-{self.run.id}"
-            print(f"wandb: offline ({obstacle or 'as set'}); upload later: {command}", flush=True)
+            say("wandb", f"offline ({obstacle or 'as set'}); upload later: {command}")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log({"step": step, **values})

@@ -19,6 +19,7 @@ from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
+from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 
 _PR_SET_PDEATHSIG = 1
@@ -85,14 +86,14 @@ def run_rank(main: Callable[[], int]) -> int:
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it, once for all ranks
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say("error", str(error))
         return USAGE_ERROR
     except Exception as error:
         code = code_of(error)
         _note(folder, error, code)
         traceback.print_exc()
         if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher says what to do
-            print(f"error: rank {rank()} ran out of memory. {BY_HAND}", file=sys.stderr, flush=True)
+            say("error", f"rank {rank()} ran out of memory. {BY_HAND}")
         for action in _after_failure:
             action()
         return code
@@ -102,9 +103,7 @@ def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
     """The end of a rank that was asked to stop; `saved` says what was saved, or is empty."""
     number = number or stop.requested
     if folder is None:
-        print(
-            f"stopped by {signal.Signals(number).name}; {saved or 'nothing was to be saved yet'}", flush=True
-        )
+        say(f"stopped by {signal.Signals(number).name}", saved or "nothing was to be saved yet")
         return SAVED if saved else 128 + number
     write_note(folder, StopNote(rank(), number, saved))
     return 0
@@ -138,4 +137,4 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     try:
         write_note(folder, ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error)))
     except OSError as full:  # the exit code still says the class
-        print(f"rank {rank()} could not leave a note: {full}", file=sys.stderr)
+        say("warning", f"rank {rank()} could not leave a note: {full}")

@@ -22,6 +22,7 @@ from trainers.config.errors import ConfigError
 from trainers.rank.failures import knows_no_locks
 from trainers.rank.process import log_folder, rank
 from trainers.rank.protocol import CACHE, WAITS, prepared_mark
+from trainers.rank.say import say
 
 LOOK_SECONDS = 0.5
 FORGOTTEN = 86_400.0  # seconds after which an unfinished folder of another node is nobody's
@@ -88,7 +89,7 @@ def _locked(path: Path) -> Iterator[None]:
         while not _try_to_lock(file):
             if not told and rank() == 0 and time.monotonic() - began > 2:
                 told = True
-                print("data: another process is preparing it; waiting.", flush=True)
+                say("data", "another process is preparing it; waiting.")
             time.sleep(0.1)
         yield
 

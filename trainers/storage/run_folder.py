@@ -22,6 +22,7 @@ from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.rank.failures import knows_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
+from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
 
 RECORD = "run.json"
@@ -96,7 +97,7 @@ def hold(folder: Path) -> IO[str]:
     except OSError as error:
         if not knows_no_locks(error):
             raise
-        print(f"note: {folder} cannot be locked ({error.strerror}); start no second run there", flush=True)
+        say("note", f"{folder} cannot be locked ({error.strerror}); start no second run there")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
