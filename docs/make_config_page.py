@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from launcher.config import LaunchConfig, SlurmConfig
 from trainers.config.consistency import CONDITIONS
+from trainers.config.kinds import trainers
 from trainers.config.names import ALIASES, SWITCHES
-from trainers.config.schema import TRAINERS, TrainConfig, acts_for, sections
+from trainers.config.schema import TrainConfig, acts_for, sections
 
 PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
@@ -82,11 +83,11 @@ def table(schema: type[BaseModel], chosen: Iterable[str], names: dict[str, list[
 
 def trainers_table() -> str:
     """Trainer x parameter, of the parameters that not all trainers read."""
-    rows = [f"| name | {' | '.join(TRAINERS)} |", f"| --- |{' --- |' * len(TRAINERS)}"]
+    rows = [f"| name | {' | '.join(trainers())} |", f"| --- |{' --- |' * len(trainers())}"]
     for name in TrainConfig.model_fields:
         acts = acts_for(name)
-        if acts != TRAINERS:
-            cells = ("acts" if trainer in acts else DASH for trainer in TRAINERS)
+        if acts != trainers():
+            cells = ("acts" if trainer in acts else DASH for trainer in trainers())
             rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 

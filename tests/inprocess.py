@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.config.schema import MODULES
 from trainers.config.settings import Settings, Value, resolve
 
 ROWS = [
@@ -82,7 +81,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
     settings = settings_of(**{**defaults, **values})
     life._quiet()
     context = life._prepare(settings, Path(settings.train.project_name))
-    module = importlib.import_module(f"trainers.{MODULES[settings.train.trainer]}")
+    module = importlib.import_module(f"trainers.{settings.train.kind.module}")
     trainer = module.build(context)
     life.complete(trainer, context)
     return Built(trainer, context, settings)

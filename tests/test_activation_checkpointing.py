@@ -16,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import TRAINERS
+from trainers.config.kinds import KINDS
 
 LAYERS, STEPS = 2, 2
 RUN = {"max_steps": STEPS, "lr": 1e-2, "quantization": None, "lora_dropout": 0.0}
@@ -108,7 +108,7 @@ def check_same(one: Trained, other: Trained) -> None:
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_every_way_gives_the_same_losses_and_gradients_and_acts(make, trainer, peft):
     """dpo and kto ask their reference model between the steps, for which TRL switches it off and on again."""
     none, full, selective = (train(make(trainer, mode, peft=peft)) for mode in ("none", "full", "selective"))
@@ -177,7 +177,7 @@ def test_offload_keeps_the_input_of_each_layer_and_nothing_else(make, trainer, m
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_offload_on_a_gpu(make, trainer):
     none, offloaded = (train(make(trainer, mode)) for mode in ("none", "offload"))
     assert offloaded.losses == pytest.approx(none.losses, abs=1e-4)
@@ -192,7 +192,7 @@ def ways(trainer: Any) -> list[Any]:
     return [layer._gradient_checkpointing_func.keywords["use_reentrant"] for layer in layers]
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_zero_3_with_an_adapter_is_reentrant_for_every_trainer(make, trainer, monkeypatch):
     """TRL sees to it in some of its trainers, and through arguments that transformers no longer reads."""
     from transformers.integrations import deepspeed

@@ -14,7 +14,7 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import TRAINERS
+from trainers.config.kinds import KINDS
 
 RUN = {"lr": 1e-2, "max_steps": 4, "batch_size": 2, "packing": "none", "quantization": None}
 
@@ -24,7 +24,7 @@ def trainer_of(work: Path, model: Path, **config: Any) -> Any:
     return build(work, model, **{**RUN, **config})
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_the_layers_are_compiled_and_keep_the_names_of_their_weights(
     tmp_path, tiny_model, tiny_masked_model, trainer
 ):

@@ -16,7 +16,7 @@ from inprocess import ROWS, build, logged
 from tiny import build_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from trainers.config.consistency import LOSSES
+from trainers.config.kinds import KINDS
 
 TOLERANCE = 1e-4
 
@@ -178,7 +178,7 @@ def test_dpo_compares_with_the_reference_model(tmp_path, tiny_model, model, refe
     assert log["rewards/margins"] == pytest.approx(0.3 * (chosen - rejected).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES["dpo"], ["sigmoid", "sft"]])
+@pytest.mark.parametrize("loss", [*KINDS["dpo"].losses, ["sigmoid", "sft"]])
 def test_every_loss_of_dpo_trains(tmp_path, tiny_model, reference, loss):
     more = {"label_smoothing": 0.01} if loss == "exo_pair" else {}
     built = build(tmp_path, tiny_model, trainer="dpo", loss_type=loss, model_ref=str(reference[0]), **more)

@@ -15,7 +15,8 @@ import yaml
 from fake_hub import COMMIT, CREATE, FakeHub, fake_hub
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import TRAINERS, TrainConfig
+from trainers.config.kinds import KINDS
+from trainers.config.schema import TrainConfig
 from trainers.output.hub import push
 from trainers.output.model_card import write_card
 from trainers.storage.saved_model import check_saved
@@ -250,7 +251,7 @@ def test_the_card_of_an_adapter_names_no_folder_above_its_base(adapter, tmp_path
     assert str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 @pytest.mark.parametrize("kind", ["folder", "adapter"])
 def test_the_snippet_of_every_trainer_is_python(trainer, kind, request):
     folder = request.getfixturevalue(kind)

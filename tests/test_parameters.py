@@ -22,7 +22,8 @@ from inprocess import Built, build
 from tiny import build_tiny_model
 
 from trainers.config import consistency
-from trainers.config.schema import REFERENCE_TRAINERS, TRAINERS, TrainConfig, acts_for
+from trainers.config.kinds import KINDS
+from trainers.config.schema import TrainConfig, acts_for
 from trainers.config.settings import Settings
 from trainers.data.sampler import row_lengths
 from trainers.loop import finish, life
@@ -422,7 +423,7 @@ def idle(settings: Settings, field: str) -> bool:
     return any(note.startswith(f"{field}: has no effect") for note in settings.notes)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 @pytest.mark.parametrize("field", SAMPLES)
 def test_a_field_acts_or_is_said_to_have_no_effect(place, field, trainer):
     sample = SAMPLES[field]
@@ -471,7 +472,7 @@ UNREAD = [
     *(("sft", field, HOLDS.get(why, {})) for why, fields, _ in consistency.CONDITIONS for field in fields),
     *(("sft", field, {"optimizer": "sgd"}) for field in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     *(("sft", field, {"scheduler": "constant"}) for field in ("warmup_ratio", "warmup_steps")),
-    *((trainer, "add_eos_token", {**ASKED, "chat_template": "chatml"}) for trainer in TRAINERS[:-1]),
+    *((name, "add_eos_token", {**ASKED, "chat_template": "chatml"}) for name in KINDS if KINDS[name].packs),
     ("sft", "save_total_limit", {"save_strategy": "no"}),
     ("sft", "eval_strategy", {"eval_strategy": "steps", "valid_split": None}),
     ("sft", "load_best_model_at_end",
@@ -512,7 +513,7 @@ def test_rows_of_the_test_split_are_evaluated_in_batches_of_their_own(place):
 
 
 def test_trainers_differ(place):
-    found = [snapshot(place, trainer)[0] for trainer in TRAINERS]
+    found = [snapshot(place, trainer)[0] for trainer in KINDS]
     for index, one in enumerate(found):
         for other in found[:index]:
             assert any(one[part] != other[part] for part in ("rows", "batches", "trainer"))
@@ -523,7 +524,7 @@ def test_project_name_is_the_folder(place):
     assert Path(built.trainer.args.output_dir) == built.context.folder == place.work / "named"
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
     """token, revision, trust_remote_code, use_flash_attention_2, use_kernels: as transformers gets them."""
     import transformers
@@ -549,7 +550,7 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
         kind = "tokenizer" if name == "AutoTokenizer" else "model"
         monkeypatch.setattr(auto, "from_pretrained", record(kind, auto.from_pretrained))
     other = str(place.model(trainer, second=True))
-    own = {"model_ref": other} if trainer in REFERENCE_TRAINERS else {}
+    own = {"model_ref": other} if KINDS[trainer].reference else {}
     with monkeypatch.context() as machine:
         machine.setattr(attention, "_refusal", lambda *_: None)
         small(place, trainer, **own, token="hf_secret", revision="abc", trust_remote_code=True,
@@ -571,7 +572,7 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
         assert "use_kernels" not in kwargs
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", KINDS)
 def test_merge_adapter_leaves_a_whole_model(place, trainer):
     left = []
     for merge in (False, True):

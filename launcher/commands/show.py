@@ -21,7 +21,6 @@ from launcher.plan.topology import Topology
 from launcher.slurm.request import sbatch_argv
 from launcher.supervise.attempt import attempt_files
 from trainers.config.errors import ConfigError
-from trainers.config.schema import MODULES
 from trainers.rank.protocol import AttemptFiles
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SLURM_SCRIPTS
 
@@ -76,7 +75,7 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
         "by_hand": [
             "accelerate", "launch", "--config_file", str(backend.template),
             "--num_processes", str(topology.num_processes), "-m",
-            f"trainers.{MODULES[run.train.trainer]}", str(run.config_path or "config.yaml"),
+            f"trainers.{run.train.kind.module}", str(run.config_path or "config.yaml"),
         ],
         "sbatch": sbatch_argv(run),
         "static_files": {

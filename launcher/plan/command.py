@@ -9,7 +9,6 @@ from pathlib import Path
 from launcher.config import Run
 from launcher.plan.backend import Backend
 from launcher.plan.topology import LOOPBACK, Topology, interface_to
-from trainers.config.schema import MODULES
 from trainers.rank.protocol import JOB_END, LIVE, LOG_DIR, AttemptFiles
 
 ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
@@ -29,7 +28,7 @@ def build_command(run: Run, topology: Topology, backend: Backend, files: Attempt
         argv += ["--rdzv_backend", "static", "--same_network"]
     argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
     argv += ["--log_dir", str(files.folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
-    return [*argv, "-m", f"trainers.{MODULES[run.train.trainer]}", str(files.config)]
+    return [*argv, "-m", f"trainers.{run.train.kind.module}", str(files.config)]
 
 
 def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:

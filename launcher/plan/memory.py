@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import REFERENCE_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
@@ -85,5 +85,5 @@ def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
 
 def _holds_reference(config: TrainConfig) -> bool:
     """Whether a frozen second model stays in memory: with an adapter, the base model is the reference."""
-    kept = config.trainer in REFERENCE_TRAINERS and not config.precompute_ref_log_probs
+    kept = config.kind.reference and not config.precompute_ref_log_probs
     return kept and (config.model_ref is not None or not config.peft)

@@ -10,7 +10,7 @@ from launcher.plan.backend import AUTOTRAIN_ZERO_STAGE, Backend
 from launcher.plan.batch_search import next_smaller
 from launcher.plan.topology import Topology
 from trainers.config.consistency import smallest_batch
-from trainers.config.schema import REFERENCE_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ MENDS = (
     Mend(lambda c: "peft: true", lambda c: not c.train.peft),
     Mend(lambda c: "quantization: int4" + ("" if c.train.peft else " with it"),
          lambda c: c.train.quantization is None),
-    Mend(lambda c: "precompute_ref_log_probs: true", lambda c: c.train.trainer in REFERENCE_TRAINERS
+    Mend(lambda c: "precompute_ref_log_probs: true", lambda c: c.train.kind.reference
          and not c.train.peft and not c.train.precompute_ref_log_probs),
     Mend(lambda c: "distributed_backend: fsdp, or deepspeed with launch.zero_stage: 3 (over more GPUs)",
          lambda c: not c.shards_weights),

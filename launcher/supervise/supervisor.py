@@ -36,7 +36,6 @@ from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
 from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
 from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
-from trainers.config.schema import MODULES
 from trainers.rank.protocol import BEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
 from trainers.rank.say import say
 from trainers.storage.data_cache import cache_root
@@ -219,7 +218,7 @@ class Supervisor:
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
         """The process that forks the ranks; a new one where the last has ended."""
         if self.parent is None or self.parent.ended:
-            module = f"trainers.{MODULES[self.run.train.trainer]}"
+            module = f"trainers.{self.run.train.kind.module}"
             deepspeed = self.backend.name == "deepspeed"
             log = (self.run.folder / LAUNCH / WARM_LOG.format(self.topology.machine_rank)).resolve()
             self.parent = WarmParent(module, deepspeed, environ, log, self.lock)

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from ranks import REPO, environment
 
-from trainers.config.schema import TRAINERS
+from trainers.config.kinds import KINDS
 
 EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.yaml") if path.stem != "demo")
-KINDS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # else CausalLM
+OPENED_AS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # else CausalLM
 
 
 def config_of(name: str) -> dict:
@@ -47,7 +47,7 @@ def opened(folder: Path, kind: str, adapter: bool):
 
 
 def test_each_trainer_has_an_example():
-    assert sorted("default" if name == "clm" else name for name in EXAMPLES) == sorted(TRAINERS)
+    assert sorted(EXAMPLES) == sorted(kind.module for kind in KINDS.values())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -71,7 +71,7 @@ def test_example_runs_to_its_end(checkout, tiny_masked_model, monkeypatch, name)
     assert any("loss" in entry for entry in logged) and any("eval_loss" in entry for entry in logged)
     assert (folder / "README.md").read_text().startswith("---\n")
     assert (folder / "adapter_config.json").exists() == adapter
-    model = opened(folder, KINDS.get(name, "CausalLM"), adapter)
+    model = opened(folder, OPENED_AS.get(name, "CausalLM"), adapter)
     if name == "reward":
         assert model.config.num_labels == 1
 

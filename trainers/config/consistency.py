@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 
+from trainers.config.kinds import trainers
 from trainers.config.schema import (
-    LANGUAGE_TRAINERS,
-    PREFERENCE_TRAINERS,
-    PROMPT_TRAINERS,
     TrainConfig,
     acts_for,
 )
@@ -21,15 +19,6 @@ ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NOT_ADAM = ("sgd", "adagrad", "adafactor", "rmsprop")  # how their names in transformers begin
 NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.16: sigmoid does not read label_smoothing
-# Those that TRL 1.16 offers.
-LOSSES = {
-    "dpo": (
-        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-        "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-    ),
-    "kto": ("kto", "apo_zero_unpaired"),
-}  # fmt: skip
-
 
 # What a run leaves unread: (why, fields, when). Where several hold for a field, the last one says why.
 CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = (
@@ -53,8 +42,8 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
     ("push_to_hub is off", ("username",), lambda c: not c.push_to_hub),
     ("model is a folder", ("revision",), lambda c: Path(c.model).is_dir()),
     (f"loss_type is none of {', '.join(SMOOTHED)}", ("label_smoothing",),
-     lambda c: c.trainer == "dpo" and not {*SMOOTHED} & {*c.loss_types}),
-    ("loss_type is sft alone", ("dpo_beta",), lambda c: c.trainer == "dpo" and c.loss_types == ["sft"]),
+     lambda c: not {*SMOOTHED} & {*c.loss_types}),
+    ("loss_type is sft alone", ("dpo_beta",), lambda c: c.loss_types == ["sft"]),
     ("max_steps is set", ("epochs",), lambda c: c.max_steps > 0),
     ("warmup_steps is set", ("warmup_ratio",), lambda c: c.warmup_steps is not None),
     ("its kernels and its loader are not used here; packing, activation checkpointing and quantised LoRA are "
@@ -66,9 +55,9 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
     """Fields that the user set and that do nothing in this run, with the reason."""
     idle: dict[str, str] = {}
     for name in TrainConfig.model_fields:
-        trainers = acts_for(name)
-        if config.trainer not in trainers:
-            idle[name] = f"it belongs to {', '.join(trainers)}" if trainers else "no trainer here reads it"
+        acting = acts_for(name)
+        if config.trainer not in acting:
+            idle[name] = f"it belongs to {', '.join(acting)}" if acting else "no trainer here reads it"
     for why, names, holds in CONDITIONS:
         if holds(config):
             idle |= dict.fromkeys(names, why)
@@ -117,22 +106,22 @@ def _rows(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _packing(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
-    if config.trainer == "mlm" and config.packing not in ("auto", "none"):
+    if not config.kind.packs and config.packing not in ("auto", "none"):
         found.append(
             ("packing", "the attention of a masked LM sees the whole row, so documents cannot share one. "
                         "Use packing: none."))  # fmt: skip
-    if config.trainer in PREFERENCE_TRAINERS and config.packing == "wrapped":
+    if config.kind.packs and not config.kind.wraps and config.packing == "wrapped":
         found.append(
             ("packing", f"wrapped would cut the answers of {config.trainer}. Use packing: bfd, or none.")
         )
-    if config.packed == "none" and config.eval_packing and config.trainer in acts_for("packing"):
+    if config.packed == "none" and config.eval_packing and config.kind.packs:
         found.append(("eval_packing", "packing is none. Set packing: auto, or eval_packing: false."))
     budget = config.token_budget
     if budget is None:
         return found
     if config.packed == "none":
         found.append(("tokens_per_batch", "it counts no padding, so it needs packing. Set packing: auto."))
-    if config.trainer in LANGUAGE_TRAINERS and budget < config.sequence_length:
+    if config.kind.rows == "text" and budget < config.sequence_length:
         found.append(
             ("tokens_per_batch", f"{budget} is below block_size ({config.sequence_length}), the longest "
                                  "sequence. Raise it, or lower block_size."))  # fmt: skip
@@ -159,12 +148,12 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
     if config.use_flash_attention_2 and config.attention not in ("auto", "flash_attention_2"):
         found.append(("attention", "use_flash_attention_2 asks for another one. Keep one of the two."))
     targets = config.lora_targets
-    if config.peft and config.trainer in ("reward", "dpo", "kto") and targets != "all-linear":
+    if config.peft and (config.kind.scores or config.kind.reads_head_weight) and targets != "all-linear":
         named = targets if isinstance(targets, list) else [targets or ""]
         if any("lm_head" in name for name in named):
             why = (
                 "a reward model has a score and no lm_head"
-                if config.trainer == "reward"
+                if config.kind.scores
                 else "its loss reads the weights of lm_head past the adapter, which would never train"
             )
             found.append(("target_modules", f"lm_head: {why}. Remove it, or use all-linear."))
@@ -173,13 +162,13 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _losses(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
-    allowed = LOSSES.get(config.trainer, ())
+    allowed = config.kind.losses
     for name in config.loss_types if allowed else ():
         if name not in allowed:
             found.append(("loss_type", f"'{name}' does not exist. Allowed: {', '.join(allowed)}."))
     if config.trainer == "kto" and len(config.loss_types) > 1:
         found.append(("loss_type", "kto takes one loss."))
-    if config.trainer == "dpo" and "exo_pair" in config.loss_types and not config.label_smoothing:
+    if "exo_pair" in config.loss_types and not config.label_smoothing:
         found.append(("label_smoothing", "exo_pair needs it above 0. The paper (2402.00856) takes 0.001."))
     if config.batch_size < smallest_batch(config):
         found.append(
@@ -190,7 +179,7 @@ def _losses(config: TrainConfig) -> list[tuple[str, str]]:
 
 def smallest_batch(config: TrainConfig) -> int:
     """The smallest batch_size that the loss allows."""
-    return 2 if config.trainer == "kto" and config.loss_types == ["kto"] else 1
+    return 2 if set(config.loss_types) & set(config.kind.batch_losses) else 1
 
 
 def _lengths(config: TrainConfig) -> list[tuple[str, str]]:
@@ -198,10 +187,11 @@ def _lengths(config: TrainConfig) -> list[tuple[str, str]]:
     block, limit = config.sequence_length, config.model_max_length
     found = []
     if isinstance(config.block_size, list) and len(config.block_size) > 1:
-        if config.trainer not in PROMPT_TRAINERS:
+        if not config.kind.prompted:
+            able = ", ".join(trainers(lambda kind: kind.prompted))
             found.append(
-                ("block_size", f"[block, max_prompt, max_completion] is for {', '.join(PROMPT_TRAINERS)}."
-                               f" With {config.trainer} give one number."))  # fmt: skip
+                ("block_size", f"[block, max_prompt, max_completion] is for {able}. With {config.trainer} "
+                               "give one number."))  # fmt: skip
         elif len(config.block_size) > 3:
             found.append(
                 ("block_size", "a list has at most three entries: [block, max_prompt, max_completion].")

@@ -29,7 +29,7 @@ from trainers.config.names import (
     TASKS,
     TOP_KEYS,
 )
-from trainers.config.schema import TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings, Value, nearest, put, resolve
 from trainers.config.yaml_file import expand, load_yaml
 
@@ -136,7 +136,6 @@ class _Reader:
             )
         if "-" in task:
             trainer = task.split("-", 1)[1].replace("generic", "default")
-            assert trainer in TRAINERS
             self.put("trainer", trainer, "task")
 
     def read_data(self, data: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trainers.config.kinds import KINDS
+
 # Names that mean the same thing elsewhere (Hugging Face's TrainingArguments, TRL) -> our field.
 ALIASES = {
     "model_name_or_path": "model",
@@ -29,10 +31,7 @@ SWITCHES = {
     "gradient_checkpointing": ("activation_checkpointing", "full", "none"),
     "disable_gradient_checkpointing": ("activation_checkpointing", "none", "full"),  # AutoTrain's
 }
-TASKS = (
-    "llm", "lm_training", "llm-sft", "llm-generic", "llm-default", "llm-reward", "llm-dpo", "llm-orpo",
-    "llm-kto", "llm-mlm",
-)  # fmt: skip
+TASKS = ("llm", "lm_training", "llm-generic", *(f"llm-{name}" for name in KINDS))
 TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
 DATA_KEYS = {
     "path": "data_path",

@@ -7,6 +7,7 @@ Defaults are AutoTrain's, so that its configs mean here what they meant there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -23,15 +24,8 @@ from trainers.config.field_types import (
     none_word,
     strategy_word,
 )
+from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
 
-TRAINERS = ("default", "sft", "reward", "dpo", "orpo", "kto", "mlm")  # AutoTrain's five, kto and mlm
-# Trainers of one kind: what a row is to them.
-PREFERENCE_TRAINERS = ("reward", "dpo", "orpo", "kto")  # a chosen and a rejected answer
-PROMPT_TRAINERS = ("dpo", "orpo", "kto")  # a prompt apart from its answers
-REFERENCE_TRAINERS = ("dpo", "kto")  # a frozen reference model
-LANGUAGE_TRAINERS = ("default", "sft")  # a loss on every token that is asked for
-PAIR_TRAINERS = ("reward", "dpo", "orpo")  # two answers to one prompt in a row
-PLANNED_TRAINERS = ("default", "sft", "reward", "dpo", "orpo")  # may fill a micro-batch to a budget of tokens
 BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
 
 # Sections of --help and of docs/config.md: the title, and the field that it begins with.
@@ -51,13 +45,14 @@ SECTIONS = {
 SECRET_FIELDS = frozenset({"token"})
 
 
-# The modules that run them: `-m trainers.clm`.
-MODULES = {name: name for name in TRAINERS} | {"default": "clm"}
+def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:
+    """Mark a field that acts only for the trainers of which this holds; acts_for() reads it."""
+    return {"trainers": list(trainers(which))}
 
 
-def _only(*trainers: str) -> dict[str, Any]:
-    """Marks a field that acts for these trainers alone; acts_for() reads it."""
-    return {"trainers": list(trainers)}
+def _named(*names: TrainerName) -> dict[str, Any]:
+    """Mark a field that belongs to these trainers."""
+    return _only(lambda kind: kind.name in names)
 
 
 class TrainConfig(BaseModel):
@@ -69,7 +64,7 @@ class TrainConfig(BaseModel):
     project_name: str = Field(
         "project-name", min_length=1, description="Folder of the run, inside the working folder."
     )
-    trainer: Literal["default", "sft", "reward", "dpo", "orpo", "kto", "mlm"] = Field(
+    trainer: TrainerName = Field(
         "default", description="What is trained (docs/trainers.md). `task: llm-sft` sets it too."
     )
     resume: Annotated[bool | str, BeforeValidator(flag_word)] = Field(
@@ -116,18 +111,18 @@ class TrainConfig(BaseModel):
     rejected_text_column: str | None = Field(
         None,
         description="Column with the rejected answer.",
-        json_schema_extra=_only(*PREFERENCE_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.preference),
     )
     label_column: str = Field(
         "label",
         description="Column that says whether a completion is wanted (true, 1) or not (false, 0).",
-        json_schema_extra=_only("kto"),
+        json_schema_extra=_named("kto"),
     )
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
         description="What the loss sees. auto: completions and assistant turns, where rows have them; all "
         "with the default trainer.",
-        json_schema_extra=_only("default", "sft", "orpo"),
+        json_schema_extra=_only(lambda kind: kind.chooses_tokens),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(int_or_list)] = (
         Field(
@@ -143,25 +138,25 @@ class TrainConfig(BaseModel):
         128,
         gt=0,
         description="Longest prompt in tokens; its end is kept.",
-        json_schema_extra=_only(*PROMPT_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.prompted),
     )
     max_completion_length: Int | None = Field(
         None,
         gt=0,
         description="Longest completion in tokens; its start is kept.",
-        json_schema_extra=_only(*PROMPT_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.prompted),
     )
     packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
         "auto",
         description="bfd: documents share a sequence. wrapped: they are joined and cut into full blocks "
         "(default, sft). none: one a row, padded. They never see each other. auto: wrapped with the default "
         "trainer, else bfd.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
+        json_schema_extra=_only(lambda kind: kind.packs),
     )
     add_eos_token: bool = Field(
         True,
         description="End each document with the EOS token, and train on it.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
+        json_schema_extra=_only(lambda kind: kind.packs),
     )
     padding: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = Field(
         "right", description="Padding side of the saved tokenizer; batches in training are padded right."
@@ -191,7 +186,7 @@ class TrainConfig(BaseModel):
         gt=0,
         description="Micro-batch by tokens: documents or pairs that have at most this many together. "
         "Replaces batch_size.",
-        json_schema_extra=_only(*PLANNED_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.planned),
     )
     auto_find_batch_size: bool = Field(
         False,
@@ -247,7 +242,7 @@ class TrainConfig(BaseModel):
     eval_packing: bool | None = Field(
         None,
         description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
-        json_schema_extra=_only(*TRAINERS[:-1]),
+        json_schema_extra=_only(lambda kind: kind.packs),
     )
     save_strategy: Annotated[Strategy | None, BeforeValidator(strategy_word)] = Field(
         None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
@@ -294,51 +289,51 @@ class TrainConfig(BaseModel):
     model_ref: str | None = Field(
         None,
         description="Reference model. Default: the base model as it was.",
-        json_schema_extra=_only(*REFERENCE_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.reference),
     )
     precompute_ref_log_probs: bool = Field(
         False,
         description="Ask the reference model once, before training, and free its memory.",
-        json_schema_extra=_only(*REFERENCE_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.reference),
     )
     loss_type: Annotated[str | list[str] | None, BeforeValidator(names)] = Field(
         None,
         description="Loss of dpo (sigmoid, or several added up) and kto (kto).",
-        json_schema_extra=_only(*REFERENCE_TRAINERS),
+        json_schema_extra=_only(lambda kind: kind.reference),
     )
     label_smoothing: Float = Field(
         0.0,
         ge=0,
         lt=0.5,
         description="Part of the pairs taken to be labelled the wrong way round (robust, exo_pair, aot).",
-        json_schema_extra=_only("dpo"),
+        json_schema_extra=_named("dpo"),
     )
     dpo_beta: Float = Field(
-        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_only("dpo")
+        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_named("dpo")
     )
     orpo_beta: Float = Field(
         0.1,
         gt=0,
         description="Weight of the odds ratio (the paper's lambda).",
-        json_schema_extra=_only("orpo"),
+        json_schema_extra=_named("orpo"),
     )
     kto_beta: Float = Field(
-        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_only("kto")
+        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_named("kto")
     )
     desirable_weight: Float = Field(
-        1.0, gt=0, description="Weight of the wanted completions.", json_schema_extra=_only("kto")
+        1.0, gt=0, description="Weight of the wanted completions.", json_schema_extra=_named("kto")
     )
     undesirable_weight: Float = Field(
-        1.0, gt=0, description="Weight of the unwanted completions.", json_schema_extra=_only("kto")
+        1.0, gt=0, description="Weight of the unwanted completions.", json_schema_extra=_named("kto")
     )
     center_rewards_coefficient: Float | None = Field(
         None,
         gt=0,
         description="Pulls the sum of each pair's rewards to zero, with this weight (arXiv 2312.09244).",
-        json_schema_extra=_only("reward"),
+        json_schema_extra=_named("reward"),
     )
     mlm_probability: Float = Field(
-        0.15, gt=0, lt=1, description="Part of the tokens that is masked.", json_schema_extra=_only("mlm")
+        0.15, gt=0, lt=1, description="Part of the tokens that is masked.", json_schema_extra=_named("mlm")
     )
 
     # Logging and tracking
@@ -365,8 +360,13 @@ class TrainConfig(BaseModel):
         BeforeValidator(lambda v: "auto" if v is None else v),
     ] = Field("auto", description="auto, ddp, fsdp, deepspeed, or none for one process.")
     unsloth: bool = Field(
-        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_only()
+        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_named()
     )
+
+    @property
+    def kind(self) -> TrainerKind:
+        """What the trainer is."""
+        return KINDS[self.trainer]
 
     @property
     def sequence_length(self) -> int:
@@ -376,16 +376,14 @@ class TrainConfig(BaseModel):
     @property
     def packed(self) -> Literal["bfd", "wrapped", "none"]:
         """How documents share a sequence in this run."""
-        if self.trainer not in acts_for("packing"):
-            return "none"
-        if self.packing == "auto":
-            return "wrapped" if self.trainer == "default" else "bfd"
+        if self.packing == "auto" or not self.kind.packs:
+            return self.kind.default_packing
         return self.packing
 
     @property
     def token_budget(self) -> int | None:
         """tokens_per_batch, where the trainer fills its micro-batches so."""
-        return self.tokens_per_batch if self.trainer in acts_for("tokens_per_batch") else None
+        return self.tokens_per_batch if self.kind.planned else None
 
     @property
     def evaluates_packed(self) -> bool:
@@ -406,13 +404,13 @@ class TrainConfig(BaseModel):
     def loss_types(self) -> list[str]:
         """The losses that are added up (dpo, kto)."""
         if self.loss_type is None:
-            return ["kto" if self.trainer == "kto" else "sigmoid"]
+            return list(self.kind.losses[:1])
         return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
 
     @property
     def trains_on_all(self) -> bool:
         """Whether the loss sees every token, though rows may tell prompt and completion."""
-        return self.train_on == "all" or (self.train_on == "auto" and self.trainer == "default")
+        return self.train_on == "all" or (self.train_on == "auto" and self.kind.trains_on_all)
 
     @property
     def lora_targets(self) -> str | list[str] | None:
@@ -428,7 +426,7 @@ class TrainConfig(BaseModel):
 def acts_for(field: str) -> tuple[str, ...]:
     """The trainers for which a field does something."""
     extra = TrainConfig.model_fields[field].json_schema_extra
-    return tuple(extra["trainers"]) if isinstance(extra, dict) else TRAINERS  # type: ignore[arg-type]
+    return tuple(extra["trainers"]) if isinstance(extra, dict) else trainers()  # type: ignore[arg-type]  # JSON
 
 
 def sections() -> list[tuple[str, list[str]]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from string import Formatter
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import PREFERENCE_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.data.files import Split, column_names, rows
 
 CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
@@ -58,7 +58,7 @@ def find_columns(columns: list[str], config: TrainConfig) -> Columns:
         _need(columns, config.prompt_text_column, _key("prompt_text_column"))
     prompt = config.prompt_text_column or ("prompt" if "prompt" in columns else None)
     instruction = prompt is None and config.prompt_format is None and "instruction" in columns
-    if config.trainer in PREFERENCE_TRAINERS:
+    if config.kind.preference:
         return _preference_columns(columns, config, prompt, instruction)
     text = completion_name(columns, config)
     asked = config.prompt_text_column is not None or config.prompt_format is not None
@@ -86,7 +86,7 @@ def _preference_columns(
     label = config.label_column
     labelled = label in columns or "label_column" in config.model_fields_set
     paired = config.rejected_text_column is not None or bool({"chosen", "rejected"} & set(columns))
-    if config.trainer == "kto" and ((labelled and config.rejected_text_column is None) or not paired):
+    if config.kind.rows == "labelled" and ((labelled and config.rejected_text_column is None) or not paired):
         text = completion_name(columns, config)
         _need(columns, text, _key("text_column"))
         _need(columns, label, _key("label_column"))

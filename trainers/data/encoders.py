@@ -65,22 +65,15 @@ class Encoder:
     encode: Callable[[dict[str, Any]], list[Sample]] = field(init=False)
 
     def __post_init__(self) -> None:
-        lists: dict[str, tuple[str, ...]] = {
-            "default": ("input_ids", "labels"),
-            "sft": ("input_ids", "labels"),
-            "mlm": ("input_ids",),
-            "reward": ("chosen_ids", "rejected_ids"),
-            "kto": ("prompt_ids", "completion_ids"),
-        }
-        names = lists.get(self.config.trainer, ("prompt_ids", "chosen_ids", "rejected_ids"))
-        self.empty = {name: [] for name in names} | ({"label": False} if self.config.trainer == "kto" else {})
+        kind = self.config.kind
+        self.empty = {name: False if name == "label" else [] for name in kind.columns}
         self.encode = {
-            "mlm": self.masked,
-            "reward": self.compared,
-            "dpo": self.preferred,
-            "orpo": self.preferred,
-            "kto": self.wanted,
-        }.get(self.config.trainer, self.language)
+            "text": self.language,
+            "masked": self.masked,
+            "scored_pair": self.compared,
+            "prompted_pair": self.preferred,
+            "labelled": self.wanted,
+        }[kind.rows]
 
     def __call__(self, batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         names = list(batch)

@@ -217,7 +217,7 @@ def _cache_key(
         config.add_eos_token, config.sequence_length, config.max_prompt_length,
         config.max_completion_length, config.packed == "wrapped", part, sorted(tokenizer.all_special_ids),
         held_out if _split_of(config, part)[0] == "train_split" else None,
-        config.data_seed if config.trainer == "kto" else None,
+        config.data_seed if config.kind.rows == "labelled" else None,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -254,9 +254,9 @@ def _tokenize(
     summary.kept = len(data)
     if not len(data):
         return data, summary
-    if config.trainer == "kto":
+    if config.kind.rows == "labelled":
         data = _mismatched(data, config, part)
-    if config.trainer == "mlm":
+    if config.kind.rows == "masked":
         numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
         data = data.add_column("row", list(numbers))  # what is masked depends on it, not on the rank
     return data, summary

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import LANGUAGE_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.data.packing import Ints, Pieces, plan_packs, whole_rows, wrap_rows
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def count_packs(config: TrainConfig, dataset: Dataset) -> int:
     if config.packed == "wrapped":
         return len(wrap_rows(lengths, capacity)[1]) - 1
     if lengths.max() > capacity:
-        pair = "" if config.trainer in LANGUAGE_TRAINERS else " (both answers, each with its prompt)"
+        pair = "" if config.kind.rows == "text" else " (both answers, each with its prompt)"
         raise ConfigError(
             f"tokens_per_batch: {capacity} tokens do not hold the longest row, which has "
             f"{lengths.max()}{pair}. Raise it, or lower block_size."
@@ -188,6 +188,6 @@ def _capacity(config: TrainConfig) -> int | None:
     """Tokens of a pack; None where a row is a pack."""
     if config.packed == "wrapped":
         return config.sequence_length
-    if config.trainer in LANGUAGE_TRAINERS and config.packed == "bfd":
+    if config.kind.rows == "text" and config.packed == "bfd":
         return config.token_budget or config.sequence_length
     return config.token_budget

@@ -67,7 +67,7 @@ def _refusal(name: str, config: TrainConfig, model: PreTrainedConfig) -> str | N
     import torch
 
     text = model.get_text_config()
-    if config.trainer == "mlm":  # its models see both ways
+    if not config.kind.causal:  # its models see both ways
         return "a masked LM is not causal" if name != "flash_attention_2" else "not used for masked LMs"
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()) and name in OWN:
         return f"{text.model_type} attends in chunks"

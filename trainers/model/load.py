@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError, first_line
-from trainers.config.schema import PAIR_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.model import fsdp
 from trainers.model.activation_checkpointing import checkpoint_layers
 from trainers.model.attention import choose_attention, implementation
@@ -72,7 +72,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         "attn_implementation": implementation(attention),
         **source_arguments(name, config),
     }
-    if config.trainer == "reward":
+    if config.kind.scores:
         kwargs["num_labels"] = 1
     if config.use_kernels:
         _check_kernels()
@@ -83,7 +83,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         if torch.cuda.is_available() and not sharded:  # the sharded backends place the weights themselves
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     verbosity = transformers.logging.get_verbosity()
-    if config.trainer == "reward":  # that a causal LM has no score is expected, and said by _draw_head
+    if config.kind.scores:  # that a causal LM has no score is expected, and said by _draw_head
         transformers.logging.set_verbosity_error()
     try:
         model, info = model_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
@@ -93,11 +93,11 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         transformers.logging.set_verbosity(verbosity)
     if config.quantization == "int4":
         keep_layout(model)
-    if config.trainer == "reward":
+    if config.kind.scores:
         _draw_head(model, info["missing_keys"], config.seed)
     fit_vocabulary(model, tokenizer, config.seed)
     if config.packed != "none":
-        flatten_body(model, attention == "documents" and config.trainer in PAIR_TRAINERS)
+        flatten_body(model, attention == "documents" and config.kind.pairs)
     if fsdp.asked_for():
         fsdp.keep_tied_together(model)
     return model  # type: ignore[no-any-return]

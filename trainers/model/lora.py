@@ -6,15 +6,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import REFERENCE_TRAINERS, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.model import fsdp
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel
-
-TASK_TYPES = {"reward": "SEQ_CLS", "mlm": None}  # peft's word for a trainer; CAUSAL_LM for the rest
 
 
 def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedModel) -> LoraConfig | None:
@@ -44,7 +42,7 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
         target_modules=config.lora_targets,
         trainable_token_indices=_trained_rows(model, new_tokens) if new_tokens else None,
         bias="none",
-        task_type=TASK_TYPES.get(config.trainer, "CAUSAL_LM"),
+        task_type=config.kind.peft_task,
         revision=config.revision,
     )
 
@@ -75,7 +73,7 @@ def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
             f"{', '.join(known)}."
         )
     output = names.get(id(model.get_output_embeddings()))
-    if config.trainer in REFERENCE_TRAINERS and output and any(matches(output, target) for target in asked):
+    if config.kind.reads_head_weight and output and any(matches(output, target) for target in asked):
         raise ConfigError(
             f"target_modules: it matches {output}, whose weight the loss of {config.trainer} reads past the "
             "adapter, which would never train. Leave it out."

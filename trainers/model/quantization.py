@@ -31,7 +31,7 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
         "bnb_4bit_use_double_quant": config.double_quantization,
     }
     settings: dict[str, Any] = {"load_in_8bit": True} if config.quantization == "int8" else nf4
-    if config.trainer == "reward":  # the new head is trained, so it stays whole
+    if config.kind.scores:  # the new head is trained, so it stays whole
         settings["llm_int8_skip_modules"] = ["score", "classifier", "lm_head"]
     return BitsAndBytesConfig(**settings)
 

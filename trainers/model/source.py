@@ -23,10 +23,9 @@ def source_arguments(model: str, config: TrainConfig) -> dict[str, Any]:
 
 def model_class(config: TrainConfig) -> Any:
     """The auto class of transformers that a trainer's model is loaded with."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+    import transformers
 
-    classes = {"reward": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}
-    return classes.get(config.trainer, AutoModelForCausalLM)
+    return getattr(transformers, config.kind.auto_class)
 
 
 def model_config(name: str, config: TrainConfig) -> PreTrainedConfig:

@@ -28,7 +28,7 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     tokenizer = tokenizer_of(config.model, config)
     forget_truncation(tokenizer)
     gained = set_template(tokenizer, config.chat_template)
-    if config.trainer == "mlm" and tokenizer.mask_token is None:
+    if config.kind.rows == "masked" and tokenizer.mask_token is None:
         raise ConfigError(
             f"base_model: {config.model} has no mask token, so it is no masked LM. Use another model, or "
             "trainer: default."

@@ -76,7 +76,7 @@ def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         "revision": config.revision or "main",
         "trust_remote_code": config.trust_remote_code,
     }
-    if config.trainer == "reward":
+    if config.kind.scores:
         kwargs["num_labels"] = 1  # the head itself is part of the adapter
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)

@@ -18,17 +18,6 @@ from trainers.data.files import is_hub_id
 from trainers.storage.run_folder import METRICS, versions, write_whole
 from trainers.storage.saved_model import ADAPTER
 
-KINDS = {
-    "default": "next-token prediction on text",
-    "sft": "supervised fine-tuning on prompts and answers",
-    "reward": "a reward model: a classifier with one output, which scores an answer",
-    "dpo": "direct preference optimisation (DPO) on chosen and rejected answers",
-    "orpo": "odds-ratio preference optimisation (ORPO) on chosen and rejected answers",
-    "kto": "Kahneman-Tversky optimisation (KTO) on wanted and unwanted answers",
-    "mlm": "masked language modelling",
-}
-LOADERS = {"reward": "AutoModelForSequenceClassification", "mlm": "AutoModelForMaskedLM"}  # else causal
-PIPELINES = {"reward": "text-classification", "mlm": "fill-mask"}  # else text-generation
 HEADINGS = {
     "kept": "samples",
     "supervised_tokens": "tokens in the loss",
@@ -73,7 +62,7 @@ def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     if is_hub_id(config.data_path):
         front["datasets"] = [config.data_path]
     front["tags"] = ["phalanx", config.trainer]
-    front["pipeline_tag"] = PIPELINES.get(config.trainer, "text-generation")
+    front["pipeline_tag"] = config.kind.pipeline
     return front
 
 
@@ -91,7 +80,7 @@ def _about(folder: Path, config: TrainConfig, facts: dict[str, Any], entries: li
             trained += " and merged into the base model."
     rows = {
         "Base model": _named(config.model) + (f", revision {config.revision}" if config.revision else ""),
-        "Trainer": f"{config.trainer} ({KINDS[config.trainer]})",
+        "Trainer": f"{config.trainer} ({config.kind.summary})",
         "Steps": max((entry["step"] for entry in entries), default=None),
         "Rows (or packs of rows) a step": facts.get("global_batch"),
         "Tokens a step, at most": facts.get("global_batch_tokens"),
@@ -179,9 +168,9 @@ def _limits(
 
 
 def _snippet(folder: Path, config: TrainConfig) -> str:
-    loader = LOADERS.get(config.trainer, "AutoModelForCausalLM")
+    loader = config.kind.auto_class
     name = f"{config.username}/{name_of(folder)}" if config.push_to_hub else name_of(folder)
-    extra = ", num_labels=1" if config.trainer == "reward" else ""
+    extra = ", num_labels=1" if config.kind.scores else ""
     if config.trust_remote_code:
         extra += ", trust_remote_code=True"
     code = f"from transformers import {loader}, AutoTokenizer\n\nname = {name!r}\n"

@@ -1,0 +1,158 @@
+"""What each trainer is: one record holds all that the rest of the project asks about it.
+
+To add a trainer, add its record here and its module to trainers/ (CONTRIBUTING.md has the steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+TrainerName = Literal["default", "sft", "reward", "dpo", "orpo", "kto", "mlm"]
+# What a row becomes, and the columns that it then has.
+RowKind = Literal["text", "masked", "scored_pair", "prompted_pair", "labelled"]
+ROW_COLUMNS: dict[RowKind, tuple[str, ...]] = {
+    "text": ("input_ids", "labels"),
+    "masked": ("input_ids",),
+    "scored_pair": ("chosen_ids", "rejected_ids"),  # each with its prompt
+    "prompted_pair": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "labelled": ("prompt_ids", "completion_ids", "label"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerKind:
+    """One trainer."""
+
+    name: TrainerName
+    module: str  # `-m trainers.MODULE`
+    summary: str  # for the model card
+    rows: RowKind
+    default_packing: Literal["bfd", "wrapped", "none"] = "bfd"  # what packing: auto is; none: it cannot pack
+    wraps: bool = False  # packing: wrapped may cut its rows
+    planned: bool = True  # its micro-batches may be filled to tokens_per_batch
+    chooses_tokens: bool = False  # train_on says which tokens its loss sees
+    trains_on_all: bool = False  # train_on: auto is all
+    reference: bool = False  # its loss compares with a frozen reference model
+    losses: tuple[str, ...] = ()  # loss_type's values, the default first (TRL 1.16); (): it has one loss
+    batch_losses: tuple[str, ...] = ()  # those that need two rows in a micro-batch
+    auto_class: str = "AutoModelForCausalLM"  # of transformers
+    peft_task: str | None = "CAUSAL_LM"  # peft's name for it
+    pipeline: str = "text-generation"  # the hub's name for it
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a prepared row."""
+        return ROW_COLUMNS[self.rows]
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows can share a sequence."""
+        return self.default_packing != "none"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row has two answers to one prompt."""
+        return self.rows in ("scored_pair", "prompted_pair")
+
+    @property
+    def preference(self) -> bool:
+        """Whether its rows say which answer is better, or wanted."""
+        return self.pairs or self.rows == "labelled"
+
+    @property
+    def prompted(self) -> bool:
+        """Whether a row has its prompt apart from the answers."""
+        return "prompt_ids" in self.columns
+
+    @property
+    def scores(self) -> bool:
+        """Whether its model has one output, a score, in place of logits."""
+        return self.auto_class == "AutoModelForSequenceClassification"
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.rows != "masked"
+
+    @property
+    def reads_head_weight(self) -> bool:
+        """Whether the loss reads the weight of lm_head itself, so that an adapter on it would never train."""
+        return self.reference
+
+
+_ALL = (
+    TrainerKind(
+        name="default",
+        module="clm",
+        summary="next-token prediction on text",
+        rows="text",
+        default_packing="wrapped",
+        wraps=True,
+        chooses_tokens=True,
+        trains_on_all=True,
+    ),
+    TrainerKind(
+        name="sft",
+        module="sft",
+        summary="supervised fine-tuning on prompts and answers",
+        rows="text",
+        wraps=True,
+        chooses_tokens=True,
+    ),
+    TrainerKind(
+        name="reward",
+        module="reward",
+        summary="a reward model: a classifier with one output, which scores an answer",
+        rows="scored_pair",
+        auto_class="AutoModelForSequenceClassification",
+        peft_task="SEQ_CLS",
+        pipeline="text-classification",
+    ),
+    TrainerKind(
+        name="dpo",
+        module="dpo",
+        summary="direct preference optimisation (DPO) on chosen and rejected answers",
+        rows="prompted_pair",
+        reference=True,
+        losses=(
+            "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+            "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+        ),
+    ),
+    TrainerKind(
+        name="orpo",
+        module="orpo",
+        summary="odds-ratio preference optimisation (ORPO) on chosen and rejected answers",
+        rows="prompted_pair",
+        chooses_tokens=True,
+    ),
+    TrainerKind(
+        name="kto",
+        module="kto",
+        summary="Kahneman-Tversky optimisation (KTO) on wanted and unwanted answers",
+        rows="labelled",
+        planned=False,
+        reference=True,
+        losses=("kto", "apo_zero_unpaired"),
+        batch_losses=("kto",),
+    ),
+    TrainerKind(
+        name="mlm",
+        module="mlm",
+        summary="masked language modelling",
+        rows="masked",
+        default_packing="none",
+        planned=False,
+        auto_class="AutoModelForMaskedLM",
+        peft_task=None,
+        pipeline="fill-mask",
+    ),
+)  # fmt: skip
+KINDS: dict[str, TrainerKind] = {kind.name: kind for kind in _ALL}
+
+
+def trainers(which: Callable[[TrainerKind], bool] = lambda kind: True) -> tuple[str, ...]:
+    """Return the names of the trainers of which this holds, in the order of the documentation."""
+    return tuple(kind.name for kind in KINDS.values() if which(kind))
