@@ -15,8 +15,9 @@ from fakes import fake_model, machine, write_rows
 from inprocess import write_split
 from ranks import Bench, environment, kept_warm
 
-from launcher.plan import backend, topology
+from launcher.plan import topology
 from launcher.plan.topology import Hardware
+from trainers.config import packages as installed_packages
 from trainers.rank.protocol import WARM
 from trainers.rank.signals import SIGNALS
 
@@ -184,7 +185,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def present(without: tuple[str, ...] | str = ()) -> None:
         missing = (without,) if isinstance(without, str) else without
-        monkeypatch.setattr(backend, "installed", lambda name: name not in missing)
+        monkeypatch.setattr(installed_packages, "installed", lambda name: name not in missing)
 
     present()
     return present

@@ -12,6 +12,7 @@ from inprocess import ROWS, build, logged, settings_of
 from transformers import GPT2Config, LlamaConfig
 
 import trainers.model.document_attention
+from trainers.config import packages as installed_packages
 from trainers.config.errors import ConfigError
 from trainers.model.attention import choose_attention, implementation
 from trainers.model.isolation_probe import probe
@@ -200,7 +201,7 @@ def chosen(model: Any, **values: Any) -> tuple[str, str]:
 def test_without_a_gpu_documents_are_taken_one_by_one():
     name, why = chosen(LlamaConfig(), trainer="sft")
     assert name == "documents"
-    assert why == "flash_attention_2: no GPU; varlen: no GPU; flex_attention: no GPU"
+    assert why == "flash_attention_2, varlen, flex_attention: there is no GPU"
 
 
 def test_what_was_asked_for_is_taken():
@@ -210,10 +211,10 @@ def test_what_was_asked_for_is_taken():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_flash_attention_2": True}, "use_flash_attention_2: flash_attention_2 cannot be used: no GPU. "
-         "Without it documents would be used."),
-        ({"attention": "varlen"}, "attention: varlen cannot be used: no GPU"),
-        ({"attention": "flex_attention"}, "attention: flex_attention cannot be used: no GPU"),
+        ({"use_flash_attention_2": True}, "use_flash_attention_2: flash_attention_2 cannot be used: there is "
+         "no GPU. Set use_flash_attention_2: false, which takes documents here."),
+        ({"attention": "varlen"}, "attention: varlen cannot be used: there is no GPU"),
+        ({"attention": "flex_attention"}, "attention: flex_attention cannot be used: there is no GPU"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_an_error_with_the_reason(values, message):
@@ -225,29 +226,26 @@ class Ampere:
     """A machine with such a GPU, as far as the choice looks."""
 
     def __init__(self, monkeypatch, packages=(), capability=(8, 0)):
-        import importlib.util
-
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU")
-        find = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: name in packages if name == "flash_attn" else find(name)
-        )
+        monkeypatch.setattr(installed_packages, "installed", lambda name: name in packages)
 
 
 HALF = {"trainer": "sft", "mixed_precision": "bf16"}
 
 
 def test_flash_attention_is_taken_where_the_package_and_the_gpu_allow(monkeypatch):
-    Ampere(monkeypatch, packages=("flash_attn",))
+    Ampere(monkeypatch, packages=("flash-attn",))
     assert chosen(LlamaConfig(), **HALF) == ("flash_attention_2", "the fastest where documents are packed")
 
 
 def test_else_torchs_own_varlen_attention(monkeypatch):
     Ampere(monkeypatch)
     name, why = chosen(LlamaConfig(), **HALF)
-    assert (name, why) == ("varlen", "flash_attention_2: the package flash-attn is not installed")
+    assert (name, why) == (
+        "varlen",
+        "flash_attention_2: the package flash-attn is not installed (pip install 'phalanx[flash-attn]')",
+    )
 
 
 def test_else_flex_attention(monkeypatch):
@@ -262,8 +260,8 @@ def test_a_model_that_attends_in_chunks_gets_a_mask(monkeypatch):
     config = LlamaConfig(layer_types=["chunked_attention"] * 32)
     assert chosen(config, trainer="sft") == (
         "sdpa",
-        "flash_attention_2: no GPU; varlen: llama attends in chunks; flex_attention: no GPU; "
-        "documents: llama attends in chunks",
+        "flash_attention_2: there is no GPU; varlen: llama attends in chunks; "
+        "flex_attention: there is no GPU; documents: llama attends in chunks",
     )
 
 

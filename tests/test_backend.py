@@ -19,13 +19,14 @@ import yaml
 from fakes import fake_model, machine
 
 from launcher.config import LaunchConfig, Run, load_run
-from launcher.plan import backend as backends
 from launcher.plan.accelerate_config import build_accelerate_config, build_deepspeed_config
-from launcher.plan.backend import RULES, Backend, resolve_backend
+from launcher.plan.backend import Backend, resolve_backend
 from launcher.plan.command import build_command, build_environment
 from launcher.plan.memory import predict_bytes_per_rank
 from launcher.plan.topology import Hardware, Topology, resolve_topology
 from trainers.config.errors import ConfigError
+from trainers.config.packages import installed
+from trainers.config.requirements import RULES
 from trainers.config.schema import TrainConfig
 from trainers.rank.protocol import AttemptFiles
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SHIPPED
@@ -168,12 +169,12 @@ def test_every_rule_names_a_key_and_a_mend() -> None:
         section, _, name = rule.key.rpartition(".")
         assert name in {"": TrainConfig, "launch": LaunchConfig}[section].model_fields
         assert rule.reason.endswith(".")
-        assert rule.mend.endswith(".")
+        assert rule.fix.endswith(".")
 
 
 def test_installed() -> None:
-    assert backends.installed("pyyaml")
-    assert not backends.installed("no-such-distribution")
+    assert installed("pyyaml")
+    assert not installed("no-such-distribution")
 
 
 # -------------------------------------------------------------------------------------- the static files

@@ -21,7 +21,7 @@ import torch
 from inprocess import Built, build
 from tiny import build_tiny_model
 
-from trainers.config import consistency
+from trainers.config import consistency, requirements
 from trainers.config.kinds import KINDS
 from trainers.config.schema import TrainConfig, acts_for
 from trainers.config.settings import Settings
@@ -552,7 +552,8 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
     other = str(place.model(trainer, second=True))
     own = {"model_ref": other} if KINDS[trainer].reference else {}
     with monkeypatch.context() as machine:
-        machine.setattr(attention, "_refusal", lambda *_: None)
+        machine.setattr(requirements, "ATTENTIONS", dict.fromkeys(requirements.ATTENTIONS, ()))
+        machine.setattr(life, "check_requirements", lambda *_: None)
         small(place, trainer, **own, token="hf_secret", revision="abc", trust_remote_code=True,
               use_flash_attention_2=True, use_kernels=True)  # fmt: skip
     assert {kind for kind, _, _ in asked} == {"tokenizer", "model"}

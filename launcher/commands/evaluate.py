@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from launcher.plan.topology import detect_hardware, free_port
 from trainers.config.errors import ConfigError
+from trainers.storage.saved_model import ADAPTER
 
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"
@@ -62,7 +63,7 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
 
 def _model(folder: Path) -> dict[str, str]:
     """What lm-eval calls the model: a whole one, or an adapter on its base."""
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         found = {"pretrained": str(folder)}
     elif adapter.is_file():

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
+from trainers.config.hub_paths import hub_cache
 from trainers.config.schema import TrainConfig
+from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
-ADAM_BYTES = 4 + 4 + 8  # float32 weight, gradient, and Adam's two moments, per trained parameter
+TRAINED_BYTES = 2 * FLOAT32_BYTES + ADAM_BYTES  # weight, gradient, moments
 
 
 def model_folder(model: str) -> Path | None:
     """The folder of a local model, or of a hub id that lies in the hub cache already."""
     if Path(model).is_dir():
         return Path(model)
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}"
+    cache = hub_cache() / f"models--{model.replace('/', '--')}"
     snapshots = sorted((cache / "snapshots").glob("*/config.json"))
     return snapshots[-1].parent if snapshots else None
 
@@ -64,12 +64,12 @@ def _safetensors_size(file: Path) -> int:
 def predict_bytes_per_rank(parameters: int, config: TrainConfig) -> int:
     """Weights, gradients and optimiser state of an unsharded rank, in bytes; activations are not counted."""
     if not config.peft:
-        reference = parameters * 4 if _holds_reference(config) else 0
-        return parameters * ADAM_BYTES + reference
+        reference = parameters * FLOAT32_BYTES if _holds_reference(config) else 0
+        return parameters * TRAINED_BYTES + reference
     base = {"int4": 0.6, "int8": 1.1}.get(config.quantization or "", 2.0 if config.mixed_precision else 4.0)
     # LoRA on all linear layers trains about r * 2 / hidden of the weights; 2 % is above what r = 64 takes.
     models = 2 if _holds_reference(config) else 1
-    return int(parameters * (models * base + 0.02 * ADAM_BYTES))
+    return int(parameters * (models * base + 0.02 * TRAINED_BYTES))
 
 
 def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
@@ -78,9 +78,11 @@ def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
     The state of other optimisers is not counted. An adapter is taken to be 0.2 % of the weights.
     """
     trained = 0.002 * parameters if config.peft else parameters
-    moments = 8 if config.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
+    moments = (
+        ADAM_BYTES if config.optimizer in ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused") else 0
+    )
     saves = config.save_strategy != "no" or config.save_minutes is not None
-    return int(trained * (4 + moments)) if saves else 0, int(trained * 4)
+    return int(trained * (FLOAT32_BYTES + moments)) if saves else 0, int(trained * FLOAT32_BYTES)
 
 
 def _holds_reference(config: TrainConfig) -> bool:

@@ -14,8 +14,9 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.columns import check_split
 from trainers.data.files import find_split
-from trainers.storage.manifest import checkpoint_folders, in_words
+from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.run_folder import check_free
+from trainers.storage.sizes import in_words
 
 
 def preflight(run: Run) -> None:

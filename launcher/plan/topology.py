@@ -7,11 +7,11 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from pathlib import Path
 
 from launcher.config import LaunchConfig
 from launcher.plan.nodelist import hosts
 from trainers.config.errors import ConfigError
+from trainers.config.requirements import cpu_computes_bf16
 
 LOOPBACK = "127.0.0.1"
 
@@ -62,12 +62,11 @@ class Topology:
 
 def detect_hardware(environ: Mapping[str, str] = os.environ) -> Hardware:
     """Reads what this machine has, without torch and without touching CUDA."""
-    cpu_flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     return Hardware(
         gpus=_nvml_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cores=len(os.sched_getaffinity(0)),
-        cpu_bf16="avx512_bf16" in cpu_flags or "amx_bf16" in cpu_flags,
+        cpu_bf16=cpu_computes_bf16(),
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from trainers.checkpoint import fsdp_shards, zero_shards
 from trainers.checkpoint.nan_watch import FiniteWatch
 from trainers.checkpoint.resuming import SCHEDULER, Resuming
+from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
 from trainers.rank.failures import disk_is_full
@@ -38,13 +39,11 @@ from trainers.storage.manifest import (
     checkpoint_folders,
     complaint,
     entry_of,
-    in_words,
     read_manifest,
 )
-from trainers.storage.run_folder import SAVING, versions
+from trainers.storage.run_folder import SAVING
+from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES, in_words
 
-ADAM_BYTES = 8  # float32 moments per trained parameter
-MASTER_BYTES = 12  # ZeRO: a float32 copy and the moments
 UNREAD = "training_args.bin"  # a pickle that nothing reads
 
 
@@ -357,8 +356,8 @@ class Durable(Resuming):
         parameters = [(_numel(p), p.element_size(), p.requires_grad) for p in model.parameters()]
         trained = sum(count for count, _, trained in parameters if trained)
         kept = sum(count * size for count, size, trained in parameters if trained or self._trains_all)
-        each = MASTER_BYTES if self.is_deepspeed_enabled else ADAM_BYTES
-        return int(kept + trained * each)
+        copy = FLOAT32_BYTES if self.is_deepspeed_enabled else 0  # ZeRO keeps the weights in float32 too
+        return int(kept + trained * (ADAM_BYTES + copy))
 
 
 def _plain(result: tuple[list[FileEntry], Exception | None]) -> tuple[list[FileEntry], str | None]:

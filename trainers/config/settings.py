@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainers.config.consistency import problems, without_effect
 from trainers.config.errors import ConfigError
+from trainers.config.hub_paths import token_file
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.schema import BLOCK_SIZE_LIMIT, SECRET_FIELDS, TrainConfig
 
@@ -225,8 +226,7 @@ def _token_of_the_site() -> dict[str, Value]:
     """The hub's token as its own library looks for it: HF_TOKEN, else the file that a login wrote."""
     if token := os.environ.get("HF_TOKEN"):
         return {"token": Value(token, "environment HF_TOKEN", "token")}
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
+    file = token_file()
     try:
         token = file.read_text(encoding="utf-8").strip()
     except OSError:

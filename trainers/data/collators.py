@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainers.data.labels import IGNORED
 from trainers.data.packing import Pieces
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class FlatCollator:
         lengths = np.asarray([len(row["input_ids"]) for row in rows])
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        labels[begins] = -100  # the first token of a document is predicted from nothing
+        labels[begins] = IGNORED  # the first token of a document is predicted from nothing
         positions = np.arange(len(ids)) - np.repeat(begins, lengths)
         bounds = torch.from_numpy(np.append(begins, ends[-1]).astype(np.int32))
         longest = int(lengths.max())

@@ -19,6 +19,7 @@ from trainers.config.schema import TrainConfig
 from trainers.data import chat
 from trainers.data.chat import RowError, Turns
 from trainers.data.columns import Columns
+from trainers.data.labels import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ class Encoder:
         limit = None if self.config.packed == "wrapped" else self.config.sequence_length
         labels = encoded.labels[:limit]
         # The first token of a sequence is predicted from nothing, so it is never trained on.
-        supervised = sum(label != chat.IGNORED for label in labels[1:])
+        supervised = sum(label != IGNORED for label in labels[1:])
         length = len(encoded.input_ids)
         sample = Sample({"input_ids": encoded.input_ids[:limit], "labels": labels}, length, supervised)
         sample.truncated = limit is not None and length > limit
@@ -148,8 +149,8 @@ class Encoder:
             raise RowError(
                 f"input_ids must be whole numbers from 0 to {vocabulary[-1]}, the tokenizer's last."
             )
-        if any(label != chat.IGNORED and label not in vocabulary for label in labels):
-            raise RowError(f"labels must be as input_ids, or {chat.IGNORED} where nothing is trained on.")
+        if any(label != IGNORED and label not in vocabulary for label in labels):
+            raise RowError(f"labels must be as input_ids, or {IGNORED} where nothing is trained on.")
         kept = [index for index in range(len(ids)) if mask is ids or mask[index]]
         if not kept:
             raise Dropped("empty text")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback
 
+from trainers.data.labels import IGNORED
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class MaskTokens(TrainerCallback):
         batch = self.tokenizer.pad(
             {"input_ids": [ids.tolist() for ids, _ in masked]}, padding_side="right", return_tensors="pt"
         )
-        labels = batch["input_ids"].new_full(batch["input_ids"].shape, -100)
+        labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORED)
         for index, (_, own) in enumerate(masked):
             labels[index, : len(own)] = labels.new_tensor(own)
         return {**batch, "labels": labels}
@@ -49,7 +51,7 @@ class MaskTokens(TrainerCallback):
         asked = free[random.random(len(free)) < self.probability]
         if not len(asked):  # a short row would teach nothing
             asked = free[random.integers(len(free), size=1)]
-        labels = np.full(len(ids), -100)
+        labels = np.full(len(ids), IGNORED)
         labels[asked] = ids[asked]
         kind = random.random(len(asked))
         seen = ids.copy()

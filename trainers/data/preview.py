@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from trainers.data.chat import IGNORED
+from trainers.data.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

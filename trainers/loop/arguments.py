@@ -41,8 +41,6 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     """The config in the words of transformers' TrainingArguments."""
     import torch
 
-    from trainers.model.activation_checkpointing import checkpointing_arguments
-
     # warmup_steps below 1 is a ratio (transformers 5); a ratio of 1.0 must not become one step.
     warmup = config.warmup_steps if config.warmup_steps is not None else min(config.warmup_ratio, 0.999999)
     return {
@@ -81,5 +79,5 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "dataloader_num_workers": config.dataloader_num_workers,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
-        **checkpointing_arguments(config),
+        "activation_checkpointing": config.activation_checkpointing != "none",  # how: checkpoint_layers
     }

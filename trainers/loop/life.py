@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import RUN_FAILED, ConfigError
 from trainers.config.file import load_settings
+from trainers.config.packages import versions
+from trainers.config.requirements import check_requirements
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.loop.arguments import logging_steps, training_arguments
 from trainers.loop.context import Build, Context
 from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
+from trainers.model.place import place_of_rank
 from trainers.rank.failures import taking_batches
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import step_of
-from trainers.storage.run_folder import check_free, claim, hold, versions, write_record
+from trainers.storage.run_folder import check_free, claim, hold, write_record
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -148,6 +151,7 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.storage.data_cache import tell_prepared, wait_for_machine_0
 
     config = settings.train
+    check_requirements(config, place_of_rank())
     tokenizer, new_tokens = load_tokenizer(config)
     wait_for_machine_0()
     data = {part: prepare(config, tokenizer, part) for part in parts(config)}

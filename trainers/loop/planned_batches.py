@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trainers.checkpoint.saving import Durable
 from trainers.config.schema import TrainConfig
 from trainers.data.collators import FlatCollator, PieceRows
+from trainers.data.labels import IGNORED
 from trainers.data.sampler import Batches, plan_batches, row_lengths
 from trainers.model.padding_free import padded
 
@@ -38,7 +39,7 @@ class CountRows:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {**self.collate(rows or [self.stand_in]), ROWS: len(rows)}
         if not rows and "labels" in batch:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         return batch
 
 
@@ -123,7 +124,7 @@ class Balanced(Padding):
         rows, labels = inputs.pop(ROWS), inputs.get("labels")
         weight = rows
         if labels is not None:
-            weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != -100).sum())
+            weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != IGNORED).sum())
         # What is gathered of a loss over tokens is a number a rank.
         with self._uneven(rows) if labels is None else nullcontext():
             result: Any = super().prediction_step(model, inputs, *others, **named)

@@ -15,6 +15,7 @@ from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from trainers.data.labels import IGNORED
 from trainers.loop.planned_batches import Balanced, Padding
 from trainers.model.cpu_head import Head, equal_weights
 
@@ -83,12 +84,12 @@ class TokenizedORPOTrainer(Balanced, ORPOTrainer):
             batch, padding_value=self.padding_value, device=self.accelerator.device
         )
         ids, mask = both["concatenated_input_ids"], both["concatenated_attention_mask"]
-        answers, pairs = both["concatenated_labels"] != -100, len(batch["chosen_labels"])
+        answers, pairs = both["concatenated_labels"] != IGNORED, len(batch["chosen_labels"])
         asked = answers.clone()
         if self.train_on_prompt:
             asked[:pairs] = mask[:pairs].bool()
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        labels = ids.masked_fill(~asked, -100)
+        labels = ids.masked_fill(~asked, IGNORED)
         out = model(ids, attention_mask=mask, labels=labels, fused_lm_head=True, **router)
         scored = answers[:, 1:]
         logps = (out.log_probs * scored).sum(1) / scored.sum(1)
@@ -115,7 +116,7 @@ def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:
         ids = prompt + row[f"{side}_ids"]
         out[f"{side}_input_ids"] = ids
         out[f"{side}_attention_mask"] = [1] * len(ids)
-        out[f"{side}_labels"] = [-100] * len(prompt) + row[f"{side}_ids"]
+        out[f"{side}_labels"] = [IGNORED] * len(prompt) + row[f"{side}_ids"]
     return out
 
 
@@ -127,9 +128,9 @@ def masked_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: An
     """
     logits = outputs["logits"].float()
     total = torch.nn.functional.cross_entropy(
-        logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index=-100, reduction="sum"
+        logits.view(-1, logits.shape[-1]), labels.view(-1), ignore_index=IGNORED, reduction="sum"
     )
-    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
 
 

@@ -16,8 +16,8 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.requirements import reentrancy
 from trainers.config.schema import TrainConfig
-from trainers.model.reentrancy import reentrancy
 
 if TYPE_CHECKING:
     from torch.utils.checkpoint import CheckpointPolicy
@@ -36,26 +36,11 @@ ATTENTION = frozenset({
 PACKAGE = "flash_attn"  # in the names of flash-attn 2 and 3, and of the hub's builds: _flash_attn2_1f3a::fwd
 
 
-def checkpointing_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The TrainingArguments that switch it; how is checkpoint_layers' affair.
-
-    Raises:
-        ConfigError: offload on ranks without a GPU.
-    """
-    import torch
-
-    if config.activation_checkpointing == "offload" and not torch.cuda.is_available():
-        raise ConfigError(
-            "activation_checkpointing: there is no GPU, so activations are in host memory already. Use full."
-        )
-    return {"activation_checkpointing": config.activation_checkpointing != "none"}
-
-
 def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
     """Tells a model that is going to be trained how to be. Call it after TrainingArguments exist.
 
     Raises:
-        ConfigError: the model, or ZeRO-3 with an adapter, cannot do it.
+        ConfigError: the model cannot do it.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -63,10 +48,7 @@ def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
     if mode == "none":
         return
     _check_support(model, mode)
-    reentrant, why = reentrancy(is_deepspeed_zero3_enabled(), config.peft)
-    if mode == "selective" and reentrant:
-        raise ConfigError(f"activation_checkpointing: selective is not reentrant, and {why}. Use full.")
-    way: dict[str, Any] = {"use_reentrant": reentrant}
+    way: dict[str, Any] = {"use_reentrant": reentrancy(is_deepspeed_zero3_enabled(), config.peft)[0]}
     if mode == "selective":
         way["context_fn"] = selective_contexts
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.errors import ConfigError
+from trainers.config import requirements
 from trainers.config.schema import TrainConfig
+from trainers.model.place import place_of_rank
 
 if TYPE_CHECKING:
     import torch
@@ -23,26 +24,24 @@ if TYPE_CHECKING:
 
 VARLEN, DOCUMENTS = "phalanx_varlen", "phalanx_documents"  # their names in transformers
 OWN = {"varlen": VARLEN, "documents": DOCUMENTS}
-BEST_FIRST = ("flash_attention_2", "varlen", "flex_attention", "documents")
 
 
 def choose_attention(config: TrainConfig, model: PreTrainedConfig) -> tuple[str, str]:
-    """The attention of a run (a name of the list above), and why it was chosen.
+    """Return the attention of a run (a name of the list above), and why it was chosen.
 
     Raises:
-        ConfigError: the one that was asked for cannot be had: why, and what would be used.
+        ConfigError: the one that was asked for cannot be used: why, and which would be used in its place.
     """
-    asked = "flash_attention_2" if config.use_flash_attention_2 else config.attention
-    refused = {name: _refusal(name, config, model) for name in BEST_FIRST}
-    best = next((name for name, reason in refused.items() if reason is None), "sdpa")
-    skipped = [f"{name}: {reason}" for name, reason in refused.items() if reason is not None]
-    why = "; ".join(skipped[: list(refused).index(best)] if best in refused else skipped)
-    if asked == "auto":
-        return best, why or "the fastest where documents are packed"
-    if reason := refused.get(asked):
-        key = "use_flash_attention_2" if config.use_flash_attention_2 else "attention"
-        raise ConfigError(f"{key}: {asked} cannot be used: {reason}. Without it {best} would be used.")
-    return asked, "use_flash_attention_2" if config.use_flash_attention_2 else "attention"
+    text = model.get_text_config()
+
+    def unfit(name: str) -> str | None:
+        if name in OWN and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+            return f"{text.model_type} attends in chunks"
+        if name == "varlen" and getattr(text, "attn_logit_softcapping", None) is not None:
+            return f"{text.model_type} caps its attention scores"
+        return None
+
+    return requirements.choose_attention(config, place_of_rank(), unfit)
 
 
 def implementation(name: str) -> str:
@@ -58,40 +57,6 @@ def implementation(name: str) -> str:
     for own in OWN.values():
         AttentionMaskInterface.register(own, _mask)
     return OWN[name]
-
-
-def _refusal(name: str, config: TrainConfig, model: PreTrainedConfig) -> str | None:
-    """Why an attention cannot be used for this model on this machine, or None."""
-    import importlib.util
-
-    import torch
-
-    text = model.get_text_config()
-    if not config.kind.causal:  # its models see both ways
-        return "a masked LM is not causal" if name != "flash_attention_2" else "not used for masked LMs"
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()) and name in OWN:
-        return f"{text.model_type} attends in chunks"
-    if name == "documents":
-        return None
-    if not torch.cuda.is_available():
-        return "no GPU"
-    if name == "flex_attention":
-        return None
-    if config.mixed_precision is None:
-        return "it needs mixed_precision: bf16 or fp16"
-    if torch.cuda.get_device_capability()[0] < 8:
-        return f"{torch.cuda.get_device_name()} is older than Ampere"
-    if name == "flash_attention_2":
-        return None if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed"
-    if _softcap(text) is not None:
-        return f"{text.model_type} caps its attention scores"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no varlen_attn"
-    return None
-
-
-def _softcap(text: PreTrainedConfig) -> float | None:
-    return getattr(text, "attn_logit_softcapping", None)
 
 
 def _mask(attention_mask: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor | None:

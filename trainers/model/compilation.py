@@ -17,13 +17,10 @@ def compile_layers(model: PreTrainedModel) -> None:
     weights have other names, and compiles the embedding and the output too.
 
     Raises:
-        ConfigError: ZeRO-3, or a model whose layers cannot be told apart from the rest.
+        ConfigError: the layers of the model cannot be told apart from the rest.
     """
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if is_deepspeed_zero3_enabled():  # the launcher has a rule, with the reason
-        raise ConfigError("torch_compile: it does not go with ZeRO-3. Use ZeRO-2, fsdp, or false.")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(f"torch_compile: no layers were found in {type(model).__name__}. Use false.")

@@ -12,6 +12,7 @@ from trainers.model.load import fit_vocabulary
 from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class
 from trainers.rank.say import say
+from trainers.storage.saved_model import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def merge_adapter(
     _compare(expected, _outputs(reopened, ids), tolerance, part)
     for path in part.iterdir():
         os.replace(path, folder / path.name)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER, "adapter_model.safetensors"):
         (folder / name).unlink(missing_ok=True)
     part.rmdir()
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from trainers.config.packages import versions
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.data.files import is_hub_id
-from trainers.storage.run_folder import METRICS, versions, write_whole
+from trainers.storage.run_folder import METRICS, write_whole
 from trainers.storage.saved_model import ADAPTER
 
 HEADINGS = {

@@ -192,11 +192,6 @@ def _several(found: list[str]) -> str:
     return found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1} more)"
 
 
-def in_words(size: int) -> str:
-    """A number of bytes, as GB or MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
 def step_of(checkpoint: Path | None) -> int:
     """The optimiser step that a checkpoint was written at; 0 for a fresh start."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import shutil
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.rank.failures import knows_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
+from trainers.storage.saved_model import ADAPTER
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
@@ -31,17 +32,6 @@ PROGRESS = f"{LAUNCH}/progress.json"  # how far the run is, for `phalanx status`
 LOCK = ".lock"
 SAVING = "saving"  # a checkpoint lies in here until it is whole
 TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run
-VERSIONS = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-    "phalanx",
-)
 
 
 def holds_run(folder: Path) -> bool:
@@ -158,7 +148,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
 def remove_model(folder: Path) -> None:
     """Removes the final model that an earlier start left, adapter or whole."""
     for path in folder.iterdir():
-        if path.name.endswith((".safetensors", ".safetensors.index.json", "adapter_config.json")) or (
+        if path.name.endswith((".safetensors", ".safetensors.index.json", ADAPTER)) or (
             path.name == "config.json"
         ):
             path.unlink()
@@ -223,16 +213,3 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers; those that are installed."""
-    return {name: version for name in VERSIONS if (version := version_of(name)) is not None}
-
-
-def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, without importing it; None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
