@@ -5,6 +5,7 @@ The trainer's part, and the sections `launch` and `slurm` that only the launcher
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,15 +158,16 @@ class Run:
         return self.settings.sources.get(name, "")
 
 
-def load_run(path: Path | None, flags: Mapping[str, Any]) -> Run:
+def load_run(path: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Run:
     """File, then flags (they win) -> the effective config.
 
-    `flags` are as the user spelled them, without dashes: `learning_rate` and `lr` both work.
+    `flags` are as the user spelled them, without dashes: `learning_rate` and `lr` both work. `${VAR}` in the
+    file is read from `environ`.
 
     Raises:
         ConfigError: what is wrong, where, and the mend.
     """
-    file = read_config_file(path) if path else None
+    file = read_config_file(path, environ) if path else None
     values = dict(file.train) if file else {}
     launch = dict(file.launcher.get("launch", {})) if file else {}
     slurm = dict(file.launcher.get("slurm", {})) if file else {}

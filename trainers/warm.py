@@ -36,10 +36,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import trainers
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.library_patches import replaced
 from trainers.rank.process import die_with_parent
 
 # A fork keeps one thread, and CUDA does not survive it: for this process alone, never for its ranks.
@@ -273,7 +273,7 @@ def warm_up(names: Sequence[str]) -> dict[str, str]:
     import torch
 
     before = dict(os.environ)
-    with patch.object(torch.cuda, "get_device_capability", _capability):
+    with replaced(torch.cuda, "get_device_capability", _capability):
         for name in names:
             importlib.import_module(name)
         if any(name.startswith("trainers.") for name in names):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from launcher.config import Run, SlurmConfig, load_run
 from launcher.slurm.request import check, check_no_secret
@@ -32,8 +31,8 @@ def numbered(config: Path, flags: Mapping[str, Any], array: str) -> list[Task]:
     """The run of each task of a list: the config reads its number as ${SLURM_ARRAY_TASK_ID}."""
     tasks = []
     for number in _numbers(array):
-        with patch.dict(os.environ, {TASK: str(number)}), _saying(f"{TASK}={number}"):
-            tasks.append(_task(config, flags, number))
+        with _saying(f"{TASK}={number}"):
+            tasks.append(_task(config, flags, number, {**os.environ, TASK: str(number)}))
     _check_tasks(tasks, f"--array={array}", f"Write ${{{TASK}}} into it, for example run-${{{TASK}}}.")
     return tasks
 
@@ -69,8 +68,10 @@ def swept(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> list[Ta
     return tasks
 
 
-def _task(config: Path | None, flags: Mapping[str, Any], number: int) -> Task:
-    run = load_run(config, flags)
+def _task(
+    config: Path | None, flags: Mapping[str, Any], number: int, environ: Mapping[str, str] = os.environ
+) -> Task:
+    run = load_run(config, flags, environ)
     check(run)
     return Task(run, number)
 

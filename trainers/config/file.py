@@ -11,6 +11,7 @@ Both packages read the same file: the launcher for `phalanx train`, a rank for
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class FileValues:
     notes: list[str] = field(default_factory=list)
 
 
-def read_config_file(path: Path) -> FileValues:
+def read_config_file(path: Path, environ: Mapping[str, str] = os.environ) -> FileValues:
     """Reads a config in AutoTrain's form into flat fields.
 
     Raises:
@@ -54,15 +55,15 @@ def read_config_file(path: Path) -> FileValues:
         sources = tree["sources"]
         chosen = {k: Value(v, sources[k], k) for k, v in tree["config"].items() if sources[k] != "default"}
         return FileValues(train=chosen, notes=tree["notes"])
-    reader = _Reader(path, lines)
+    reader = _Reader(path, lines, environ)
     return reader.read(tree)
 
 
 class _Reader:
     """Walks one config file; keeps the path and line numbers for messages."""
 
-    def __init__(self, path: Path, lines: dict[tuple[str, ...], int]) -> None:
-        self.path, self.lines = path, lines
+    def __init__(self, path: Path, lines: dict[tuple[str, ...], int], environ: Mapping[str, str]) -> None:
+        self.path, self.lines, self.environ = path, lines, environ
         self.out = FileValues()
 
     def where(self, *keys: str) -> str:
@@ -81,7 +82,7 @@ class _Reader:
     def put(self, name: str, value: Any, *keys: str, optional: bool = False) -> None:
         """Stores one field; the same field by two names with two values is an error."""
         where = self.where(*keys)
-        value, read = expand(value, where, optional)
+        value, read = expand(value, where, self.environ, optional)
         put(self.out.train, name, Value(value, where + read, ".".join(keys)))
 
     def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:
@@ -121,7 +122,7 @@ class _Reader:
             self.out.launcher[name] = {}
             for key, value in self.section(tree, name).items():
                 where = self.where(name, key)
-                value, read = expand(value, where)
+                value, read = expand(value, where, self.environ)
                 self.out.launcher[name][key] = Value(value, where + read, f"{name}.{key}")
         return self.out
 

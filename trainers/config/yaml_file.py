@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +92,22 @@ def _build(
         raise ConfigError(f"{path}:{line}: {node.value} is not a value: {error}. Put it in quotes.") from None
 
 
-def expand(value: Any, where: str, optional: bool = False) -> tuple[Any, str]:
+def expand(value: Any, where: str, environ: Mapping[str, str], optional: bool = False) -> tuple[Any, str]:
     """Replaces `${VAR}` in a string, and tells which variables were read.
 
     `optional`: a string that is one unset variable becomes None (AutoTrain's hub section works so).
     """
     if isinstance(value, list):
-        return [expand(item, where)[0] for item in value], ""
+        return [expand(item, where, environ)[0] for item in value], ""
     if not isinstance(value, str):
         return value, ""
     names = _VARIABLE.findall(value)
     for name in names:
-        if name not in os.environ:
+        if name not in environ:
             if optional and value == f"${{{name}}}":
                 return None, f" (${{{name}}}, not set)"
             raise ConfigError(
                 f"{where}: the environment variable {name} is not set. Export it, or write the value."
             )
-    text = _VARIABLE.sub(lambda match: os.environ[match.group(1)], value)
+    text = _VARIABLE.sub(lambda match: environ[match.group(1)], value)
     return text, f" ({', '.join('${' + n + '}' for n in names)})" if names else ""

@@ -18,14 +18,13 @@ from trl.experimental.orpo import ORPOTrainer
 from trainers.data.labels import IGNORED
 from trainers.loop.planned_batches import Balanced, Padding
 from trainers.model.cpu_head import Head, equal_weights
+from trainers.rank.library_patches import replace_in
 
 # TRL's fused head scores the labelled positions alone where Triton is at hand, and all of them elsewhere, for
 # compilers that need fixed shapes. A CPU needs none: prompts and padding cost nothing there either.
-assert hasattr(trl_utils, "_use_triton"), "trl has moved the switch of its fused head"
-trl_utils._use_triton = lambda device: True
+replace_in(trl_utils, "_use_triton", lambda device: True)
 # What it scores them with takes more time for its plain torch than for its matrix products on a CPU.
-assert hasattr(trl_utils, "_ChunkedLogProbFunction"), "trl has moved the function of its fused head"
-trl_utils._ChunkedLogProbFunction = Head  # type: ignore[assignment, misc]
+replace_in(trl_utils, "_ChunkedLogProbFunction", Head)
 
 
 class TokenizedSFTTrainer(Balanced, SFTTrainer):

@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch.distributed.run as torchrun
 from accelerate.commands import launch
 from accelerate.utils import prepare_simple_launcher_cmd_env
 from accelerate.utils.other import get_free_port
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from trainers.rank.library_patches import replaced
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def plan(argv: Sequence[str], environ: Mapping[str, str]) -> Plan:
     args = launch.launch_command_parser().parse_args(argv)
     with (
         whole_environment(environ),
-        patch.object(launch, "simple_launcher", one_process),
-        patch.object(torchrun, "run", with_agent),
+        replaced(launch, "simple_launcher", one_process),
+        replaced(torchrun, "run", with_agent),
     ):
         launch.launch_command(args)
     return found[0]
@@ -56,9 +57,15 @@ def plan(argv: Sequence[str], environ: Mapping[str, str]) -> Plan:
 
 @contextmanager
 def whole_environment(environ: Mapping[str, str]) -> Iterator[None]:
-    """os.environ is this one, and no other, for as long as the block lasts."""
-    with patch.dict(os.environ, environ, clear=True):
+    """Make os.environ this one, and no other, while the block runs."""
+    before, new = dict(os.environ), dict(environ)
+    os.environ.clear()
+    os.environ.update(new)
+    try:
         yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _plan(args: argparse.Namespace, environments: dict[int, dict[str, str]]) -> Plan:
