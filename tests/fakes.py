@@ -42,7 +42,7 @@ def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
     (folder / "trainer_state.json").write_bytes(b"{}")
     files = [entry_of(folder, path) for path in sorted(folder.iterdir())]
     position = {"epoch": 0.5, "data_seed": 42, "evaluation_due": False}
-    layout = layout or Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
+    layout = layout or Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
     Manifest(step, layout, position, {"torch": "2.10"}, "the rows", files).write(folder)
     return folder
 

@@ -152,7 +152,7 @@ def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.Monk
     monkeypatch.setattr(resuming, "heart", Heart())
     monkeypatch.setattr(Trainer, "_load_best_model", lambda self: phases.append(resuming.heart.phase))
     trainer = object.__new__(Durable)
-    trainer._pending, trainer.is_fsdp_enabled = None, False
+    trainer._saving, trainer.is_fsdp_enabled = SimpleNamespace(pending=None), False
     resuming.heart.stepped(1)
     trainer._load_best_model()
     assert len(phases) == 1 and phases[0] != STEP

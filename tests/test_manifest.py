@@ -40,9 +40,9 @@ from trainers.storage.manifest import (
 )
 from trainers.storage.run_folder import hold, holder, resume_checkpoint, set_aside_later
 
-DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4, shards=1)
-FSDP = replace(DDP, backend="fsdp", shards=2)
-ZERO2 = replace(DDP, backend="deepspeed", zero_stage=2, shards=2)
+DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
+FSDP = replace(DDP, backend="fsdp")
+ZERO2 = replace(DDP, backend="deepspeed", zero_stage=2)
 ONE = replace(DDP, backend="none", world_size=1, gradient_accumulation=8)
 WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
 
@@ -58,7 +58,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     written = Manifest(
         step=7,
-        layout=replace(ZERO2, world_size=8, shards=8),
+        layout=replace(ZERO2, world_size=8),
         position={"epoch": 1.25, "data_seed": 42, "evaluation_due": True},
         versions={"torch": "2.10.0"},
         data="abc",
@@ -359,8 +359,8 @@ def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) 
         (DDP, DDP, None),
         (DDP, ONE, None),  # each rank has all of the state, and the global batch is the same
         (ONE, DDP, None),
-        (FSDP, replace(FSDP, world_size=4, gradient_accumulation=2, shards=4), None),
-        (FSDP, replace(FSDP, world_size=1, gradient_accumulation=8, shards=1), None),
+        (FSDP, replace(FSDP, world_size=4, gradient_accumulation=2), None),
+        (FSDP, replace(FSDP, world_size=1, gradient_accumulation=8), None),
         (ZERO2, ZERO2, None),
         (DDP, FSDP, "it was written by ddp, which fsdp cannot read. Go on with distributed_backend: ddp, or "
                     "begin a run from its weights (phalanx consolidate)."),
@@ -370,12 +370,12 @@ def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) 
         (ZERO2, replace(ZERO2, zero_stage=3),
          "it was written by ZeRO 2, which ZeRO 3 cannot read. Go on with distributed_backend: deepspeed and "
          "zero_stage: 2, or begin"),
-        (ZERO2, replace(ZERO2, world_size=4, gradient_accumulation=2, shards=4),
+        (ZERO2, replace(ZERO2, world_size=4, gradient_accumulation=2),
          "it holds ZeRO's shards of 2 ranks, which 4 cannot read. Go on with num_processes: 2, or begin"),
         (DDP, replace(DDP, world_size=3),
          "a step of it held 16 (2 ranks x batch_size 2 x gradient_accumulation 4), and one of this run holds "
          "24 (3 ranks x batch_size 2 x gradient_accumulation 4). Choose batch_size and gradient_acc"),
-        (FSDP, replace(FSDP, world_size=4, shards=4), "a step of it held 16 (2 ranks x "),
+        (FSDP, replace(FSDP, world_size=4), "a step of it held 16 (2 ranks x "),
     ],
 )  # fmt: skip
 def test_which_layouts_go_on_from_which(then: Layout, now: Layout, said: str | None) -> None:

@@ -48,6 +48,5 @@ def layout(run: Run, topology: Topology, backend: Backend) -> Layout:
     stage = None
     if backend.name == "deepspeed":
         stage = run.launch.zero_stage or AUTOTRAIN_ZERO_STAGE
-    ranks = topology.num_processes
-    sizes = (ranks, run.train.batch_size, run.train.gradient_accumulation)
-    return Layout(backend.name, stage, *sizes, shards=ranks if backend.name in ("fsdp", "deepspeed") else 1)
+    sizes = (topology.num_processes, run.train.batch_size, run.train.gradient_accumulation)
+    return Layout(backend.name, stage, *sizes)

@@ -22,11 +22,13 @@ SCHEDULER = "scheduler.pt"
 
 
 class Resuming(Trainer):
-    """Durable's other half (trainers/checkpoint/saving.py), whose protect() sets these."""
+    """Durable's other half (saving.py)."""
 
-    agreement: Agreement
-    config: TrainConfig
-    data_key: str  # names the rows, and how they are tokenized
+    def __init__(self, *arguments: Any, config: TrainConfig, data_key: str, **named: Any) -> None:
+        """`data_key` names the rows and how they are tokenized, so that a resume can compare them."""
+        self.config, self.data_key = config, data_key
+        super().__init__(*arguments, **named)
+        self.agreement = Agreement()
 
     @property
     def run_folder(self) -> Path:
@@ -45,15 +47,7 @@ class Resuming(Trainer):
             name, stage = "deepspeed", self.accelerator.state.deepspeed_plugin.zero_stage
         elif self.is_fsdp_enabled:
             name = "fsdp"
-        sharded = name in ("fsdp", "deepspeed")
-        return Layout(
-            name,
-            stage,
-            world_size(),
-            self.config.batch_size,
-            self.config.gradient_accumulation,
-            world_size() if sharded else 1,
-        )
+        return Layout(name, stage, world_size(), self.config.batch_size, self.config.gradient_accumulation)
 
     def find_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, and why newer ones were passed over; each rank reads a share."""

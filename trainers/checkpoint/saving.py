@@ -9,12 +9,12 @@ shards are torch.distributed.checkpoint's (fsdp_shards.py), which a thread write
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ import torch
 
 from trainers.checkpoint import fsdp_shards, zero_shards
 from trainers.checkpoint.nan_watch import FiniteWatch
+from trainers.checkpoint.publishing import publish, rotate
 from trainers.checkpoint.resuming import SCHEDULER, Resuming
 from trainers.config.packages import versions
-from trainers.config.schema import TrainConfig
-from trainers.rank.agreement import Agreement
 from trainers.rank.failures import disk_is_full
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
@@ -51,29 +50,36 @@ class StopTraining(Exception):
     """All ranks agreed to stop; the last checkpoint may still have to be written."""
 
 
+Hashed = tuple[list[FileEntry], Exception | None]  # a rank's share of the files, or why there is none
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way."""
+
+    step: int
+    position: dict[str, Any]  # in the data
+    part: Path  # where it is written, until it gets its name
+    began: float = field(default_factory=time.monotonic)
+    shards: Future[Any] | None = None  # FSDP's, which a thread writes
+    failure: Exception | None = None  # the disk is full
+    pending: Future[Hashed] | None = None  # set when this rank has written, or a thread goes on to
+
+
 class Durable(Resuming):
-    """A mixin, named before the trainer of TRL. protect() completes it when the trainer is built."""
+    """A mixin, named before the trainer of TRL."""
 
-    watch: FiniteWatch
-
-    def protect(self, config: TrainConfig, data_key: str) -> None:
-        """Before training: `data_key` names the rows, so that a resume can tell whether they are the same."""
-        self.agreement = Agreement()
-        self.watch = FiniteWatch(config.mixed_precision == "fp16")
-        self.config, self.data_key = config, data_key
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.watch = FiniteWatch(self.config.mixed_precision == "fp16")
         self.due_evaluation = False  # at the step that is saved next; a resume makes up for it
-        self._pending: Future[tuple[list[FileEntry], Exception | None]] | None = None
-        self._written: Future[Any] | None = None  # FSDP's shards, being written
+        self.saved_step = 0  # of the last checkpoint of this start
+        self.save_seconds = 30.0  # that the last save took; before one, a guess
+        self._saving = Save(0, self._position, self.run_folder)
         self._stager = fsdp_shards.make_stager()
-        self._failure: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # torch's own checksums of what it pickles cost as much as the rest; the manifest has better ones.
         torch.serialization.set_crc32_options(False)
-        self._saving_step, self._saving_position = 0, self._position
-        self.saved_step = 0  # of the last checkpoint of this start
-        self.save_seconds, self._save_began = 30.0, 0.0  # of the last save; before one, a guess
-
-    # ------------------------------------------------------------------------------------- stopping
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         try:
@@ -87,8 +93,6 @@ class Durable(Resuming):
             # Without a checkpoint of this step (a full disk) the newest one is what a resume finds.
             stop.saved = f"saved at step {step}" if self.saved_step == step and step else ""
             return None
-
-    # ------------------------------------------------------------------------------------- a step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -109,8 +113,6 @@ class Durable(Resuming):
         self.conclude()  # it may be the one that is being written
         super()._load_best_model()
 
-    # ------------------------------------------------------------------------------------- saving
-
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers writes checkpoint-N; nothing else asks for it but the end of train()."""
         return str(self.run_folder / SAVING)
@@ -118,38 +120,34 @@ class Durable(Resuming):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with heart.during("save"):
             self.conclude()
-            self._save_began = time.monotonic()
-            self._saving_step, self._saving_position = self.state.global_step, self._position
+            step = self.state.global_step
+            part = self.run_folder / SAVING / f"{CHECKPOINT_PREFIX}{step}"
+            self._saving = save = Save(step, self._position, part)
             if not self._has_room():
                 return
             if rank() == 0:
-                shutil.rmtree(self.run_folder / SAVING, ignore_errors=True)
-                self._part.mkdir(parents=True)
+                shutil.rmtree(part.parent, ignore_errors=True)
+                part.mkdir(parents=True)
             self.agreement.barrier()
-            self._failure, self._written = None, None
             with self._tolerating():
                 super()._save_checkpoint(model, trial)
                 self._name_best()
-            if self._written is not None:
-                self._pending = self._pool.submit(self._settle)
+            if save.shards is not None:
+                save.pending = self._pool.submit(self._settle, save)
                 return
-            self._pending = Future()
-            self._pending.set_result(self._settle())
+            save.pending = Future()
+            save.pending.set_result(self._settle(save))
             self.conclude()
-
-    @property
-    def _part(self) -> Path:
-        return self.run_folder / SAVING / f"{CHECKPOINT_PREFIX}{self._saving_step}"
 
     @property
     def saving_goes_on(self) -> bool:
         """Whether this rank's thread still writes a checkpoint."""
-        return self._pending is not None and not self._pending.done()
+        return self._saving.pending is not None and not self._saving.pending.done()
 
     @property
     def saving_waits(self) -> bool:
         """Whether a checkpoint was written or is being written, and has not got its name yet."""
-        return self._pending is not None
+        return self._saving.pending is not None
 
     @contextmanager
     def _tolerating(self) -> Iterator[None]:
@@ -162,7 +160,7 @@ class Durable(Resuming):
         except Exception as error:
             if not disk_is_full(error):
                 raise
-            self._failure = error
+            self._saving.failure = error
 
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
         """TRL's, before each save, on rank 0 alone; ours is written once, at the end (model_card.py)."""
@@ -203,9 +201,9 @@ class Durable(Resuming):
         with self._tolerating():
             if self.is_deepspeed_enabled:
                 engine: Any = self.model_wrapped
-                zero_shards.save(engine, folder, self._saving_step, self._tolerating, self._trains_all)
+                zero_shards.save(engine, folder, self._saving.step, self._tolerating, self._trains_all)
             elif self.is_fsdp_enabled:
-                self._written = fsdp_shards.save(
+                self._saving.shards = fsdp_shards.save(
                     self.model,
                     self.optimizer,
                     folder,
@@ -231,41 +229,40 @@ class Durable(Resuming):
         state, best = self.state, self.state.best_global_step
         if best:
             folder = self.run_folder / f"{CHECKPOINT_PREFIX}{best}"
-            there = best == self._saving_step or folder.exists()
+            there = best == self._saving.step or folder.exists()
             state.best_model_checkpoint = self.agreement.first(
                 str(folder) if there else state.best_model_checkpoint
             )
-            if rank() == 0 and self._failure is None:
-                state.save_to_json(str(self._part / "trainer_state.json"))
+            if rank() == 0 and self._saving.failure is None:
+                state.save_to_json(str(self._saving.part / "trainer_state.json"))
 
-    def _settle(self) -> tuple[list[FileEntry], Exception | None]:
+    def _settle(self, save: Save) -> Hashed:
         """After all ranks have written: this rank's share of the hashes. Runs in a thread under FSDP."""
-        background = self._written is not None
-        if self._written is not None:
+        if save.shards is not None:
             try:
-                fsdp_shards.finish(self._written)
+                fsdp_shards.finish(save.shards)
             except Exception as error:
                 if not disk_is_full(error):
                     raise
-                self._failure = error
-        self.agreement.barrier(background)
-        (self._part / UNREAD).unlink(missing_ok=True)
-        if self._failure is not None:
-            return [], self._failure
-        files = sorted(p for p in self._part.rglob("*") if p.is_file() and p.name != UNREAD)
+                save.failure = error
+        self.agreement.barrier(background=save.shards is not None)
+        (save.part / UNREAD).unlink(missing_ok=True)
+        if save.failure is not None:
+            return [], save.failure
+        files = sorted(p for p in save.part.rglob("*") if p.is_file() and p.name != UNREAD)
         try:
-            return [entry_of(self._part, path) for path in files[rank() :: world_size()]], None
+            return [entry_of(save.part, path) for path in files[rank() :: world_size()]], None
         except OSError as error:
             return [], error
 
     def conclude(self) -> None:
         """Waits for the save that goes on, if one does: the checkpoint gets its name, or is given up."""
-        if self._pending is not None:
+        if self._saving.pending is not None:
             with heart.during("save"):
-                self._conclude(self._pending)
+                self._conclude(self._saving.pending)
 
-    def _conclude(self, pending: Future[tuple[list[FileEntry], Exception | None]]) -> None:
-        self._pending = None
+    def _conclude(self, pending: Future[Hashed]) -> None:
+        save, self._saving.pending = self._saving, None
         results = self.agreement.gathered(_plain(pending.result()))
         problem = next((problem for _, problem in results if problem), None)
         if rank() == 0:
@@ -275,33 +272,28 @@ class Durable(Resuming):
                 shutil.rmtree(self.run_folder / SAVING, ignore_errors=True)
                 self._say(f"it could not be written: {problem}")
         if self.agreement.first(problem) is None:
-            self.saved_step = self._saving_step
-            self.save_seconds = time.monotonic() - self._save_began
+            self.saved_step = save.step
+            self.save_seconds = time.monotonic() - save.began
             self.due_evaluation = False
 
     def _publish(self, entries: list[FileEntry]) -> str | None:
         """Names the files in a manifest, renames the folder, and deletes what is kept no longer."""
         manifest = Manifest(
-            step=self._saving_step,
+            step=self._saving.step,
             layout=self.layout(),
-            position=self._saving_position,
+            position=self._saving.position,
             versions=versions(),
             data=self.data_key,
             files=sorted(entries, key=lambda entry: entry.path),
         )
-        target = self.run_folder / self._part.name
         try:
-            manifest.write(self._part)
-            if target.exists():  # of the same step: the run went on from it, or it did not verify
-                self._discard(target)
-            self._part.rename(target)
-            for folder in (target, self.run_folder):
-                _sync_folder(folder)
+            publish(self._saving.part, manifest)
         except OSError as error:
             if not disk_is_full(error):
                 raise
             return str(error)
-        self._rotate()
+        best = Path(self.state.best_model_checkpoint or "").name
+        rotate(self.run_folder, self.config.save_total_limit, best)
         (self.run_folder / SAVING).rmdir()
         return None
 
@@ -312,22 +304,6 @@ class Durable(Resuming):
             "data_seed": self.args.data_seed,
             "evaluation_due": self.due_evaluation,
         }
-
-    def _rotate(self) -> None:
-        """Keeps the newest save_total_limit checkpoints and the best one; the newest was hashed just now."""
-        folders = checkpoint_folders(self.run_folder)
-        best = Path(self.state.best_model_checkpoint or "").name
-        for folder in folders[: -self.config.save_total_limit]:
-            if folder.name != best:
-                self._discard(folder)
-
-    def _discard(self, folder: Path) -> None:
-        """A half-deleted folder must not look like a checkpoint, so it loses its name first."""
-        old = self.run_folder / SAVING / f"old-{folder.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        old.parent.mkdir(exist_ok=True)
-        folder.rename(old)
-        shutil.rmtree(old)
 
     def _has_room(self) -> bool:
         """Whether the file system has room for a checkpoint, as rank 0 sees it; else says so."""
@@ -343,7 +319,7 @@ class Durable(Resuming):
             newest = f"the newest is {kept[-1]}" if kept else "there is none yet"
             say(
                 "warning",
-                f"no checkpoint at step {self._saving_step}: {why}. Training goes on; {newest}. "
+                f"no checkpoint at step {self._saving.step}: {why}. Training goes on; {newest}. "
                 "Make room, lower save_total_limit, or save less often.",
             )
 
@@ -360,7 +336,7 @@ class Durable(Resuming):
         return int(kept + trained * (ADAM_BYTES + copy))
 
 
-def _plain(result: tuple[list[FileEntry], Exception | None]) -> tuple[list[FileEntry], str | None]:
+def _plain(result: Hashed) -> tuple[list[FileEntry], str | None]:
     entries, error = result
     return entries, None if error is None else str(error).strip().splitlines()[-1]
 
@@ -368,12 +344,3 @@ def _plain(result: tuple[list[FileEntry], Exception | None]) -> tuple[list[FileE
 def _numel(parameter: Any) -> int:
     """Numbers in the whole parameter; ZeRO-3 leaves an empty stand-in, a DTensor counts as a whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -17,6 +17,8 @@ def ingredients(context: Context) -> dict[str, Any]:
     """What each of them takes. Call it after TrainingArguments exist: ZeRO-3 and FSDP shard while loading."""
     model = load_model(context.config, context.tokenizer)
     return {
+        "config": context.config,
+        "data_key": context.data["train"].key,
         "model": model,
         "train_dataset": context.rows("train"),
         "eval_dataset": context.rows("valid"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import RUN_FAILED, ConfigError
 from trainers.config.file import load_settings
-from trainers.config.packages import versions
+from trainers.config.packages import version_of, versions
 from trainers.config.requirements import check_requirements
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -34,8 +34,6 @@ from trainers.storage.run_folder import check_free, claim, hold, write_record
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
-    from torch.nn import Module
-
     from trainers.checkpoint.saving import Durable
     from trainers.output.trackers import Tracker
 
@@ -172,23 +170,24 @@ def _prepare(settings: Settings, folder: Path) -> Context:
 
 def complete(trainer: Durable, context: Context) -> None:
     """What a trainer that was built lacks before it may start."""
-    from trainers.loop.planned_batches import balance
     from trainers.model.isolation_probe import ProbeIsolation
     from trainers.model.lora import adapt_output
 
     config = context.config
-    trainer.protect(config, context.data["train"].key)
-    balance(trainer, config)
     if config.packed != "none":
         trainer.add_callback(ProbeIsolation(trainer))
-    assert trainer.is_fsdp_enabled == fsdp.asked_for(), "FSDP was asked for, and the ranks run DDP"
-    assert trainer.model is not None
+    if trainer.is_fsdp_enabled != fsdp.asked_for():
+        raise RuntimeError(
+            f"FSDP was asked for, and the ranks run {trainer.accelerator.distributed_type.value}: accelerate "
+            f"{version_of('accelerate')} did not take it. Install the tested versions: pip install -c "
+            "constraints.txt."
+        )
     adapt_output(trainer.model)
     if not trainer.is_deepspeed_enabled:  # it keeps a float32 copy of its own
         _master_weights(trainer.model)
 
 
-def _master_weights(model: Module) -> None:
+def _master_weights(model: Any) -> None:
     """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16."""
     import torch
 

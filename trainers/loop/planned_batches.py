@@ -10,23 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trainers.checkpoint.saving import Durable
-from trainers.config.schema import TrainConfig
 from trainers.data.collators import FlatCollator, PieceRows
 from trainers.data.labels import IGNORED
+from trainers.data.packing import Ints
 from trainers.data.sampler import Batches, plan_batches, row_lengths
 from trainers.model.padding_free import padded
 
 ROWS = "rows"  # how many rows of a micro-batch count; the collator adds it, the model never sees it
-PlanBatches = Callable[[Any, bool], Batches]  # lengths of the rows, and whether it is for training
 
 
 @dataclass
@@ -43,28 +40,13 @@ class CountRows:
         return batch
 
 
-def balance(trainer: Trainer, config: TrainConfig) -> None:
-    """Completes a trainer that was built: how it evaluates, and, where it plans them, its batches."""
-    if isinstance(trainer, Padding):
-        trainer.pads_evaluation = config.packed != "none" and not config.evaluates_packed
-    if not isinstance(trainer, Balanced):
-        return
-    model: Any = trainer.model
-    hidden = model.config.get_text_config().hidden_size
-    trainer.plan_batches = partial(plan_batches, config, hidden, trainer.args.world_size)
-    rows: Any = trainer.train_dataset
-    tokenizer: Any = trainer.processing_class
-    collate, row = trainer.data_collator, rows[0]
-    trainer.data_collator = trainer.eval_collator = CountRows(collate, row)
-    if trainer.pads_evaluation and isinstance(collate, FlatCollator):
-        padding = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-        trainer.eval_collator = CountRows(padding, row)
-
-
 class Padding(Durable):
     """A mixin, named before the trainer of TRL: evaluates padded, where that is asked for."""
 
-    pads_evaluation: bool
+    @property
+    def pads_evaluation(self) -> bool:
+        """Whether rows that are packed in training are padded in an evaluation."""
+        return self.config.packed != "none" and not self.config.evaluates_packed
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
         with padded(self.pads_evaluation):
@@ -74,10 +56,11 @@ class Padding(Durable):
 class Balanced(Padding):
     """A mixin, named before the trainer of TRL: planned batches, exact means."""
 
-    plan_batches: PlanBatches
-    eval_collator: CountRows
-
-    # ------------------------------------------------------------------------------------- batches
+    def plan_batches(self, lengths: Ints, training: bool) -> Batches:
+        """The micro-batches of rows of these lengths."""
+        model: Any = self.model
+        hidden = model.config.get_text_config().hidden_size
+        return plan_batches(self.config, hidden, self.args.world_size, lengths, training)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self._planned(self.train_dataset, training=True)
@@ -95,13 +78,20 @@ class Balanced(Padding):
         loader: DataLoader[Any] = DataLoader(
             pieces,
             batch_sampler=batches,
-            collate_fn=self.data_collator if training else self.eval_collator,
+            collate_fn=self._collator(training),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
-    # ------------------------------------------------------------------------------------- loss
+    def _collator(self, training: bool) -> CountRows:
+        collate: Any = self.data_collator
+        tokenizer: Any = self.processing_class
+        rows: Any = self.train_dataset
+        if not training and self.pads_evaluation and isinstance(collate, FlatCollator):
+            collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+        return CountRows(collate, rows[0])
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if batch_samples and ROWS in batch_samples[0] and "labels" not in batch_samples[0]:

@@ -31,7 +31,6 @@ class Layout:
     world_size: int
     batch_size: int
     gradient_accumulation: int
-    shards: int  # ranks that hold a part of the state; 1 where each has all
 
     @property
     def global_batch(self) -> int:
@@ -130,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
         if raw["format"] != FORMAT:
             raise ValueError(f"its {MANIFEST} has format {raw['format']}; this version reads {FORMAT}")
         files = [FileEntry(**entry) for entry in raw.pop("files")]
+        raw["layout"].pop("shards", None)  # checkpoints of before November 2026 have it; nothing reads it
         return Manifest(**raw | {"layout": Layout(**raw["layout"])}, files=files)
     except (KeyError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged: {error}") from None
