@@ -22,11 +22,13 @@ from launcher.config import load_run
 from launcher.plan.backend import resolve_backend
 from launcher.plan.topology import resolve_topology
 from launcher.slurm import job as slurm
+from launcher.supervise import restarts
 from launcher.supervise import supervisor as supervise
 from launcher.supervise.attempt import Outcome
 from launcher.supervise.hangs import Hang
+from launcher.supervise.restarts import PAUSES, WITHOUT_PROGRESS
 from launcher.supervise.signals import Signals
-from launcher.supervise.supervisor import PAUSES, WITHOUT_PROGRESS, Supervisor
+from launcher.supervise.supervisor import Supervisor
 from trainers.config.errors import (
     DATA_FAILED,
     DISK_FAILED,
@@ -206,7 +208,8 @@ def test_a_checkpoint_that_was_named_is_where_the_first_attempt_begins(life: Lif
 def test_the_settings_say_why_they_changed(life: Life) -> None:
     supervisor = life.supervisor()
     fake_checkpoint(Path("run"), 4)
-    run = supervisor._going_on()
+    supervisor.restarts.look()
+    run = supervisor.restarts.resumed(supervisor.run)
     assert {name: run.settings.sources[name] for name in ("resume", "overwrite", "lr")} == {
         "resume": "a restart",
         "overwrite": "a restart",
@@ -376,7 +379,8 @@ def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_t
     saved = fake_checkpoint(Path("run"), 4)
     supervisor = life.supervisor(resume=str(saved))
     assert supervisor._order().resume is False
-    supervisor.run = supervisor._going_on()
+    supervisor.restarts.look()
+    supervisor.run = supervisor.restarts.resumed(supervisor.run)
     assert supervisor._order().resume is True
     supervisor.close()
 
@@ -463,3 +467,15 @@ def test_a_lock_that_is_given_up_soon_is_waited_for(life: Life, monkeypatch: pyt
     asked.clear()
     with pytest.raises(InUse):
         supervise._take_folder(run, None, life.signals)
+
+
+def test_the_newest_checkpoint_is_looked_for_once_an_attempt(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = restarts.newest_usable
+    monkeypatch.setattr(
+        restarts, "newest_usable", lambda *given, **named: looks.append(1) or look(*given, **named)
+    )
+    assert life(killed(saves=4), killed(saves=8), WELL).attempts == 3
+    assert len(looks) == 1 + 3

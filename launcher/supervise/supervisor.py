@@ -1,8 +1,6 @@
 """Runs a config to its end: attempt after attempt, each a fresh launch, until one succeeds or none can.
 
-A failure that a fresh launch can mend is followed by another attempt, from the newest checkpoint that
-verifies. Three in a row that came no further end the run, and so does at once what would only fail again.
-With auto_find_batch_size an attempt that ran out of memory is followed by one with a smaller batch_size.
+What follows an attempt that failed is decided in restarts.py; several machines agree on it (machines.py).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import IO
 
 from launcher.config import Run
 from launcher.plan.backend import Backend
-from launcher.plan.batch_search import announce, with_smaller_batch
+from launcher.plan.batch_search import with_smaller_batch
 from launcher.plan.command import build_environment, launch_arguments
 from launcher.plan.memory_advice import advice
 from launcher.plan.topology import Topology, free_port
@@ -31,6 +29,7 @@ from launcher.supervise.diagnosis import Failure, diagnose, report
 from launcher.supervise.hangs import make_beats_folder
 from launcher.supervise.launches import POLL_SECONDS, AccelerateLaunch, WarmLaunch
 from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.supervise.restarts import WITHOUT_PROGRESS, Restarts, resumed
 from launcher.supervise.signals import Signals
 from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
 from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
@@ -43,10 +42,8 @@ from trainers.storage.manifest import newest_usable, step_of
 from trainers.storage.run_folder import InUse, claim, hold, release
 
 WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
-WITHOUT_PROGRESS = 3  # attempts in a row that came no further
 TAKE_SECONDS = 0.5  # `phalanx status` has the folder's lock for a moment
 RETAKE_SECONDS = 180.0  # by a job that came back: a file server may keep the lock of a lost node for a while
-PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
 
 
 def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> int:
@@ -116,12 +113,9 @@ class Supervisor:
         self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop, slurm.this_start())
         self.comes_back = False  # the job, where there is one; machine 0 decides that too
         self.number = 1  # of the attempt
-        self.before = 0  # the step of the newest checkpoint when it began
         self.beats = make_beats_folder()
         self.began = time.time()
-        self.tried: list[int] = []  # batch sizes that ran out of memory
-        self.idle = 0  # attempts in a row without progress
-        self.restarts = 0
+        self.restarts = Restarts(self.run.folder)
 
     def close(self) -> None:
         if self.parent is not None:
@@ -135,9 +129,10 @@ class Supervisor:
                 raise StoppedWaiting
             order = self.machines.join(self._order)
             self._say_who_prepares(order)
+            self.restarts.look()
             while order.end is None:
                 self._follow(order)
-                self.before = self._reached()
+                self.restarts.begin()
                 order = self.machines.settle(self._ended(self._attempt()), self._decide)
             return order.end
         except StoppedWaiting:
@@ -161,7 +156,7 @@ class Supervisor:
         last one need not be now."""
         port = self.run.launch.main_process_port or free_port()
         newest = self.run.train.resume is True  # not of a checkpoint that the user has named
-        size = self.run.train.batch_size if self.tried else None
+        size = self.run.train.batch_size if self.restarts.tried else None
         return Order(attempt.next_attempt(self.run.folder), port, newest, size, end)
 
     def _follow(self, order: Order) -> None:
@@ -169,7 +164,7 @@ class Supervisor:
         self.number = order.attempt
         self.topology = replace(self.topology, main_process_port=order.port)
         if order.resume and self.run.train.resume is not True:
-            self.run = self._resumed()
+            self.run = resumed(self.run)
         while order.batch_size is not None and order.batch_size < self.run.train.batch_size:
             smaller = with_smaller_batch(self.run)
             assert smaller is not None, "machine 0 has found it on the same way"
@@ -229,8 +224,6 @@ class Supervisor:
             self.parent.close()
         self.parent = None
 
-    # ------------------------------------------------------------------------------------- what next
-
     def _ended(self, outcome: Outcome) -> Ended:
         """How the attempt ended on this machine."""
         notes = read_notes(outcome.files.folder, StopNote)
@@ -244,6 +237,7 @@ class Supervisor:
 
     def _decide(self, ended: list[Ended]) -> Order:
         """What all machines do after an attempt."""
+        self.restarts.look()
         if stopped := [one for one in ended if one.stopped]:
             return self._order(end=self._say_stopped(stopped))
         if all(one.failure is None for one in ended):
@@ -274,46 +268,14 @@ class Supervisor:
         warned = received in (signal.SIGUSR1, signal.SIGUSR2)
         self.comes_back = warned or (job is not None and slurm.preempted(job))
 
-    def _reached(self) -> int:
-        """The step of the newest checkpoint."""
-        return step_of(newest_usable(self.run.folder, content=False)[0])
-
     def _prepare_next(self, failure: Failure) -> bool:
-        """Sets the next attempt up, said in a line; False where there is none."""
-        if failure.of_batches:
-            return self._try_smaller(failure)
-        self.idle = 0 if self._reached() > self.before else self.idle + 1
-        if not failure.mendable(self.run.launch.restart_on_nan):
+        """Set the next attempt up; False where there is none."""
+        following = self.restarts.following(self.run, failure)
+        if following is None:
             return False
-        if self.restarts >= self.run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
-            return False
-        self.restarts += 1
-        self.run = self._going_on()
-        begins = newest_usable(self.run.folder, content=False)[0] or "the start"
-        count = f"{self.restarts} of at most {self.run.launch.max_restarts}"
-        say("warning", f"{failure.line}; restart {count}, from {begins}")
-        self._pause(PAUSES[max(self.idle - 1, 0)])
+        self.run, seconds = following
+        self._pause(seconds)
         return not self._asked_to_stop()
-
-    def _try_smaller(self, failure: Failure) -> bool:
-        self.tried.append(self.run.train.batch_size)
-        if not self.run.train.auto_find_batch_size:
-            return False
-        smaller = with_smaller_batch(self._going_on())
-        if smaller is None:
-            return False
-        begins = newest_usable(self.run.folder, content=False)[0]
-        say("auto_find_batch_size", announce(self.run, smaller, failure.rank or 0, begins))
-        self.run = smaller
-        return True
-
-    def _going_on(self) -> Run:
-        """The run of an attempt that goes on from what the earlier ones wrote, where they wrote something."""
-        there = newest_usable(self.run.folder, content=False)[0] is not None
-        return self._resumed() if there else self.run
-
-    def _resumed(self) -> Run:
-        return self.run.changed("a restart", resume=True, overwrite=False)
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -323,8 +285,8 @@ class Supervisor:
     def _give_up(self, failure: Failure, where: Ended) -> int:
         lines = []
         if failure.code == OUT_OF_MEMORY:
-            lines = advice(self.run, self.backend, self.topology, self.tried, failure.of_batches)
-        elif self.idle >= WITHOUT_PROGRESS:
+            lines = advice(self.run, self.backend, self.topology, self.restarts.tried, failure.of_batches)
+        elif self.restarts.idle >= WITHOUT_PROGRESS:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
         if (received := self.signals.received) is not None:
             self._think_of_coming_back(received)

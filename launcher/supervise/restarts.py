@@ -1,0 +1,69 @@
+"""What follows a failed attempt: another one from the newest checkpoint, with a smaller batch, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.config import Run
+from launcher.plan.batch_search import announce, with_smaller_batch
+from launcher.supervise.diagnosis import Failure
+from trainers.rank.say import say
+from trainers.storage.manifest import newest_usable, step_of
+
+WITHOUT_PROGRESS = 3  # attempts in a row that made no progress
+PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
+
+
+@dataclass
+class Restarts:
+    """Counts the attempts of one start, and decides about the next."""
+
+    folder: Path  # of the run
+    count: int = 0  # restarts so far; smaller batches are not counted
+    idle: int = 0  # attempts in a row without progress
+    tried: list[int] = field(default_factory=list)  # batch sizes that ran out of memory
+    newest: Path | None = None  # the newest checkpoint that verifies, as of the last look
+    before: int = 0  # its step when the attempt began
+
+    def begin(self) -> None:
+        """An attempt begins."""
+        self.before = step_of(self.newest)
+
+    def look(self) -> None:
+        """Look for the newest checkpoint that verifies; once before the first attempt and after each."""
+        self.newest = newest_usable(self.folder, content=False)[0]
+
+    def following(self, run: Run, failure: Failure) -> tuple[Run, float] | None:
+        """Return the next attempt's run, and the seconds before it; None where another one would not help."""
+        if failure.of_batches:
+            return self._smaller(run, failure)
+        self.idle = 0 if step_of(self.newest) > self.before else self.idle + 1
+        if not failure.mendable(run.launch.restart_on_nan):
+            return None
+        if self.count >= run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
+            return None
+        self.count += 1
+        begins = self.newest or "the start"
+        say(
+            "warning",
+            f"{failure.line}; restart {self.count} of at most {run.launch.max_restarts}, from {begins}",
+        )
+        return self.resumed(run), PAUSES[max(self.idle - 1, 0)]
+
+    def _smaller(self, run: Run, failure: Failure) -> tuple[Run, float] | None:
+        self.tried.append(run.train.batch_size)
+        smaller = with_smaller_batch(self.resumed(run)) if run.train.auto_find_batch_size else None
+        if smaller is None:
+            return None
+        say("auto_find_batch_size", announce(run, smaller, failure.rank or 0, self.newest))
+        return smaller, 0.0
+
+    def resumed(self, run: Run) -> Run:
+        """Return the run that continues what the earlier attempts wrote, where they wrote something."""
+        return resumed(run) if self.newest is not None else run
+
+
+def resumed(run: Run) -> Run:
+    """Return the run that continues from its newest checkpoint."""
+    return run.changed("a restart", resume=True, overwrite=False)
