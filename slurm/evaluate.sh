@@ -15,6 +15,10 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
+# These lines are in train.sh, array.sh and evaluate.sh alike: sbatch runs a copy of the script from its spool
+# folder, so it can source no file next to it, and phalanx is on the PATH only after the site file. A test
+# (tests/slurm) holds the three equal.
+
 site=${PHALANX_SITE_ENV:-slurm/site.env}
 if [ -f "$site" ]; then
     # shellcheck source=/dev/null

@@ -260,7 +260,7 @@ def unsafe() -> str | None:
     opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     touched = any(line.endswith(_UVM) for line in opened + mapped)
-    if touched or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if touched or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types there
         return "an import started CUDA, which does not survive a fork"
     return None
 

@@ -96,8 +96,8 @@ class Resuming(Trainer):
             return
         folder = Path(checkpoint)
         fsdp_shards.load(self.model, self.optimizer, folder, self._trains_all)
-        state = torch.load(folder / SCHEDULER, weights_only=True)
-        self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     def _load_best_model(self) -> None:
         with heart.during("load"):

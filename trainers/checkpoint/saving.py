@@ -215,7 +215,8 @@ class Durable(Resuming):
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
             if rank() == 0:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)  # type: ignore[union-attr]
+                scheduler: Any = self.lr_scheduler
+                torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
     def _save_rng_state(self, output_dir: str) -> None:
         with self._tolerating():

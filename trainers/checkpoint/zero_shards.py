@@ -31,7 +31,7 @@ def _tolerant(engine: Any, tolerating: Tolerating) -> Any:
     """DeepSpeed's writer of files, within `tolerating`."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]
+    class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
         def save(self, state_dict: Any, path: str) -> None:
             with tolerating():
                 super().save(state_dict, path)

@@ -425,8 +425,8 @@ class TrainConfig(BaseModel):
 
 def acts_for(field: str) -> tuple[str, ...]:
     """The trainers for which a field does something."""
-    extra = TrainConfig.model_fields[field].json_schema_extra
-    return tuple(extra["trainers"]) if isinstance(extra, dict) else trainers()  # type: ignore[arg-type]  # JSON
+    extra: Any = TrainConfig.model_fields[field].json_schema_extra
+    return tuple(extra["trainers"]) if extra else trainers()
 
 
 def sections() -> list[tuple[str, list[str]]]:

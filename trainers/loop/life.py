@@ -92,7 +92,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
                 return 0
             if (held_out := context.rows("test")) is not None:
                 trainer.eval_dataset = {"test": held_out}
-                trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]
+                trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]  # a name of eval_dataset
         save_final_model(trainer, context)
         leave_group()
         first = trainer.is_world_process_zero()

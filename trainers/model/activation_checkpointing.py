@@ -62,7 +62,7 @@ def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
         given = {**(activation_checkpointing_kwargs or {}), **way}
         type(self).activation_checkpointing_enable(self, given, every_n_layers, offload or mode == "offload")
 
-    model.activation_checkpointing_enable = MethodType(enable, model)  # type: ignore[method-assign]
+    model.activation_checkpointing_enable = MethodType(enable, model)  # type: ignore[method-assign]  # this model's only
 
 
 def _check_support(model: PreTrainedModel, mode: str) -> None:

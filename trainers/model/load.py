@@ -100,7 +100,8 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         flatten_body(model, attention == "documents" and config.kind.pairs)
     if fsdp.asked_for():
         fsdp.keep_tied_together(model)
-    return model  # type: ignore[no-any-return]
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _check_kernels() -> None:

@@ -47,7 +47,9 @@ class Agreement:
 
     def first(self, value: Word) -> Word:
         """Rank 0's value."""
-        return self.gathered(value if rank() == 0 else None)[0]  # type: ignore[return-value]
+        answers: list[Any] = self.gathered(value if rank() == 0 else None)
+        answer: Word = answers[0]
+        return answer
 
     def barrier(self, background: bool = False) -> None:
         group = self.background if background else self.group

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -121,7 +122,8 @@ def _redirect(path: Path) -> None:
         stream.flush()
         os.dup2(target, stream.fileno())
     os.close(target)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
 
 
 def die_with_parent() -> None:
