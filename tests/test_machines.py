@@ -7,24 +7,24 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from launcher.plan.topology import Topology
-from launcher.supervise import machines
+from launcher.supervise import machine_messages, machines
 from launcher.supervise.diagnosis import Failure
-from launcher.supervise.machines import (
+from launcher.supervise.machine_messages import (
     AnotherRefused,
     Ended,
     GoneMachine,
-    Machines,
     Order,
     StoppedWaiting,
     first_cause,
     refuse,
 )
+from launcher.supervise.machines import Machines
 from trainers.config.errors import HUNG, KILLED, OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
 
 ORDER = Order(attempt=1, port=1234)
@@ -95,7 +95,7 @@ def test_a_failure_elsewhere_is_seen_and_a_good_end_is_not(tmp_path: Path) -> No
 
     def tell(what: Ended) -> None:
         path = tmp_path / "launch" / "attempt-1" / "machine-1" / "ended.json"
-        machines._write(path, machines.asdict(what))
+        machine_messages.write_message(path, asdict(what))
 
     def look() -> Ended | None:
         first.looked = 0.0
@@ -190,7 +190,7 @@ def test_machine_0_tells_the_others_of_an_end_that_all_must_follow(tmp_path: Pat
     first, second, third = together(tmp_path, 3)
     failed = ended(2, failure=Failure(2, "planted"))
     path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
-    machines._write(path, machines.asdict(failed))
+    machine_messages.write_message(path, asdict(failed))
     second.looked = first.looked = 0.0
     assert second.elsewhere() is None
     assert first.elsewhere() == failed

@@ -28,17 +28,17 @@ def run(config: Path | None, **flags: Any) -> int:
     from launcher.config import load_run
     from launcher.plan import topology
     from launcher.slurm import job
-    from launcher.supervise import machines
+    from launcher.supervise import machine_messages
 
     described = job.resumed_by_slurm(load_run(config, flags))
     try:
         return _train(described, topology.resolve_topology(described.launch, topology.detect_hardware()))
-    except machines.AnotherRefused:
+    except machine_messages.AnotherRefused:
         raise
     except Exception as error:
         message, (number, count) = described.located(str(error)), job.this_node()
         if count > 1:
-            machines.refuse(described.folder, number, job.this_start(), message)
+            machine_messages.refuse(described.folder, number, job.this_start(), message)
         if isinstance(error, ConfigError):
             raise ConfigError(message) from None
         raise

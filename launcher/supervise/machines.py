@@ -16,75 +16,36 @@ Before it begins, machine 0 leaves its word in the cache of prepared data: who f
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launcher.plan.topology import Topology
 from launcher.supervise.diagnosis import Failure
 from launcher.supervise.hangs import Wakefulness
-from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, USAGE_ERROR, ConfigError
+from launcher.supervise.machine_messages import (
+    AnotherRefused,
+    Ended,
+    GoneMachine,
+    Order,
+    StoppedWaiting,
+    read_ended,
+    read_message,
+    read_number,
+    write_message,
+)
+from trainers.config.errors import PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
 from trainers.storage.data_cache import FORGOTTEN, cache_root
-from trainers.storage.run_folder import write_whole
 
 JOIN_SECONDS = 600.0  # for all machines to come: environments are set up, file systems are slow
 GONE_SECONDS = 60.0  # without a sign of life; a network file system may show a file as late as that
 MARK = ".machine-0-"  # with its word, in the cache of prepared data
 LOOK_SECONDS = 0.5  # between two looks at the others' files
-
-
-@dataclass(frozen=True)
-class Order:
-    """What all machines do next: attempt number `attempt`, or end with the code `end`."""
-
-    attempt: int
-    port: int
-    resume: bool = False  # from the newest checkpoint
-    batch_size: int | None = None  # None: as it was; else what auto_find_batch_size has come to
-    end: int | None = None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How an attempt ended on a machine; `stopped` is the signal that ended it, `saved` what was saved."""
-
-    machine: int
-    folder: str
-    time: float  # time.time(): only to order what several machines say
-    failure: Failure | None = None
-    stopped: int = 0
-    saved: str = ""
-    gone: bool = False
-
-    @property
-    def early(self) -> bool:
-        """Whether the other machines must end too: they wait for ranks that are no more."""
-        return self.failure is not None or (self.stopped > 0 and not self.saved)
-
-
-class GoneMachine(Exception):
-    """Machine 0 gives no sign of life, so nobody decides."""
-
-
-def first_cause(ended: list[Ended]) -> tuple[Ended, Failure]:
-    """The machine whose failure is the cause of the others', and the failure."""
-    failed = [(one, one.failure) for one in ended if one.failure is not None]
-    return min(
-        failed,
-        key=lambda pair: (
-            pair[1].code != OUT_OF_MEMORY,
-            pair[1].code == PEER_LOST and not pair[0].gone,
-            pair[1].waits,
-            pair[0].time,
-        ),
-    )
 
 
 class Machines:
@@ -107,8 +68,6 @@ class Machines:
         self.awake = Wakefulness()
         self.looked = 0.0
 
-    # ------------------------------------------------------------------------------------- the start
-
     def join(self, order: Callable[[], Order]) -> Order:
         """Waits until all machines are there; returns machine 0's first order.
 
@@ -128,7 +87,7 @@ class Machines:
                     left.unlink(missing_ok=True)
         cards: dict[int, dict[str, Any]] = {}
         for _ in self._patiently():
-            found = {number: _read(self._folder / f"member-{number}.json") for number in self.others}
+            found = {number: read_message(self._folder / f"member-{number}.json") for number in self.others}
             cards = {n: card for n, card in found.items() if card and card["start"] == self.start_id}
             if len(cards) == len(self.others):
                 break
@@ -138,7 +97,7 @@ class Machines:
         if odd is None:
             self._leave_mark()
         start = {"words": words, "machine_0": self.word, "order": asdict(first)}
-        _write(self._folder / "start.json", start)
+        write_message(self._folder / "start.json", start)
         if odd is not None:
             raise ConfigError(
                 f"launch.num_processes: machine 0 counts {self.ranks} in all, and {odd['host']} counts "
@@ -164,14 +123,14 @@ class Machines:
     def _present(self) -> Order:
         card = self._folder / f"member-{self.rank}.json"
         for _ in self._patiently():
-            start = _read(self._folder / "start.json")
+            start = read_message(self._folder / "start.json")
             if start and start["words"].get(str(self.rank)) == self.word:
                 self.shares_cache = (cache_root() / f"{MARK}{start['machine_0']}").exists()
                 return Order(**start["order"])
             # Machine 0 empties the folder when it begins.
-            if (_read(card) or {}).get("word") != self.word:
+            if (read_message(card) or {}).get("word") != self.word:
                 own = {"word": self.word, "start": self.start_id, "ranks": self.ranks}
-                _write(card, {**own, "host": socket.gethostname()})
+                write_message(card, {**own, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
     def _patiently(self) -> Iterator[None]:
@@ -179,7 +138,7 @@ class Machines:
         end = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < end and not self.given_up():
             for path in sorted(self._folder.glob(f"refused-{self.start_id}-*.json")):
-                if refused := _read(path):
+                if refused := read_message(path):
                     raise AnotherRefused(f"machine {refused['machine']} does not begin: {refused['why']}")
             yield
             time.sleep(LOOK_SECONDS)
@@ -193,14 +152,12 @@ class Machines:
             f"machine_rank, and must see the same {self.run_folder} (on a shared file system)."
         )
 
-    # ------------------------------------------------------------------------------------- an attempt
-
     def elsewhere(self) -> Ended | None:
         """How the attempt ended on another machine, where this one must end too; also a sign of life."""
         if self.count == 1 or time.monotonic() - self.looked < self.pause:
             return None
         self._sign()
-        if self.rank and (cut := _read_ended(self._attempt / "cut.json")):
+        if self.rank and (cut := read_ended(self._attempt / "cut.json")):
             return cut
         for number in self.watched:
             ended = self._ended(number) or self._gone(number)
@@ -218,7 +175,7 @@ class Machines:
         """Machine 0 tells the others of an end that all must follow; the first that it sees."""
         path = self._attempt / "cut.json"
         if self.rank == 0 and not path.exists():
-            _write(path, asdict(ended))
+            write_message(path, asdict(ended))
 
     def settle(self, own: Ended, decide: Callable[[list[Ended]], Order]) -> Order:
         """When the attempt has ended everywhere, machine 0 decides what comes next, and all do it.
@@ -228,11 +185,11 @@ class Machines:
         """
         if self.count == 1:
             return decide([own])
-        _write(machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
+        write_message(machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
         if self.rank:
             return self._go(self._obey())
         order = decide([own, *self._await_all()])
-        _write(self._attempt / "order.json", asdict(order))
+        write_message(self._attempt / "order.json", asdict(order))
         return self._go(order)
 
     def _await_all(self) -> list[Ended]:
@@ -250,7 +207,7 @@ class Machines:
 
     def _obey(self) -> Order:
         while True:
-            if told := _read(self._attempt / "order.json"):
+            if told := read_message(self._attempt / "order.json"):
                 return Order(**told)
             self._sign()
             if self._gone(0):
@@ -258,7 +215,7 @@ class Machines:
             time.sleep(LOOK_SECONDS)
 
     def _ended(self, number: int) -> Ended | None:
-        return _read_ended(machine_folder(self._attempt, number) / "ended.json")
+        return read_ended(machine_folder(self._attempt, number) / "ended.json")
 
     def _sign(self) -> None:
         """A sign of life."""
@@ -268,19 +225,17 @@ class Machines:
         (self._folder / f"alive-{self.rank}").write_text(str(self.counter), encoding="utf-8")
 
     def _gone(self, number: int) -> Ended | None:
-        now, told = time.monotonic(), _number(self._folder / f"alive-{number}")
+        now, told = time.monotonic(), read_number(self._folder / f"alive-{number}")
         before, since = self.heard[number]
         if told != before:
             self.heard[number] = told, now
             return None
         if now - since < GONE_SECONDS:
             return None
-        host = (_read(self._folder / f"member-{number}.json") or {}).get("host", "the first")
+        host = (read_message(self._folder / f"member-{number}.json") or {}).get("host", "the first")
         reason = f"machine {number} ({host}) gave no sign of life for {now - since:.0f} s"
         folder = str(machine_folder(self._attempt, number))
         return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
-
-    # ------------------------------------------------------------------------------------- folders
 
     def _go(self, order: Order) -> Order:
         self.number = order.attempt
@@ -294,55 +249,3 @@ class Machines:
     @property
     def _attempt(self) -> Path:
         return attempt_folder(self.run_folder, self.number)
-
-
-def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:
-    """This machine does not begin: the others of this start need not wait for it.
-
-    Without an id that they all know, a job's, nothing is said: they might be of another run in this folder.
-    """
-    if start_id is not None:
-        path = folder / LAUNCH / "machines" / f"refused-{start_id}-{number}.json"
-        with contextlib.suppress(OSError):  # the folder may be what is wrong
-            _write(path, {"machine": number, "why": why})
-
-
-class AnotherRefused(ConfigError):
-    """Another machine does not begin."""
-
-
-class StoppedWaiting(Exception):
-    """A signal came while the machines waited for each other."""
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(value))
-
-
-def _text(path: Path) -> str | None:
-    """A file that another machine may write at any moment; a network file system then says ESTALE."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
-            return None
-        raise
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
-    value: dict[str, Any] | None = None if text is None else json.loads(text)
-    return value
-
-
-def _read_ended(path: Path) -> Ended | None:
-    told = _read(path)
-    if told is None:
-        return None
-    failure = told.pop("failure")
-    return Ended(**told, failure=Failure(**failure) if failure else None)
-
-
-def _number(path: Path) -> int:
-    text = _text(path)
-    return -1 if text is None else int(text or 0)

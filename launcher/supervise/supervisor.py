@@ -28,7 +28,8 @@ from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import Failure, diagnose, report
 from launcher.supervise.hangs import make_beats_folder
 from launcher.supervise.launches import POLL_SECONDS, AccelerateLaunch, WarmLaunch
-from launcher.supervise.machines import Ended, GoneMachine, Machines, Order, StoppedWaiting, first_cause
+from launcher.supervise.machine_messages import Ended, GoneMachine, Order, StoppedWaiting, first_cause
+from launcher.supervise.machines import Machines
 from launcher.supervise.restarts import WITHOUT_PROGRESS, Restarts, resumed
 from launcher.supervise.signals import Signals
 from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
