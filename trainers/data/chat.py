@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.errors import ConfigError
 from trainers.data.labels import IGNORED
+from trainers.data.samples import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,10 +22,6 @@ ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "developer": "system", "function": "tool"}
 
 Turns = list[dict[str, str]]
-
-
-class RowError(ConfigError):
-    """A row that cannot be used, and that the user should look at; the caller adds where it lies."""
 
 
 @dataclass

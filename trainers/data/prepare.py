@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.data.chat import RowError, forget_truncation
+from trainers.data.chat import forget_truncation
 from trainers.data.columns import Columns, find_columns
-from trainers.data.encoders import COUNTS, Encoder, check_label_balance
+from trainers.data.encoders import Encoder
 from trainers.data.files import Split, column_names, find_split, place_of, rows
+from trainers.data.preference_rows import check_label_balance
 from trainers.data.sampler import count_packs
+from trainers.data.samples import COUNTS, RowError
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
 

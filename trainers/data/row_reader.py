@@ -1,0 +1,97 @@
+"""Reads the columns of a row: text, turns, a prompt, a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.schema import TrainConfig
+from trainers.data import chat
+from trainers.data.chat import Turns
+from trainers.data.columns import Columns
+from trainers.data.samples import Dropped, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Words that a CSV file may hold for true and false.
+_TRUTH = {
+    "true": True,
+    "1": True,
+    "1.0": True,
+    "yes": True,
+    "false": False,
+    "0": False,
+    "0.0": False,
+    "no": False,
+}
+
+
+@dataclass
+class RowReader:
+    """What the encoders share: which columns to read, and how."""
+
+    columns: Columns
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def empty(self) -> dict[str, Any]:
+        """The columns of a sample that was dropped."""
+        return {name: False if name == "label" else [] for name in self.config.kind.columns}
+
+    def prompt(self, row: dict[str, Any]) -> str | Turns | None:
+        """What comes before the answer: text, turns, or None where the row has no prompt."""
+        if self.config.prompt_format is not None:
+            parsed = Formatter().parse(self.config.prompt_format)
+            return "".join(
+                literal + ("" if name is None or row[name] is None else str(row[name]))
+                for literal, name, _, _ in parsed
+            )
+        if self.columns.instruction:
+            return self.instruction(row)
+        if self.columns.prompt is None:
+            return None
+        return self.turns(row[self.columns.prompt]) or self.string(row, self.columns.prompt, "empty prompt")
+
+    def instruction(self, row: dict[str, Any]) -> str:
+        """instruction and input as one prompt: a chat turn, or Alpaca's headings without a template."""
+        asked, given = self.string(row, "instruction", "empty prompt"), row.get("input") or ""
+        if self.config.chat_template == "alpaca":
+            return f"{asked}\n\n### Input:\n{given}" if given else asked
+        if self.config.chat_template is not None:
+            return f"{asked}\n\n{given}" if given else asked
+        part = f"### Input:\n{given}\n\n" if given else ""
+        return f"### Instruction:\n{asked}\n\n{part}### Response:\n"
+
+    def asked(self, prompt: str | Turns | None) -> Turns:
+        return prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
+
+    def turns(self, value: Any) -> Turns | None:
+        return chat.parse_messages(value)
+
+    def need_template(self) -> None:
+        if self.config.chat_template is None:
+            raise RowError(
+                "chat_template: the row holds messages, which need a template. Set chat_template: tokenizer, "
+                "chatml or zephyr."
+            )
+
+    def string(self, row: dict[str, Any], column: str, empty: str) -> str:
+        """The text of a column; nothing but white space is `empty`, a reason to drop the row."""
+        value = row[column]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise Dropped(empty)
+        if not isinstance(value, str):
+            raise RowError(f"column '{column}' must hold text or messages, not {type(value).__name__}.")
+        return value
+
+    def label(self, row: dict[str, Any]) -> bool:
+        assert self.columns.label is not None
+        value = _TRUTH.get(str(row[self.columns.label]).strip().lower())
+        if value is None:
+            raise RowError(
+                f"column '{self.columns.label}' must say true or false, not {row[self.columns.label]!r}."
+            )
+        return value
