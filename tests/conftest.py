@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fakes import fake_model, machine, write_rows
 from inprocess import write_split
+from places import TESTS
 from ranks import Bench, environment, kept_warm
 
 from launcher.plan import topology
@@ -21,7 +22,6 @@ from trainers.config import packages as installed_packages
 from trainers.rank.protocol import WARM
 from trainers.rank.signals import SIGNALS
 
-HERE = Path(__file__).parent
 # Fixture of the session -> the tests that share what it makes.
 SHARED = {
     "trained": tuple(
@@ -35,7 +35,7 @@ _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBL
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.path.parent in (HERE / "distributed", HERE / "faults"):
+    if item.path.parent in (TESTS / "distributed", TESTS / "faults"):
         item.add_marker("distributed")
 
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from ranks import BACKENDS, REPO, Bench, Finished
+from places import REPO
+from ranks import BACKENDS, Bench, Finished
 
 from launcher.plan.topology import free_port
 

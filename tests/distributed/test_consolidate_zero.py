@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import REPO
+from places import HELPERS, REPO
 
 sys.path.insert(0, str(REPO / "tests"))
 # name -> ZeRO stage, whether LoRA's weights alone are trained, whether the embedding is the output layer too.
@@ -68,7 +68,7 @@ def written(bench, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = {
-        "PYTHONPATH": os.pathsep.join([str(REPO / "tests"), str(Path(__file__).parent)]),
+        "PYTHONPATH": str(HELPERS),
         "DS_ACCELERATOR": "cpu",
     }
     done = subprocess.run(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import REPO, environment
+from places import REPO
+from ranks import environment
 
 from trainers.config.kinds import KINDS
 

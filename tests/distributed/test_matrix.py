@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from ranks import BACKENDS, MODES, REPO
+from places import REPO
+from ranks import BACKENDS, MODES
 from safetensors import safe_open
 from tracked import scalars, wandb_files, wandb_history, wandb_run
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import REPO, environment
+from places import REPO
+from ranks import environment
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from fakes import machine
+from places import REPO
 from ranks import kept_warm
 
 from launcher.config import load_run
@@ -27,7 +28,6 @@ from launcher.plan.topology import free_port, resolve_topology
 from launcher.supervise.warm_parent import WarmParent
 from trainers.rank.protocol import WARM, AttemptFiles
 
-REPO = Path(__file__).parents[2]
 THREADS = "3"  # of a rank: no machine's own default
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 PROBE = """

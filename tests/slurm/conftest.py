@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
-from jobsite import REPO, Site
+from jobsite import Site
+from places import REPO
 
 REASON = missing()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from jobsite import REPO, SCRIPT, Site, losses, slowly
+from jobsite import SCRIPT, Site, losses, slowly
+from places import REPO
 
 from launcher.cli import build_parser
 

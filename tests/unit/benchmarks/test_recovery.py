@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).parent.parent
+from places import REPO
 
 
 @pytest.fixture(scope="module")

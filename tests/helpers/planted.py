@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from places import HELPERS
 from ranks import BACKENDS, Bench, Finished
 
 from trainers.rank.protocol import WARM
 
-PLANT = Path(__file__).parent / "plant"
+PLANT = HELPERS / "plant"
 STEPS, EVERY = 12, 4
 FLAGS = [
     "--max-steps",

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from inprocess import Built, build
+from places import TESTS
 from tiny import build_tiny_model
 
 from trainers.config import consistency, requirements
@@ -30,8 +31,6 @@ from trainers.loop import finish, life
 from trainers.loop.planned_batches import Balanced
 from trainers.loop.step_boundary import StepBoundary
 from trainers.model import attention
-
-TESTS = Path(__file__).parent
 
 
 def row(i: int) -> dict[str, Any]:
@@ -224,7 +223,11 @@ HAPPENED = (
 )  # fmt: skip
 
 # Fields that act outside of what a trainer is built from -> the test that shows it.
-RUN, HERE, TRACKERS = "distributed/test_matrix.py", "test_parameters.py", "test_trackers.py"
+RUN, HERE, TRACKERS = (
+    "distributed/test_matrix.py",
+    "training/test_parameters.py",
+    "unit/trainers/output/test_trackers.py",
+)
 ELSEWHERE = {
     "trainer": f"{HERE}::test_trainers_differ",
     "project_name": f"{HERE}::test_project_name_is_the_folder",

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-REPO = HERE.parent
+from places import REPO
+
 CONFIG = """\
 task: llm-sft
 base_model: {model}

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import REPO
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
@@ -44,7 +45,7 @@ from trainers.rank.heartbeat import STEP, Beat
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import SIGNALS
 
-PAGE = Path(__file__).parent.parent / "docs" / "exit-codes.md"
+PAGE = REPO / "docs" / "exit-codes.md"
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:34567"
 )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import fake_checkpoint, machine
+from places import HELPERS
 
 from launcher.cli import main
 from launcher.config import Run, load_run
@@ -269,7 +270,7 @@ def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
 # `step`: the first attempt leaves a checkpoint there. `hold`: seconds that one which fits takes.
 LAUNCH = f"""
 import json, os, pathlib, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(HELPERS)!r})
 fits, codes, kind, step, hold = json.loads(sys.argv[1])
 folder = pathlib.Path(sys.argv[2]).parent
 config = json.loads((folder / "config.json").read_text())["config"]

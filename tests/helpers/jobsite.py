@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import Cluster, Job
+from places import REPO
 
-REPO = Path(__file__).parent.parent.parent
 SCRIPT = str(REPO / "slurm" / "train.sh")
 EVALUATE = str(REPO / "slurm" / "evaluate.sh")
 STEPS = 12

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).parent.parent
+from places import REPO
 
 
 @pytest.fixture(scope="module", autouse=True)
