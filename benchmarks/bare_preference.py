@@ -1,8 +1,8 @@
-"""The peer of the benchmarks for pairs: DPO or a reward model as a bare TRL script, as a user would write it.
+"""The script that the benchmarks compare with for pairs: DPO or a reward model in plain TRL.
 
 accelerate launch --multi_gpu --num_processes 2 benchmarks/bare_preference.py dpo MODEL DATA OUT
 
-What is not a flag is TRL's default, activation checkpointing with it.
+Everything that is not a flag is TRL's default, including activation checkpointing.
 """
 
 import argparse
@@ -18,10 +18,10 @@ KINDS = {
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("trainer", choices=KINDS)
-parser.add_argument("model", help="for reward: with a score head, which it would draw anew otherwise")
+parser.add_argument("model", help="for reward: with a score head, else TRL initialises a new one")
 parser.add_argument("data", help="JSONL: prompt, chosen, rejected")
 parser.add_argument("out")
-parser.add_argument("--padding-free", action="store_true", help="dpo; an error where TRL pads all the same")
+parser.add_argument("--padding-free", action="store_true", help="dpo; an error if TRL pads anyway")
 parser.add_argument("--length", type=int, default=256)
 parser.add_argument("--batch", type=int, default=1, help="pairs")
 parser.add_argument("--accumulation", type=int, default=1)
@@ -53,5 +53,5 @@ trainer = make_trainer(
     processing_class=AutoTokenizer.from_pretrained(options.model),
 )
 if options.padding_free and not getattr(trainer, "padding_free", False):
-    raise SystemExit("error: this release of TRL pads although padding_free is asked for")
+    raise SystemExit("error: this release of TRL pads, although padding_free is set")
 trainer.train()

@@ -1,9 +1,9 @@
-"""The peer of recovery.py: bare_sft.py with checkpoints, from the last of which it goes on when it starts.
+"""The script that recovery.py compares with: bare_sft.py that saves, and resumes from its last checkpoint.
 
 torchrun --standalone --nproc-per-node 2 --max-restarts 3 benchmarks/bare_resuming.py MODEL DATA OUT
 
-Full training in float32. Each rank leaves its process id in OUT/rank-R.pid, and rank 0 prints a line for each
-step. What is not named here is TRL's default, activation checkpointing with it.
+Full training in float32. Each rank writes its process id to OUT/rank-R.pid, and rank 0 prints a line for each
+step. Everything that is not set here is TRL's default, including activation checkpointing.
 """
 
 import argparse
@@ -23,7 +23,7 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--length", type=int, default=128)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--save-steps", type=int, default=10)
-parser.add_argument("--kept", type=int, default=2, help="checkpoints")
+parser.add_argument("--kept", type=int, default=2, help="checkpoints to keep")
 parser.add_argument("--lr", type=float, default=2e-5)
 options = parser.parse_args()
 

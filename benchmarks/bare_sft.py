@@ -1,8 +1,8 @@
-"""The peer of the benchmarks: supervised fine-tuning as a bare TRL script, as a user would write it by hand.
+"""The script that the benchmarks compare with: supervised fine-tuning in plain TRL.
 
 accelerate launch --multi_gpu --num_processes 2 benchmarks/bare_sft.py MODEL DATA OUT --packing
 
-What is not a flag is TRL's default, activation checkpointing with it.
+Everything that is not a flag is TRL's default, including activation checkpointing.
 """
 
 import argparse
@@ -24,9 +24,9 @@ parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--accumulation", type=int, default=1)
 parser.add_argument("--steps", type=int, default=2)
 parser.add_argument("--lr", type=float, default=2e-5)
-parser.add_argument("--bf16", action="store_true", help="else float32")
+parser.add_argument("--bf16", action="store_true", help="train in bf16. Default: float32")
 parser.add_argument("--lora", action="store_true", help="train an adapter (r 16, all linear layers)")
-parser.add_argument("--attention", help="attn_implementation; else the default of transformers")
+parser.add_argument("--attention", help="attn_implementation. Default: that of transformers")
 parser.add_argument("--no-checkpointing", action="store_true")
 options = parser.parse_args()
 

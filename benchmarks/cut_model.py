@@ -1,4 +1,4 @@
-"""A smaller copy of a model with its tokenizer: fewer layers, float32, and a score head where one is wanted.
+"""Write a smaller copy of a model with its tokenizer: fewer layers, float32, and optionally a score head.
 
 python benchmarks/cut_model.py .demo/SmolLM2-135M-Instruct OUT --layers 6
 """
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("model")
 parser.add_argument("out")
-parser.add_argument("--layers", type=int, default=0, help="the first ones; 0: all")
-parser.add_argument("--score", action="store_true", help="a reward model, its head drawn from seed 0")
+parser.add_argument("--layers", type=int, default=0, help="keep the first layers; 0: all")
+parser.add_argument("--score", action="store_true", help="a reward model, with a head from seed 0")
 options = parser.parse_args()
 
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tokenizing: two ranks prepare the same rows at once, beside TRL's SFTTrainer, which calls `datasets.map`.
+"""Compare tokenizing with TRL's SFTTrainer: two ranks prepare the same rows at once.
 
     python benchmarks/data_preparation.py --data instructions.jsonl --rows 50000
 
@@ -6,12 +6,12 @@
     trl, all cores       SFTConfig(dataset_num_proc=<cores>)
     phalanx              trainers.data.prepare, as each rank calls it
 
-Both ranks run under `accelerate launch`, from empty caches, in turn. The time is from the JSONL file to rows
-that can be trained on (not packed; truncated at --length), imports left out. The processor time of each rank,
-its workers included, tells whether the ranks did the work twice; for phalanx every row that is encoded is
-counted too.
+Both ranks run under `accelerate launch`, from empty caches. The sides take turns. The time is from the JSONL
+file to rows that are ready for training (not packed; truncated at --length), without imports. The processor
+time of each rank, including its workers, shows whether the ranks did the work twice. For phalanx, every
+encoded row is counted too. SFTTrainer tokenizes with `datasets.map`.
 
---data: JSONL rows of instruction, input and output; repeated, with a number in each, until there are --rows.
+--data: JSONL rows of instruction, input and output. They are repeated, with a number in each, up to --rows.
 """
 
 from __future__ import annotations
@@ -49,11 +49,9 @@ RANKS = 2
 SIDES = ("trl, one process", "trl, all cores", "phalanx")
 Result = dict[str, Any]
 
-# ---------------------------------------------------------------------------------- in a rank
-
 
 def rank_main(side: str, work: Path, options: Namespace) -> None:
-    """Prepares the rows, and notes what it took beside what the other rank notes."""
+    """Prepare the rows, and write the time and counts of this rank to a file."""
     prepare = phalanx(work, options) if side == "phalanx" else trl(work, options, side == "trl, all cores")
     began, before = time.time(), processor_seconds()
     dataset = prepare()
@@ -68,7 +66,7 @@ def rank_main(side: str, work: Path, options: Namespace) -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -93,17 +91,17 @@ def phalanx(work: Path, options: Namespace) -> Callable[[], Any]:
     encode = encoders.Encoder.__call__
 
     def counted(self: Any, batch: Any, numbers: list[int]) -> Any:
-        # An append of one line is whole, from whichever worker it comes.
+        # Appending one line is atomic, whichever worker writes it.
         with (work / "encoded").open("a") as file:
             file.write(f"{len(numbers)}\n")
         return encode(self, batch, numbers)
 
     encoders.Encoder.__call__ = counted  # type: ignore[method-assign]
-    return lambda: prepare(config, tokenizer).dataset
+    return lambda: prepare.prepare(config, tokenizer).dataset
 
 
 def trl(work: Path, options: Namespace, all_cores: bool) -> Callable[[], Any]:
-    """SFTTrainer prepares its rows while it is built; the model that it wants too is next to nothing."""
+    """Return a function that prepares the rows: SFTTrainer does it in its constructor. The model is tiny."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -129,11 +127,8 @@ def trl(work: Path, options: Namespace, all_cores: bool) -> Callable[[], Any]:
     return prepare
 
 
-# ---------------------------------------------------------------------------------- the table
-
-
 def repeated(data: Sequence[dict[str, Any]], rows: int, chat: bool) -> list[dict[str, Any]]:
-    """The rows over and over, with a number in each, so that no two texts are the same."""
+    """Return `rows` rows: the data repeated, with a number in each, so that no two texts are the same."""
     out: list[dict[str, Any]] = []
     for number, row in enumerate(itertools.islice(itertools.cycle(data), rows)):
         prompt, completion = f"{number}. {question(row)}", row["output"].strip() or "None."
@@ -148,7 +143,7 @@ def turn(role: str, text: str) -> Any:
 
 
 def prepare_on_all_ranks(side: str, options: Namespace, root: Path, repeat: int) -> Result:
-    """One measurement, with caches of its own."""
+    """Measure one side once, with its own caches."""
     work = Path(tempfile.mkdtemp(dir=root))
     argv = [*launch(RANKS), str(Path(__file__).resolve()), "--child", side, str(work)]
     argv += ["--model", str(options.model), "--data", str(root / "rows.jsonl")]
@@ -189,11 +184,11 @@ def report(results: dict[str, list[Result]], failed: dict[str, Failed]) -> str:
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="whose tokenizer is used")
+    parser.add_argument("--model", type=Path, default=MODEL, help="the model whose tokenizer is used")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--chat", action="store_true", help="turns for the model's template, not text")
+    parser.add_argument("--chat", action="store_true", help="chat turns for the model's template, not text")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)

@@ -1,21 +1,22 @@
-"""Speed, MFU and memory on a GPU: each attention and checkpointing of phalanx, beside TRL padded and packed.
+"""Measure speed, MFU and memory on a GPU: phalanx with each attention and checkpointing, and TRL.
 
     python benchmarks/gpu.py --sizes 0.1B 1B 8B
 
 Random Llama-shaped models, bf16 over float32 weights, packs of 4,096 tokens, documents of log-normal lengths.
-Where 16 bytes a parameter do not fit, the model is bf16 and an adapter is trained (LoRA, r 16, all linear
-layers). Each cell is a process of its own, in turn, its first steps not timed. A cell that fails says why.
+If 16 bytes a parameter do not fit, the model is bf16 and an adapter is trained (LoRA, r 16, all linear
+layers). Each cell runs in its own process. The cells take turns, and the first steps are not timed. A cell
+that fails says why.
 
-MFU = tokens/s x flops a token / the peak of the GPUs. The flops are those that the job needs, whatever
-checkpointing computes again: as PaLM counts them (arXiv 2204.02311, appendix B), but attention at half, since
-a token sees only what is before it.
+MFU = tokens/s x flops a token / the peak of the GPUs. The flops are those that the job needs, without what
+checkpointing computes again. They are counted as PaLM does (arXiv 2204.02311, appendix B), but with half of
+the attention, since a token sees only the tokens before it.
 
     full training   6 N + 12 L h a / 2
-    LoRA            4 N + 6 A + 12 L h a / 2      frozen weights have no gradient of their own
+    LoRA            4 N + 6 A + 12 L h a / 2      frozen weights have no gradient
 
-N: parameters without the embedding, the head included. A: those of the adapter. L: layers. h: hidden size.
-a: mean length of the document that a token is in (PaLM's is the whole sequence).
-Peak: dense bf16 by the maker's data sheet (PEAKS). Of a device that is not listed, no MFU is printed.
+N: parameters without the embedding, with the head. A: parameters of the adapter. L: layers. h: hidden size.
+a: mean length of the document that a token is in (PaLM uses the full sequence).
+Peak: dense bf16 from the maker's data sheet (PEAKS). For a device that is not listed, no MFU is printed.
 
 Without a GPU the script says so and ends. The models need up to 17 GB of disk, one at a time (TMPDIR).
 """
@@ -55,7 +56,7 @@ from measure import (
 
 from launcher.plan.topology import Gpu, detect_hardware
 
-# Words of the device's name -> dense bf16 TFLOPS; the first that matches.
+# Words in the device's name -> dense bf16 TFLOPS. The first match counts.
 PEAKS = {
     ("H100", "PCIe"): 756.0,
     ("H100", "NVL"): 835.0,
@@ -69,14 +70,14 @@ PEAKS = {
 ATTENTIONS = ("flash_attention_2", "varlen", "flex_attention", "sdpa")
 CHECKPOINTINGS = ("none", "full", "selective", "offload")
 RANK = 16  # of LoRA
-TOKENS = 1000  # different tokens in the rows
-TRAINED_BYTES, FROZEN_BYTES = 16, 2  # of a parameter: float32 weight, gradient, two moments; bf16 weight
-ROOM = 0.8  # of the memory, at most, for weights and what belongs to them
+TOKENS = 1000  # number of different tokens in the rows
+TRAINED_BYTES, FROZEN_BYTES = 16, 2  # a parameter: float32 weight, gradient, two moments; bf16 weight
+ROOM = 0.8  # largest share of the memory for weights, gradients and optimiser state
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: sizes, and how many packs make a micro-batch."""
+    """A Llama model: its sizes, and the number of packs in a micro-batch."""
 
     layers: int
     hidden: int
@@ -88,7 +89,7 @@ class Shape:
 
     @property
     def linear(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the linear layers of one layer."""
+        """The inputs and outputs of the linear modules of one layer."""
         kv = self.hidden // self.heads * self.kv_heads
         projections = [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv)]
         projections.append((self.hidden, self.hidden))
@@ -97,7 +98,7 @@ class Shape:
 
     @property
     def counted(self) -> int:
-        """N: parameters without the embedding."""
+        """N: the parameters without the embedding."""
         norms = (2 * self.layers + 1) * self.hidden
         return self.layers * sum(i * o for i, o in self.linear) + norms + self.vocabulary * self.hidden
 
@@ -107,7 +108,7 @@ class Shape:
 
     @property
     def adapter(self) -> int:
-        """A: parameters of LoRA on every linear layer but the head."""
+        """A: the parameters of LoRA on every linear layer except the head."""
         return self.layers * RANK * sum(i + o for i, o in self.linear)
 
     def config(self) -> Any:
@@ -129,38 +130,35 @@ SHAPES = {
 
 
 def flops_per_token(shape: Shape, attended: float, lora: bool) -> float:
-    """Forward and backward of one token (see the head of this file)."""
+    """Return the flops of one token's forward and backward (see the docstring of this file)."""
     weights = 4 * shape.counted + 6 * shape.adapter if lora else 6 * shape.counted
     return weights + 12 * shape.layers * shape.hidden * attended / 2
 
 
 def attended(lengths: Sequence[int]) -> float:
-    """The mean, over tokens, of the length of their document."""
+    """Return the mean, over tokens, of the length of their document."""
     return sum(length**2 for length in lengths) / sum(lengths)
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 flops a second of a device, or None where it is not listed."""
+    """Return the dense bf16 flops a second of a device, or None if it is not listed."""
     words = set(re.split(r"[\s_-]+", name))
     return next((peak * 1e12 for key, peak in PEAKS.items() if words.issuperset(key)), None)
 
 
 def needs_lora(shape: Shape, memory: int) -> bool:
-    """Whether full training would not fit into the memory of a GPU.
+    """Return whether full training does not fit into the memory of a GPU.
 
     Raises:
-        ValueError: not even the frozen weights fit.
+        ValueError: the frozen weights do not fit either.
     """
     if shape.parameters * FROZEN_BYTES > ROOM * memory:
         raise ValueError(f"{shape.parameters * FROZEN_BYTES / GIB:.0f} GiB of weights do not fit")
     return shape.parameters * TRAINED_BYTES > ROOM * memory
 
 
-# ---------------------------------------------------------------------------------- model and rows
-
-
 def make_model(shape: Shape, folder: Path) -> None:
-    """Random weights in bf16, and a tokenizer of words 0, 1, 2, ... that no row needs."""
+    """Write random weights in bf16, and a tokenizer of the words 0, 1, 2, ... that the rows do not need."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -175,7 +173,7 @@ def make_model(shape: Shape, folder: Path) -> None:
 
 
 def make_rows(path: Path, lengths: Sequence[int]) -> None:
-    """Tokenized rows, so that every side has the same tokens."""
+    """Write tokenized rows, so that every side has the same tokens."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -183,18 +181,15 @@ def make_rows(path: Path, lengths: Sequence[int]) -> None:
     write_rows(path, ({"input_ids": ids, "labels": ids} for ids in drawn))
 
 
-# ---------------------------------------------------------------------------------- the sides
-
-
 @dataclass(frozen=True)
 class Job:
-    """What is trained: the same for all sides."""
+    """What all sides train."""
 
     options: Namespace
     shape: Shape
     lora: bool
-    folder: Path  # holds model/ and rows.jsonl
-    mean: float  # tokens of a document
+    folder: Path  # has model/ and rows.jsonl
+    mean: float  # mean tokens of a document
 
 
 def phalanx(job: Job, attention: str, checkpointing: str, out: Path) -> list[str]:
@@ -231,7 +226,7 @@ def phalanx(job: Job, attention: str, checkpointing: str, out: Path) -> list[str
 
 
 def trl(job: Job, packed: bool, attention: str | None, out: Path) -> list[str]:
-    """TRL's defaults, checkpointing with them; padded, a micro-batch has the tokens of its packs."""
+    """Return TRL's command, with its defaults. A padded micro-batch has as many tokens as the packs have."""
     options, rows = job.options, max(1, round(job.shape.packs * job.options.length / job.mean))
     argv = [str(BENCHMARKS / "bare_sft.py"), str(job.folder / "model"), str(job.folder / "rows.jsonl")]
     argv += [
@@ -250,7 +245,7 @@ def trl(job: Job, packed: bool, attention: str | None, out: Path) -> list[str]:
 
 
 def sides(job: Job) -> dict[str, Callable[[Path], list[str]]]:
-    """Name of a cell -> how its command is made. What cannot run here fails in its cell, and says why."""
+    """Return name of a cell -> the function that makes its command. A cell that cannot run fails with why."""
     cells: dict[str, Callable[[Path], list[str]]] = {}
     for attention, checkpointing in itertools.product(job.options.attention, job.options.checkpointing):
         cells[f"phalanx, {attention}, {checkpointing}"] = partial(phalanx, job, attention, checkpointing)
@@ -271,9 +266,6 @@ def measured(job: Job, command: Callable[[Path], list[str]], repeat: int) -> lis
     return observe(command(out), job.folder, job.options.ranks, **environ)
 
 
-# ---------------------------------------------------------------------------------- the tables
-
-
 def report(
     results: dict[str, list[list[Observed]]],
     failed: dict[str, Failed],
@@ -281,7 +273,7 @@ def report(
     flops: float,
     peak: float | None,
 ) -> str:
-    """A row for each cell; `peak` is that of all its GPUs."""
+    """Return the table, with a row for each cell. `peak` is that of all its GPUs together."""
     head = ["what", "tokens/s", "MFU", "s a step", "peak GPU memory", "first loss"]
     rows = []
     for name, runs in results.items():
@@ -301,11 +293,11 @@ def report(
 
 
 def describe(job: Job, gpu: Gpu, lengths: Sequence[int], flops: float, peak: float | None) -> str:
-    """What the figures of a table are of."""
+    """Return a description of what a table measures."""
     options, shape = job.options, job.shape
     how = f"LoRA (r {RANK}) over frozen bf16 weights" if job.lora else "full training, float32 weights"
     given = (
-        f"of {peak / 1e12:.0f} TFLOPS a GPU" if peak else f"not given, since no peak of {gpu.name} is known"
+        f"of {peak / 1e12:.0f} TFLOPS a GPU" if peak else f"not given: the peak of {gpu.name} is not known"
     )
     return (
         f"{shape.parameters / 1e9:.2f} billion parameters, {how}, {options.ranks} GPU(s). Packs of "
@@ -316,13 +308,13 @@ def describe(job: Job, gpu: Gpu, lengths: Sequence[int], flops: float, peak: flo
 
 
 def benchmark(size: str, options: Namespace, gpu: Gpu) -> str:
-    """One model: makes it, measures every cell, and returns its description and table."""
+    """Make one model, measure every cell, and return the description and the table."""
     shape = SHAPES[size]
     try:
         lora = options.lora or needs_lora(shape, gpu.memory)
     except ValueError as error:
         return f"Not measured: {error} into {gpu.memory / GIB:.0f} GiB."
-    # A padded micro-batch may have more tokens than its packs, so there are rows for twice the steps.
+    # A padded micro-batch may have more tokens than the packs, so make rows for twice the steps.
     tokens = 2 * options.ranks * options.steps * shape.packs * options.length
     mean = min(options.mean, options.length)
     lengths = log_normal_lengths(int(tokens / mean), mean, options.length, seed=0).tolist()
@@ -348,11 +340,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--attention", nargs="+", choices=("auto", "documents", *ATTENTIONS), default=list(ATTENTIONS)
     )
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTINGS, default=list(CHECKPOINTINGS))
-    parser.add_argument("--no-trl", action="store_true", help="phalanx alone")
-    parser.add_argument("--lora", action="store_true", help="adapters, where full training would fit too")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a pack; longest document")
-    parser.add_argument("--mean", type=float, default=500, help="tokens of a document")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs")
+    parser.add_argument("--no-trl", action="store_true", help="measure only phalanx")
+    parser.add_argument("--lora", action="store_true", help="train adapters, even if full training fits")
+    parser.add_argument(
+        "--length", type=int, default=4096, help="tokens of a pack and of the longest document"
+    )
+    parser.add_argument("--mean", type=float, default=500, help="mean tokens of a document")
+    parser.add_argument("--ranks", type=int, default=1, help="number of GPUs")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--dropped", type=int, default=5, help="steps at the start that are not timed")
     parser.add_argument("--repeats", type=int, default=3)
@@ -360,7 +354,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--make", nargs=2, metavar=("SIZE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not 1 <= options.dropped < options.steps:
-        parser.error("--dropped: at least 1, and less than --steps")
+        parser.error("--dropped must be at least 1 and less than --steps")
     return options
 
 
@@ -371,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     gpus = detect_hardware().gpus
     if not gpus:
-        print("no GPU here: nothing was measured")
+        print("no GPU found: nothing was measured")
         return 0
     if len(gpus) < options.ranks:
         raise SystemExit(f"error: --ranks {options.ranks}: there are {len(gpus)} GPUs")

@@ -1,4 +1,4 @@
-"""A run that recovery.py kills: phalanx or torchrun in a folder of its own, read through what it writes."""
+"""A run that recovery.py kills: phalanx or torchrun in its own folder, observed through its files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from launcher.plan.topology import detect_hardware
 
 ROWS = REPO / "examples" / "data" / "train.jsonl"
 RANKS, LENGTH, LR, KEPT = 2, 128, 2e-5, 2
-ENDLESS = 100_000  # steps, and restarts: more than there will be
-PATIENCE = 120.0  # seconds that a launch may take no step
-TICK = 0.01  # seconds between two looks at the logs
-TRIES = 5  # starts by hand in a row after which a side is given up
-# What rank 0 writes in each attempt, and where the ranks leave their process ids: phalanx, torchrun.
+ENDLESS = 100_000  # steps and restarts: more than any run reaches
+PATIENCE = 120.0  # seconds without a step after which a launch counts as not recovered
+TICK = 0.01  # seconds between two reads of the logs
+TRIES = 5  # starts by hand in a row before a side counts as failed
+# The log of rank 0 in each attempt, and the files with the ranks' process ids: phalanx, torchrun.
 LOGS = ("run/launch/attempt-*/rank-0.log", "logs/*/attempt_*/0/stdout.log")
 PIDS = ("run/launch/attempt-*/rank-{}.pid", "run/rank-{}.pid")
 _STEP = re.compile(r"step (\d+)/\d+ +loss ")
@@ -36,42 +36,42 @@ _NAMED = re.compile(r"rank (\d+) failed first.*; restart \d+ of|failed \(exitcod
 @dataclass(frozen=True)
 class Step:
     at: float  # time.monotonic() at its end
-    attempt: int  # counted over all starts of the side, from 0
+    attempt: int  # from 0, over all starts of the side
     number: int
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Seconds from the kill; None where it did not come."""
+    """What followed a kill: seconds from the kill, None if it did not happen."""
 
     rank: int
-    at_save: bool  # the last step was to be saved, and no step had ended since
+    at_save: bool  # the last step before the kill was a step with a save
     noticed: float | None
     first_step: float | None
     named: bool  # the launcher named the rank that was killed
 
 
 def step_number(line: str) -> int | None:
-    """The optimiser step that a line of rank 0 reports, if it does."""
+    """Return the optimiser step that a line of rank 0 reports, or None."""
     found = _STEP.match(line)
     return int(found[1]) if found else None
 
 
 def named_rank(line: str) -> int | None:
-    """The rank of which a line of a launcher says that it failed first, if it does."""
+    """Return the rank that failed first according to a launcher's line, or None."""
     found = _NAMED.search(line)
     return int(found[1] or found[2]) if found else None
 
 
 def belongs(pid: int | str, mark: Path) -> bool:
-    """Whether a process was started with `mark` for its TMPDIR, itself or by an ancestor."""
+    """Return whether `mark` is the TMPDIR of a process. Children inherit it."""
     with suppress(OSError):
         return f"TMPDIR={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return False
 
 
 def end_all(mark: Path) -> None:
-    """Kills all processes that belong to `mark`, and waits until they are gone."""
+    """Kill all processes that belong to `mark`, and wait until they are gone."""
     while left := [int(path.name) for path in Path("/proc").glob("[0-9]*") if belongs(path.name, mark)]:
         for pid in left:
             with suppress(ProcessLookupError):
@@ -80,17 +80,17 @@ def end_all(mark: Path) -> None:
 
 
 class Side:
-    """A launch in a folder of its own, watched through the files that it writes."""
+    """A launch in its own folder, observed through the files that it writes."""
 
     def __init__(self, kind: str, folder: Path, model: Path, save_steps: int) -> None:
         self.kind, self.folder, self.model, self.save_steps = kind, folder, model, save_steps
-        self.mark = folder / "tmp"  # TMPDIR of all its processes
+        self.mark = folder / "tmp"  # the TMPDIR of all its processes
         self.mark.mkdir()
-        self.logs: list[TextIO] = []  # of rank 0, one for each attempt
+        self.logs: list[TextIO] = []  # logs of rank 0, one for each attempt
         self.steps: list[Step] = []
-        self.named: list[tuple[float, int]] = []  # when the launcher named a rank, and which
-        self.starts = self.before = 0  # starts, and attempts before the last of them
-        self.since = 0.0  # when it was started or took its last step
+        self.named: list[tuple[float, int]] = []  # when the launcher named a rank, and which rank
+        self.starts = self.before = 0  # starts, and attempts before the last start
+        self.since = 0.0  # time of its start or its last step
 
     @property
     def attempt(self) -> int:
@@ -98,7 +98,7 @@ class Side:
 
     @property
     def taken(self) -> int:
-        """Steps of the newest attempt."""
+        """The number of steps of the newest attempt."""
         return sum(step.attempt == self.attempt >= self.before for step in self.steps)
 
     def start(self) -> None:
@@ -117,7 +117,7 @@ class Side:
         self.process.wait()
 
     def look(self) -> None:
-        """Reads what is new."""
+        """Read what is new in the logs."""
         now = time.monotonic()
         ranks = map(named_rank, self.errors.readlines())
         self.named += [(now, rank) for rank in ranks if rank is not None]
@@ -131,7 +131,7 @@ class Side:
             self.since = now if new else self.since
 
     def until(self, wanted: Callable[[], bool]) -> bool:
-        """Watches until `wanted`; False where the launch ended before, or took no step for too long."""
+        """Read the logs until `wanted`; return False if the launch ended or made no step for too long."""
         while True:
             ended = self.process.poll() is not None
             self.look()
@@ -142,34 +142,37 @@ class Side:
             time.sleep(TICK)
 
     def insist(self, wanted: Callable[[], bool]) -> None:
-        """Watches until `wanted`, with as many starts by hand as that takes.
+        """Read the logs until `wanted`, and start the launch again as often as necessary.
 
         Raises:
-            Failed: it takes too many.
+            Failed: it needs too many starts.
         """
         for _ in range(TRIES):
             if self.until(wanted):
                 return
             self.stop()
-            said = Path(self.errors.name).read_text(errors="replace").strip()
-            print(f"started again by hand; {said[-200:]}", file=sys.stderr, flush=True)
+            output = Path(self.errors.name).read_text(errors="replace").strip()
+            print(f"started again by hand; {output[-200:]}", file=sys.stderr, flush=True)
             self.repair()
             self.start()
-        raise Failed(said)
+        raise Failed(output)
 
     def repair(self) -> None:
-        """Where several attempts died before a step the newest checkpoint was cut short; phalanx skips it."""
+        """Remove the newest checkpoint of torchrun if several attempts died before a step: it is incomplete.
+
+        Phalanx skips such a checkpoint itself.
+        """
         saved = sorted(self.folder.glob("run/checkpoint-*"), key=lambda path: int(path.name[11:]))
         if self.kind == "torchrun" and saved and self.attempt - self.steps[-1].attempt > 1:
             shutil.rmtree(saved[-1])
 
     def wait(self, moment: float = 0.0, steps: int = 0) -> None:
-        """Until a moment, and until the newest attempt has taken so many steps."""
+        """Wait until a moment, and until the newest attempt has taken this many steps."""
         self.insist(lambda: time.monotonic() >= moment and self.taken >= steps)
 
     def kill(self, rank: int) -> Kill | None:
-        """kill -9, and what became of it; None where the rank was gone already."""
-        attempt, told = self.attempt, len(self.named)
+        """Kill a rank with SIGKILL, and return what followed; None if the rank was gone already."""
+        attempt, known = self.attempt, len(self.named)
         files = (path for pattern in PIDS for path in self.folder.glob(pattern.format(rank)))
         pid = int(max(files, key=lambda path: path.stat().st_mtime_ns).read_text())
         if not belongs(pid, self.mark):
@@ -177,13 +180,13 @@ class Side:
         at, at_save = time.monotonic(), self.steps[-1].number % self.save_steps == 0
         os.kill(pid, signal.SIGKILL)
         recovered = self.until(lambda: self.steps[-1].attempt > attempt)
-        noticed, named = self.named[told] if len(self.named) > told else (None, None)
+        noticed, named = self.named[known] if len(self.named) > known else (None, None)
         first = self.steps[-1].at - at if recovered else None
         return Kill(rank, at_save, None if noticed is None else noticed - at, first, named == rank)
 
 
 def command(kind: str, folder: Path, model: Path, save_steps: int) -> list[str]:
-    """The same job for phalanx and for torchrun; each goes on from what an earlier start has saved."""
+    """Return the command of the same job for phalanx or torchrun. Both resume from an earlier start."""
     if kind != "torchrun":
         launch = {"num_processes": RANKS, "start": kind, "max_restarts": ENDLESS}
         config = write_config(folder, model, launch, max_steps=ENDLESS, save_steps=save_steps)
@@ -197,7 +200,7 @@ def command(kind: str, folder: Path, model: Path, save_steps: int) -> list[str]:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """For every side: ranks on the CPU with a share of the cores each, caches of their own, this checkout."""
+    """Return the environment of every side: CPU ranks that share the cores, own caches, this checkout."""
     threads, path = max(1, detect_hardware().cores // RANKS), os.environ.get("PYTHONPATH", "")
     caches = {name: str(work / name) for name in ("HF_DATASETS_CACHE", "PHALANX_CACHE")}
     return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
@@ -205,13 +208,13 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def write_config(folder: Path, model: Path, launch: dict[str, Any], **more: Any) -> Path:
-    """The job as a config of phalanx; JSON is YAML."""
+    """Write the job as a config of phalanx. JSON is valid YAML."""
     params = {"batch_size": 1, "gradient_accumulation": 1, "lr": LR, "block_size": LENGTH, "packing": "none",
               "model_max_length": LENGTH, "optimizer": OPTIMIZER, "logging_steps": 1, "peft": False,
               "quantization": None, "save_total_limit": KEPT, **more}  # fmt: skip
     columns = {"prompt_text_column": "prompt", "text_column": "completion"}
     data = {"path": str(ROWS), "train_split": "train", "chat_template": None, "column_mapping": columns}
-    whole = {"task": "llm-sft", "base_model": str(model), "project_name": "run", "data": data}
+    config = {"task": "llm-sft", "base_model": str(model), "project_name": "run", "data": data}
     path = folder / "config.yaml"
-    path.write_text(json.dumps(whole | {"params": params, "launch": launch}), encoding="utf-8")
+    path.write_text(json.dumps(config | {"params": params, "launch": launch}), encoding="utf-8")
     return path

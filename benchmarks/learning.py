@@ -1,10 +1,10 @@
-"""Does training do what it should? Each trainer on held-out rows, before the first step and after the last.
+"""Check that training improves the model, on held-out rows: before the first step and after the last.
 
     python examples/get_model.py .demo/SmolLM2-135M-Instruct
     python benchmarks/learning.py --instructions instructions.jsonl --preferences preferences.jsonl
 
 instructions: rows of instruction, input, output. preferences: the same with chosen and rejected. A tenth of
-the rows is held out. Prints a table, and exits with 1 where a trainer did not get better.
+the rows is held out. The script prints a table, and exits with 1 if a trainer did not improve the measure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-# trainer -> what is measured, whether more of it is better, and its own parameters.
+# trainer -> the measure, whether a higher value is better, and the trainer's parameters.
 TRAINERS = {
     "sft": ("eval_loss", False, {"lr": 2e-4}),
     "reward": ("eval_accuracy", True, {"lr": 2e-4}),
@@ -63,7 +63,7 @@ def config(trainer: str, model: str, data: Path, steps: int) -> dict[str, object
 
 
 def measure(trainer: str, model: str, data: Path, steps: int, work: Path) -> tuple[float, float]:
-    """Trains in `work`; returns the measure on held-out rows at the start and at the end."""
+    """Train in `work`; return the measure on held-out rows at the start and at the end."""
     path = work / f"{trainer}.yaml"
     path.write_text(yaml.safe_dump(config(trainer, model, data, steps)))
     subprocess.run([sys.executable, "-m", "launcher", "train", str(path)], cwd=work, check=True)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             name, more, _ = TRAINERS[trainer]
             lines.append(f"| {trainer} | {name} | {start:.3f} | {end:.3f} |")
-            # DPO starts as its own reference: no pair is told apart, so it must beat a coin, too.
+            # DPO starts equal to its reference, with accuracy 0. So it must also beat chance (0.5).
             floor = max(start, 0.5) if name.endswith("accuracies") else start
             if not (end > floor if more else end < start):
                 worse.append(trainer)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print("\n".join(lines))
     if worse:
-        print(f"error: not better: {', '.join(worse)}", file=sys.stderr)
+        print(f"error: did not improve: {', '.join(worse)}", file=sys.stderr)
     return 1 if worse else 0
 
 

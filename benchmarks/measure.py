@@ -1,6 +1,6 @@
-"""What the benchmarks share: fresh processes in turn, medians, and lines that say where a figure comes from.
+"""What the benchmarks share: running processes in turn, medians, and the origin of the figures.
 
-The parent stays light (no torch), so that the memory of its children is their own.
+The parent process does not import torch, so that the measured memory of its children is their own.
 """
 
 from __future__ import annotations
@@ -28,28 +28,25 @@ REPO = Path(__file__).resolve().parent.parent
 BENCHMARKS = REPO / "benchmarks"
 MODEL = REPO / ".demo" / "SmolLM2-135M-Instruct"
 GIB = 2**30
-OPTIMIZER = "adamw_torch_fused"  # TRL's default, so that all sides of a comparison have one
-LAST_LINES = 300  # of a failed process: the launcher's own traceback follows that of its ranks
+OPTIMIZER = "adamw_torch_fused"  # TRL's default, so that all sides of a comparison use the same
+LAST_LINES = 300  # lines kept of a failed process: accelerate's traceback comes after that of the ranks
 _ERROR = re.compile(r"(\[rank\d+\]: ?)?(error: |[\w.]*Error: )")
 _OF_THE_LAUNCHER = re.compile("ChildFailedError|CalledProcessError")
 
 
 class Failed(Exception):
-    """A measured process ended with an error; its text is the last lines that it printed."""
+    """A measured process ended with an error. The message is the last lines that it printed."""
 
     @property
     def reason(self) -> str:
-        """The line that says most: the last one that names an error of a rank, else the last."""
+        """The most useful line: the last one that names an error of a rank, else the last line."""
         lines = str(self).splitlines() or ["no output"]
         named = [line for line in lines if _ERROR.match(line) and not _OF_THE_LAUNCHER.search(line)]
         return (named or lines)[-1].strip()[:160]
 
 
-# ---------------------------------------------------------------------------------- where it was measured
-
-
 def provenance(*packages: str) -> str:
-    """The command, the machine and the versions: what a table of figures is worth nothing without."""
+    """Return the command, the machine and the versions, which every table of figures needs."""
     known = {"Python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     versions = ", ".join(f"{name} {version}" for name, version in known.items())
     script = Path(sys.argv[0]).resolve()
@@ -58,7 +55,7 @@ def provenance(*packages: str) -> str:
 
 
 def machine() -> str:
-    """Processor, cores, memory and GPUs of this machine."""
+    """Return the processor, cores, memory and GPUs of this machine."""
     found = detect_hardware()
     gpus = ", ".join(f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" for gpu in found.gpus) or "no GPU"
     return f"{_processor()}, {found.cores} cores, {found.memory / GIB:.0f} GiB, {gpus}"
@@ -77,18 +74,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], form: str = ",.0f") -> str:
-    """The median, and the smallest and largest where there are several."""
+    """Return the median, and the smallest and largest value if there are several."""
     middle = format(statistics.median(values), form)
     if len(values) == 1:
         return middle
     return f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-# ---------------------------------------------------------------------------------- what is measured
-
-
 def need(path: Path, what: str, how: str) -> Path:
-    """A file or folder that the benchmark cannot do without; ends the program where it is missing."""
+    """Return a required file or folder as an absolute path; end the program if it is missing."""
     if not path.exists():
         raise SystemExit(f"error: {what} is missing: {path} does not exist. {how}")
     return path.resolve()
@@ -101,7 +95,7 @@ def need_model(folder: Path) -> Path:
 
 
 def need_rows(file: Path) -> list[dict[str, Any]]:
-    need(file, "the data", "Give --data, a JSONL file (its columns: see the head of this benchmark).")
+    need(file, "the data", "Give --data, a JSONL file (see --help for its columns).")
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
@@ -113,15 +107,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def question(row: Mapping[str, Any]) -> str:
-    """instruction and input as Alpaca's plain prompt: every trainer makes the same tokens of it."""
+    """Return instruction and input as Alpaca's plain prompt: all trainers make the same tokens from it."""
     given = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
     return f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
 
 
 def log_normal_lengths(rows: int, mean: float, longest: int, seed: int, sigma: float = 0.9) -> Any:
-    """Lengths like those of instruction data, many short and a few long; (rows,) int64.
+    """Return lengths like those of instruction data, many short and a few long: (rows,) int64.
 
-    `mean` is that of the distribution before lengths beyond `longest` are cut to it.
+    `mean` is the mean of the distribution before lengths above `longest` are cut to `longest`.
     """
     import numpy as np
 
@@ -129,16 +123,13 @@ def log_normal_lengths(rows: int, mean: float, longest: int, seed: int, sigma: f
     return np.clip(drawn.astype(np.int64), 4, longest)
 
 
-# ---------------------------------------------------------------------------------- measuring
-
-
 def alternate(
     kinds: Mapping[str, Callable[[int], Any]], repeats: int, show: Callable[[Any], str] = str
 ) -> tuple[dict[str, list[Any]], dict[str, Failed]]:
-    """Measures each kind in turn, `repeats` times over: a, b, c, a, b, c, ... so that a slow minute of the
-    machine falls on all of them. A kind that fails is not tried again.
+    """Measure each kind in turn, `repeats` times: a, b, c, a, b, c, ... So a slow minute of the machine
+    affects all of them. A kind that fails is not tried again.
 
-    Returns what was measured, and why what was not measured failed. Progress goes to stderr.
+    Returns the results, and the reasons of the kinds that failed. Progress goes to stderr.
     """
     results: dict[str, list[Any]] = {name: [] for name in kinds}
     failed: dict[str, Failed] = {}
@@ -156,10 +147,10 @@ def alternate(
 
 
 def run(argv: Sequence[str], cwd: Path, **environ: str) -> str:
-    """Runs a child process to its end with this checkout on its path; returns what it printed.
+    """Run a child process to its end with this checkout on its path, and return what it printed.
 
     Raises:
-        Failed: it ended with an error.
+        Failed: the process ended with an error.
     """
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
@@ -172,26 +163,26 @@ def run(argv: Sequence[str], cwd: Path, **environ: str) -> str:
 
 
 def launch(ranks: int) -> list[str]:
-    """The head of `accelerate launch` for every side of a comparison: the same ranks, threads and types."""
+    """Return `accelerate launch` with the same ranks, threads and types for every side of a comparison."""
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
     argv += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     argv += ["--num_cpu_threads_per_process", str(max(1, detect_hardware().cores // ranks))]
-    # MULTI_GPU also serves CPU ranks: gloo takes NCCL's place.
+    # MULTI_GPU also works for CPU ranks: gloo replaces NCCL.
     return [*argv, "--multi_gpu", "--main_process_port", "0"] if ranks > 1 else argv
 
 
 @dataclass
 class Observed:
-    """What benchmarks/observe.py noted of a rank; the lists have an entry for each step."""
+    """What benchmarks/observe.py recorded in a rank. The lists have an entry for each step."""
 
     ends: list[float]  # seconds, at the end of the step
-    tokens: list[int]  # of all ranks, since the start
+    tokens: list[int]  # seen by all ranks since the start
     losses: list[float]
     memory: int  # peak of the resident set, in bytes
     gpu_memory: int | None  # peak that torch allocated, in bytes
 
     def tokens_per_second(self, dropped: int = 1) -> float:
-        """Of the steps after the first `dropped`: start-up and warm-up are not in it."""
+        """Return the speed over the steps after the first `dropped`, without start-up and warm-up."""
         return (self.tokens[-1] - self.tokens[dropped - 1]) / (self.ends[-1] - self.ends[dropped - 1])
 
     def seconds_per_step(self, dropped: int = 1) -> float:
@@ -199,10 +190,10 @@ class Observed:
 
 
 def observe(target: Sequence[str], work: Path, ranks: int, **environ: str) -> list[Observed]:
-    """Runs a training module or script under `accelerate launch`; returns what was noted of each rank.
+    """Run a training module or script under `accelerate launch`; return what each rank recorded.
 
     Raises:
-        Failed: it ended with an error.
+        Failed: the run ended with an error.
     """
     with tempfile.TemporaryDirectory(dir=work) as notes:
         run([*launch(ranks), str(BENCHMARKS / "observe.py"), notes, *target], work, **environ)
@@ -210,14 +201,14 @@ def observe(target: Sequence[str], work: Path, ranks: int, **environ: str) -> li
 
 
 def peak_memory() -> int:
-    """The peak of this process's resident set in bytes, pages of mapped files included."""
+    """Return the peak of this process's resident set in bytes, including pages of mapped files."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class PeakOwnMemory(threading.Thread):
-    """Samples the memory that is this process's own: without the pages of mapped files, which the system
-    takes back when it needs them. `grown` is its peak in the block over its start, in bytes; it misses what
-    lives shorter than the interval."""
+    """A thread that samples the memory of this process, without the pages of mapped files, which the system
+    can take back. `grown` is the peak in the block minus the value at its start, in bytes. It misses memory
+    that lives shorter than the interval."""
 
     def __init__(self, interval: float = 0.02) -> None:
         super().__init__(daemon=True)

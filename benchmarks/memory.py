@@ -1,10 +1,10 @@
-"""Peak memory and time of a step for each way of activation checkpointing, and for some optimisers.
+"""Measure peak memory and step time for each mode of activation checkpointing, and for some optimisers.
 
     python benchmarks/memory.py [--model .demo/SmolLM2-135M-Instruct] [--layers 6] [--steps 8] [--runs 2]
 
-One process; the model is cut to its first layers, and each step takes full blocks of tokens. Each run is a
-fresh process, and the kinds take turns. Memory is the peak of the resident set of the rank, on a GPU the peak
-that torch allocated; the time is the median over the steps of all runs but the first step of each.
+One process. The model is cut to its first layers, and each step takes full blocks of tokens. Each run is a
+new process, and the kinds take turns. Memory is the peak of the rank's resident set; on a GPU it is the peak
+that torch allocated. The time is the median over the steps of all runs, without the first step of each run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from measure import BENCHMARKS, MODEL, alternate, need_model, observe, provenance, run, spread, table
 
-# name of the kind -> what differs from the config below.
+# name of the kind -> its differences from the config below.
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"activation_checkpointing": "none"},
     "full": {"activation_checkpointing": "full"},
@@ -31,11 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "full, adamw_bnb_8bit": {"optimizer": "adamw_bnb_8bit"},
 }
 MIB = 2**20
-Measured = tuple[int, list[float]]  # peak memory in bytes, and the seconds of each step but the first
+Measured = tuple[int, list[float]]  # peak memory in bytes, and the seconds of each step except the first
 
 
 def config(work: Path, options: argparse.Namespace, more: dict[str, Any]) -> Path:
-    """A config of the default trainer, whose blocks are all full; JSON is YAML."""
+    """Write a config of the default trainer, whose blocks are all full. JSON is valid YAML."""
     params = {
         "max_steps": options.steps,
         "batch_size": options.batch_size,
@@ -48,7 +48,7 @@ def config(work: Path, options: argparse.Namespace, more: dict[str, Any]) -> Pat
         "overwrite": True,
         **more,
     }
-    whole = {
+    values = {
         "task": "llm-default",
         "base_model": str(work / "model"),
         "project_name": "run",
@@ -56,7 +56,7 @@ def config(work: Path, options: argparse.Namespace, more: dict[str, Any]) -> Pat
         "params": params,
     }
     path = work / "config.yaml"
-    path.write_text(json.dumps(whole), encoding="utf-8")
+    path.write_text(json.dumps(values), encoding="utf-8")
     return path
 
 
@@ -67,17 +67,17 @@ def measured(work: Path, options: argparse.Namespace, more: dict[str, Any], _: i
 
 def row(name: str, runs: Sequence[Measured], plain: Sequence[Measured]) -> list[str]:
     peaks, seconds = [peak / MIB for peak, _ in runs], [s for _, steps in runs for s in steps]
-    beside = statistics.median(seconds) / statistics.median(s for _, steps in plain for s in steps)
-    return [name, spread(peaks), spread(seconds, ".2f"), f"{beside:.2f}"]
+    relative = statistics.median(seconds) / statistics.median(s for _, steps in plain for s in steps)
+    return [name, spread(peaks), spread(seconds, ".2f"), f"{relative:.2f}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Memory and time of checkpointing and optimisers.")
+    parser = argparse.ArgumentParser(description="Measure memory and time of checkpointing and optimisers.")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--block-size", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="of a run; the first is not timed")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first is not timed")
     parser.add_argument("--runs", type=int, default=2)
     options = parser.parse_args(argv)
     model = need_model(options.model)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(provenance("torch", "transformers", "trl", "bitsandbytes"))
     print(f"{options.layers} layers, {options.batch_size} x {options.block_size} tokens a step, float32.\n")
     rows = [row(name, runs, results["none"]) for name, runs in results.items()]
-    print(table(["activation_checkpointing", "peak memory, MiB", "seconds a step", "beside none"], rows))
+    print(table(["activation_checkpointing", "peak memory, MiB", "seconds a step", "relative to none"], rows))
     for name, reason in failed.items():
         print(f"\n{name}: not measured: {reason.reason}")
     return 0

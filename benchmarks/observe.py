@@ -1,11 +1,11 @@
-"""Runs a training module or script as it is, and notes when each step ended, its tokens and its loss.
+"""Run a training module or script unchanged, and record the end, tokens and loss of each step.
 
     accelerate launch benchmarks/observe.py NOTES trainers.sft config.yaml
     accelerate launch benchmarks/observe.py NOTES benchmarks/bare_sft.py MODEL DATA OUT
 
-Both sides of a comparison are watched by this one callback, which every Trainer of transformers takes up;
-neither measures itself. NOTES is a folder; each rank leaves `<rank>.json` there (measure.Observed).
-Tokens are those that the trainer logs as seen; throughput.py checks that all sides count the same rows alike.
+The same callback measures both sides of a comparison: every Trainer of transformers loads it. NOTES is a
+folder; each rank writes `<rank>.json` there (measure.Observed). Tokens are those that the trainer logs as
+seen. throughput.py checks that all sides count the same tokens for the same rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Observer(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # else the GPU is still at work
+            torch.cuda.synchronize()  # else the GPU still computes
         self.ends.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class Observer(TrainerCallback):
 
 def main() -> None:
     notes, target, *rest = sys.argv[1:]
-    # A class, or an object: the Trainer takes both. It looks at this list when it is built.
+    # The Trainer reads this list in its constructor, and takes classes and objects.
     transformers.trainer.DEFAULT_CALLBACKS.append(Observer(Path(notes)))
     sys.argv = [target, *rest]
     if target.endswith(".py"):

@@ -1,19 +1,19 @@
-"""Packing a million rows: the plan, and every token of an epoch in batches, beside TRL's pack_dataset.
+"""Compare packing a million rows with TRL's pack_dataset: the plan, and reading an epoch in batches.
 
     python benchmarks/packing.py --rows 1000000 --length 2048
 
-What is compared: from rows that are tokenized already, on disk, to the batches of one epoch.
+The measured part begins with tokenized rows on disk, and ends with the batches of one epoch.
 
     trl        writes the packed rows to a new file, once for all epochs; an epoch reads a pack as one row
-    phalanx    plans numbers, anew in each epoch, and writes nothing; an epoch reads each row of a pack
+    phalanx    plans only numbers, again in each epoch, and writes nothing; an epoch reads each row of a pack
 
-So `trl` pays for its plan once and `phalanx` in each epoch; both read in each epoch, through the collator
-that their trainer uses. TRL plans 1,000 rows at a time where SFTTrainer calls it (the default of
-`datasets.map`); `all rows at once` is what a user could ask of it by hand. Each runs in a fresh process.
+So `trl` plans once, and `phalanx` plans in each epoch. Both read in each epoch, through the collator that
+their trainer uses. SFTTrainer lets TRL plan 1,000 rows at a time (the default of `datasets.map`); `all rows
+at once` is what a user can do by hand. Each side runs in a new process.
 
-Lengths are log-normal (seeded), like those of instruction data; tokens are random. Peak memory counts the
-pages of mapped files, which the system can take back, and the imported libraries; `own, grown` is what the
-process took for itself in the measured part (sampled).
+Lengths are log-normal (seeded), like those of instruction data; tokens are random. Peak memory includes the
+pages of mapped files, which the system can take back, and the imported libraries. `own, grown` is the memory
+that the process allocated in the measured part (sampled).
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ from measure import (
 VOCABULARY = 49152
 Result = dict[str, Any]
 
-# ---------------------------------------------------------------------------------- in a child process
-
 
 def make(folder: Path, options: Namespace) -> Result:
-    """Tokenized rows as `datasets` keeps them: input_ids in 4 bytes, labels in 8."""
+    """Write tokenized rows in the form of `datasets`: input_ids in 4 bytes, labels in 8."""
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
@@ -65,7 +63,7 @@ def make(folder: Path, options: Namespace) -> Result:
 
 
 def phalanx(folder: Path, options: Namespace, read: bool) -> Result:
-    """The plan, and with `read` every pack of it as the trainer reads it."""
+    """Plan the packs, and with `read` also read every pack as the trainer does."""
     from datasets import load_from_disk
 
     from trainers.data.collators import FlatCollator, PieceRows
@@ -86,7 +84,7 @@ def phalanx(folder: Path, options: Namespace, read: bool) -> Result:
 
 
 def trl(folder: Path, options: Namespace, batch: int, read: bool) -> Result:
-    """The packed file, and with `read` every pack of it in a random order, as the trainer reads it."""
+    """Write the packed file, and with `read` also read every pack in a random order, as the trainer does."""
     import numpy as np
     from datasets import load_from_disk
     from trl.data_utils import pack_dataset
@@ -106,7 +104,7 @@ def trl(folder: Path, options: Namespace, batch: int, read: bool) -> Result:
 
 
 def count(batches: Any) -> Result:
-    """Takes every batch once."""
+    """Iterate over all batches; return the seconds and the tokens."""
     began = time.perf_counter()
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return {"read": time.perf_counter() - began, "tokens": tokens}
@@ -125,9 +123,7 @@ def child(what: str, folder: Path, options: Namespace) -> Result:
     return jobs[what]() | {"memory": peak_memory()}
 
 
-# ---------------------------------------------------------------------------------- the table
-
-# side -> its name in the table, and what it does before an epoch is read.
+# side -> its name in the table, and what it does before it reads an epoch.
 SIDES = {
     "trl": ("trl (1,000 rows at a time)", "plan and write"),
     "trl-all": ("trl (all rows at once)", "plan and write"),
@@ -136,7 +132,7 @@ SIDES = {
 
 
 def start(options: Namespace, work: Path, job: str, repeat: int = 0) -> Result:
-    """Does a job in a fresh process."""
+    """Do a job in a new process."""
     argv = [sys.executable, str(Path(__file__).resolve()), "--child", job, str(work / "rows")]
     for name in ("rows", "mean", "length", "seed"):
         argv += [f"--{name}", str(getattr(options, name))]
@@ -146,12 +142,12 @@ def start(options: Namespace, work: Path, job: str, repeat: int = 0) -> Result:
 
 
 def report(results: dict[str, list[Result]], failed: dict[str, Failed], tokens: int, capacity: int) -> str:
-    """Two rows a side: the plan alone, and an epoch."""
+    """Return the table, with two rows for each side: only the plan, and an epoch."""
     head = ["what", "s to pack", "s to read all packs", "peak memory", "own, grown", "packs", "efficiency"]
     rows = []
     for name, runs in results.items():
         packs, given = runs[0]["packs"], runs[0].get("tokens", tokens)
-        assert given == tokens, f"{name}: {given} tokens came out, {tokens} went in"
+        assert given == tokens, f"{name}: {given} tokens in the packs, {tokens} in the rows"
         rows.append([
             name,
             spread([run["plan"] for run in runs], ".2f"),
@@ -168,12 +164,14 @@ def report(results: dict[str, list[Result]], failed: dict[str, Failed], tokens: 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--mean", type=float, default=200, help="tokens of a row, before the longest are cut")
-    parser.add_argument("--length", type=int, default=2048, help="of the longest row and of a pack")
+    parser.add_argument(
+        "--mean", type=float, default=200, help="mean tokens of a row, before the longest are cut"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the longest row and of a pack")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--no-reading", action="store_true", help="plans alone")
+    parser.add_argument("--no-reading", action="store_true", help="measure only the plans")
     parser.add_argument("--child", nargs=2, metavar=("JOB", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

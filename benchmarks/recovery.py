@@ -1,4 +1,4 @@
-"""Ranks that are killed: how soon it is noticed, how soon training goes on, and what saving for it costs.
+"""Kill ranks, and measure when it is noticed, when training resumes, and what saves cost.
 
     python examples/get_model.py .demo/SmolLM2-135M-Instruct
     python benchmarks/recovery.py [--kills 20] [--minutes 5] [--only warm,goodput] [--json out.json]
@@ -8,15 +8,15 @@ Two ranks on the CPU train a cut model in float32. The parts, in this order:
     warm, accelerate   phalanx train --start ..., ddp: kill -9 of a random rank at a random moment
     torchrun           the same for torchrun --standalone --max-restarts with bare_resuming.py
     goodput            one kill a minute for --minutes: phalanx (warm) and torchrun
-    stall              steps with a save beside steps without: ddp, fsdp (asynchronous) and zero2
+    stall              steps with a save compared with steps without: ddp, fsdp (asynchronous) and zero2
 
-Noticed: the line that names the failed rank; both launchers print it when the other ranks are gone.
-First step: the first that ends in a later attempt than the killed one, whatever its number. Both are seconds
-from the kill. At a save: the last step before the kill was one to be saved. Not recovered: the launch ended,
-or took no step for two minutes. It is then started again by hand, torchrun's without its newest checkpoint
-where several attempts died before a step. Goodput: steps that were kept x the median step without a save /
-wall time, from the end of the first step. A save waits: by how much its step is longer than the others.
-The sides take turns, each turn a fresh run; the moments and ranks of a turn are the same for all.
+Noticed: when the launcher prints the name of the failed rank; both launchers do it when the other ranks are
+gone. First step: when the first step of a later attempt ends, whatever its number. Both are seconds from the
+kill. At a save: the last step before the kill was a step with a save. Not recovered: the launch ended, or
+took no step for two minutes. This script then starts it again. If several attempts of torchrun died before a
+step, it first removes the newest checkpoint. Goodput: steps kept x the median step without a save / wall
+time, from the end of the first step. A save waits: how much longer a step with a save is than the others.
+The sides take turns, each turn is a new run, and the moments and ranks of a turn are the same for all sides.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from measure import MODEL, REPO, alternate, need_model, provenance, run, spread,
 from launcher.plan.topology import free_port
 
 SIDES = {"warm": "phalanx, warm", "accelerate": "phalanx, accelerate launch", "torchrun": "torchrun, TRL"}
-GOALS = {"warm": (2.0, 8.0), "accelerate": (2.0, 25.0)}  # seconds until it is noticed, and until a step ends
-BACKENDS = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed_zero2"}  # -> file in accelerate_configs
+GOALS = {"warm": (2.0, 8.0), "accelerate": (2.0, 25.0)}  # seconds until noticed, and until a step ends
+BACKENDS = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed_zero2"}  # name -> file in accelerate_configs
 PARTS = (*SIDES, "goodput", "stall")
-OFTEN, SELDOM = 2, 10  # steps from save to save: of a run that is killed in every few steps, and of goodput
+OFTEN, SELDOM = 2, 10  # steps between saves: in a run that is killed every few steps, and for goodput
 KILL_TURNS, GOODPUT_TURNS, STALL_TURNS = 4, 2, 3
 STALL_EVERY, STALL_STEPS = 4, 21
 
@@ -56,26 +56,26 @@ STALL_EVERY, STALL_STEPS = 4, 21
 class Goodput:
     share: float
     kept: int
-    taken: int  # steps, with those that were lost
+    taken: int  # all steps, including lost ones
     step_seconds: float
     kills: int = 0
-    by_hand: int = 0  # starts after the first
+    by_hand: int = 0  # starts after the first one
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Seconds."""
+    """The cost of saves, in seconds."""
 
-    step: float  # in a run without saves
-    wait: float  # by how much a step with a save is longer than the others of its run
-    added: float  # by a save to a run, with the later steps that it slows down
-
-
-# ---------------------------------------------------------------------------------- what the figures are
+    step: float  # median step of a run without saves
+    wait: float  # how much longer a step with a save is than the others of its run
+    added: float  # time that a save adds to a run, including later steps that it slows down
 
 
 def goodput(steps: Sequence[Step], save_steps: int) -> Goodput:
-    """Between the ends of the first and the last of the steps: what the last one builds on was kept."""
+    """Return the goodput from the end of the first step to the end of the last one.
+
+    The kept steps are those that the last step builds on.
+    """
     kept, wall = steps[-1].number - steps[0].number, steps[-1].at - steps[0].at
     in_turn = [(a, b) for a, b in pairwise(steps) if a.attempt == b.attempt and a.number % save_steps]
     seconds = statistics.median(after.at - before.at for before, after in in_turn)
@@ -83,27 +83,27 @@ def goodput(steps: Sequence[Step], save_steps: int) -> Goodput:
 
 
 def stall(saving: Sequence[float], plain: Sequence[float], every: int) -> Stall:
-    """From when the steps of two runs ended; the first run saved once in `every` steps, the second never."""
+    """Return the cost of saves from the step ends of two runs.
+
+    The first run saved once in `every` steps, the second never.
+    """
     waits: dict[bool, list[float]] = {True: [], False: []}
-    for number, (before, after) in enumerate(pairwise(saving[1:]), start=2):  # the first step is no measure
+    for number, (before, after) in enumerate(pairwise(saving[1:]), start=2):  # without the first step
         waits[number % every == 0].append(after - before)
-    begin, cycles = every - 1, len(saving) // every - 1  # whole cycles, each with one save
+    begin, cycles = every - 1, len(saving) // every - 1  # full cycles, each with one save
     end = begin + cycles * every
     longer = saving[end] - saving[begin] - (plain[end] - plain[begin])
     step = statistics.median(after - before for before, after in pairwise(plain[1:]))
     return Stall(step, statistics.median(waits[True]) - statistics.median(waits[False]), longer / cycles)
 
 
-def share_of(turn: int, turns: int, whole: int) -> int:
-    """What a turn has of the whole, as even as can be."""
-    return whole * (turn + 1) // turns - whole * turn // turns
-
-
-# ---------------------------------------------------------------------------------- the parts
+def share_of(turn: int, turns: int, total: int) -> int:
+    """Return the share of a turn, so that all turns have about the same."""
+    return total * (turn + 1) // turns - total * turn // turns
 
 
 class Parts:
-    """Measures with the cut model."""
+    """The measurements, with the cut model."""
 
     def __init__(self, options: Namespace, model: Path, work: Path) -> None:
         self.options, self.model, self.work = options, model, work
@@ -136,7 +136,7 @@ class Parts:
             for minute in range(self.options.minutes):
                 moment, rank = began + 60 * minute + draw.uniform(20, 40), draw.randrange(RANKS)
                 side.wait(moment)
-                if side.taken:  # a run that has not recovered is left alone
+                if side.taken:  # do not kill a run that has not recovered
                     kills += side.kill(rank) is not None
             end = began + 60 * self.options.minutes
             side.insist(lambda: side.taken > 0 and side.steps[-1].at >= end)
@@ -148,7 +148,7 @@ class Parts:
         return stall(saving, self.ends(backend, save_strategy="no"), STALL_EVERY)
 
     def ends(self, backend: str, **saving: Any) -> list[float]:
-        """When the steps of a run ended, as rank 0 saw it in its own process."""
+        """Return when the steps of a run ended, as rank 0 recorded it."""
         config = REPO / "accelerate_configs" / f"{BACKENDS[backend]}.yaml"
         argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         argv += ["--num_processes", str(RANKS), "--main_process_port", str(free_port())]
@@ -163,7 +163,7 @@ class Parts:
 
 
 def kills_row(kind: str, turns: Sequence[Sequence[Kill]]) -> list[str]:
-    """Whether a goal is met is said of the worst kill."""
+    """Return a row of the table. A goal is met only if the worst kill meets it."""
     kills = [kill for turn in turns for kill in turn]
     back = [kill.first_step for kill in kills if kill.first_step is not None]
     noticed = [kill.noticed for kill in kills if kill.noticed is not None]
@@ -196,30 +196,32 @@ def stall_row(backend: str, turns: Sequence[Stall]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--layers", type=int, default=2, help="layers that the model is cut to")
-    parser.add_argument("--kills", type=int, default=20, help=f"of a side, in {KILL_TURNS} turns")
-    parser.add_argument("--minutes", type=int, default=5, help=f"of a turn; goodput has {GOODPUT_TURNS}")
+    parser.add_argument("--layers", type=int, default=2, help="keep the first layers of the model")
+    parser.add_argument("--kills", type=int, default=20, help=f"kills of a side, in {KILL_TURNS} turns")
+    parser.add_argument(
+        "--minutes", type=int, default=5, help=f"minutes of a turn; goodput has {GOODPUT_TURNS} turns"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, with commas between")
+    parser.add_argument("--only", default=",".join(PARTS), help="only these parts, comma-separated")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     if unknown := set(options.only.split(",")) - set(PARTS):
-        parser.error(f"--only: {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+        parser.error(f"--only: unknown: {', '.join(sorted(unknown))}. Allowed: {', '.join(PARTS)}")
     if min(options.kills, options.minutes, options.layers) < 1:
-        parser.error("--kills, --minutes and --layers are 1 at least")
+        parser.error("--kills, --minutes and --layers must be at least 1")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     source, chosen = need_model(options.model), options.only.split(",")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what was started
     found: dict[str, Any] = {"where": provenance("torch", "transformers", "trl", "accelerate")}
     print(found["where"])
     print(
-        f"{options.layers} layers, all trained, float32; a step is a row of at most {LENGTH} tokens a rank."
+        f"{options.layers} layers, full training, float32. A step is a row of at most {LENGTH} tokens a rank."
     )
-    print(f"Ranks are killed in runs that save every {OFTEN} steps, those of goodput every {SELDOM}.")
+    print(f"Saves: every {OFTEN} steps in runs with kills, every {SELDOM} steps for goodput.")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()

@@ -1,9 +1,9 @@
-"""Many nodes, dry: the launcher's time for SLURM's list of nodes, a request, and the files of a machine.
+"""Measure the launcher's time for many nodes in a dry run: the list of nodes, a request, a machine's files.
 
     python benchmarks/scale.py [--nodes 1,16,128,1024] [--runs 5] [--json out.json]
 
-Nothing is submitted or started. Nodes have 8 GPUs each; the list of their names is SLURM's short form with
-gaps, so that each name stands in it. The figures of a machine are those of the last one. Medians of the runs.
+Nothing is submitted or started. Nodes have 8 GPUs each. The list of nodes is SLURM's short form with gaps, so
+that it contains each number. The figures of a machine are those of the last one. Medians of the runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ params: {distributed_backend: fsdp, peft: true, quantization: none}
 
 
 def environment(nodes: int) -> dict[str, str]:
-    """What a task on the last node sees: node[0001,0003,0005...]."""
+    """Return the environment of a task on the last node: node[0001,0003,0005...]."""
     numbers = ",".join(f"{2 * number + 1:04d}" for number in range(nodes))
     return {
         "SLURM_STEP_ID": "0",
@@ -50,7 +50,7 @@ def environment(nodes: int) -> dict[str, str]:
 
 
 def files_of_a_machine(folder: Path, environ: dict[str, str]) -> int:
-    """Config, topology, backend, and what is written for an attempt; returns the number of ranks."""
+    """Load the config, resolve topology and backend, write an attempt's files; return the number of ranks."""
     run = load_run(folder / "config.yaml", {})
     topology = resolve_topology(run.launch, NODE, environ)
     attempt.prepare(run, topology, resolve_backend(run, topology), 1)
@@ -72,7 +72,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The launcher's work for many nodes, dry.")
+    parser = argparse.ArgumentParser(description="Measure the launcher's work for many nodes in a dry run.")
     parser.add_argument("--nodes", default="1,16,128,1024")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nodes x GPUs",
         "list of nodes",
         "files and command of a machine",
-        "submit --dry-run, with its start",
+        "submit --dry-run, with process start",
     ]
     rows = [
         [f"{size:,} x {GPUS}", f"{a * 1e3:.1f} ms", f"{b * 1e3:.0f} ms", f"{c:.2f} s"]

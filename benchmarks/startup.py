@@ -1,9 +1,9 @@
-"""Time to help, to show, and from the command to the first optimiser step, beside a bare TRL script.
+"""Measure the time of --help, of show, and to the first optimiser step, and compare with a bare TRL script.
 
     python benchmarks/startup.py [--model .demo/SmolLM2-135M-Instruct] [--runs 5] [--json out.json]
 
-Both start two ranks (DDP) on the same model and rows, in alternating runs; medians are printed. Each is timed
-with an empty data cache (the first run) and with a full one (every later run).
+Both start two ranks (DDP) on the same model and rows. The sides take turns, and medians are printed. Each is
+timed with an empty data cache and with a full one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLAGS = ["--max-steps", "2", "--batch-size", "1", "--gradient-accumulation", "2"
 
 
 def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: str) -> float:
-    """Seconds until a line with `marker` is printed, or until the end; the process always ends first."""
+    """Return the seconds until a line with `marker` is printed, or until the end; wait for the end."""
     began = time.perf_counter()
     process = subprocess.Popen(
         argv, cwd=cwd, env=os.environ | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -46,7 +46,7 @@ def seconds_to(argv: Sequence[str], cwd: Path, marker: str | None, **environ: st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Start-up times beside a bare TRL script.")
+    parser = argparse.ArgumentParser(description="Compare start-up times with a bare TRL script.")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)

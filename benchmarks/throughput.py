@@ -1,20 +1,20 @@
-"""Training speed and memory beside a bare TRL script: real tokens a second on the same rows, losses compared.
+"""Compare training speed and memory with a bare TRL script: real tokens a second on the same rows.
 
     python examples/get_model.py .demo/SmolLM2-135M-Instruct
     python benchmarks/throughput.py --data instructions.jsonl --trainer sft --length 2048 --ranks 1
 
 Every side runs under `accelerate launch` with the same ranks, threads, model, rows, learning rate, optimiser,
-float32 and activation checkpointing, in turn, each time in fresh processes. A step is one pass over the same
-documents, about `ranks x length` tokens of them: all sides see one global batch, and their losses must agree.
-Each repeat draws other documents. Start-up and the first step are not in the times.
+float32 and activation checkpointing. The sides take turns, each time in new processes. A step is one pass
+over the same documents, about `ranks x length` tokens: all sides see the same global batch, and their losses
+must agree. Each repeat draws other documents. The times exclude start-up and the first step.
 
     trl padded         TRL's default: rows padded to the longest of their batch
     trl packed         SFTConfig(packing=True), best-fit-decreasing; attention as transformers chooses it here
     trl padding-free   DPOConfig(padding_free=True), where TRL has it
     phalanx            accelerate launch -m trainers.X config.yaml
 
---data: JSONL rows of instruction, input and output; for dpo and reward with chosen and rejected too.
-orpo and kto are not here: what they compute differs from TRL's on purpose (docs/trainers.md).
+--data: JSONL rows of instruction, input and output; for dpo and reward also chosen and rejected.
+orpo and kto are not measured: they compute another loss than TRL on purpose (docs/trainers.md).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from measure import (
     write_rows,
 )
 
-FILL = 0.97  # of ranks x length: what documents of any length can be packed into without another pack
-EQUAL = 1e-3  # largest difference of the losses of one step
+FILL = 0.97  # share of ranks x length to fill: documents of any length then fit without another pack
+EQUAL = 1e-3  # largest allowed difference of the losses in one step
 KINDS = {
     "sft": ("trl padded", "trl packed", "phalanx"),
     "dpo": ("trl padded", "trl padding-free", "phalanx"),
@@ -63,19 +63,18 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, in a file of their own, and the tokens that they should come to."""
+    """The rows of one step in a file, and their expected number of tokens."""
 
     path: Path
     rows: int
     tokens: int
 
 
-# ---------------------------------------------------------------------------------- the same rows for all
-
-
 def documents(data: Sequence[dict[str, Any]], trainer: str, joined: int) -> list[Row]:
-    """Rows of prompt and completion (chosen, rejected); `joined` of the file make one longer document, those
-    before the last being examples in its prompt."""
+    """Return rows of prompt and completion (or chosen and rejected).
+
+    `joined` rows of the file make one longer document: all but the last are examples in its prompt.
+    """
     answers = {"completion": "output"} if trainer == "sft" else {"chosen": "chosen", "rejected": "rejected"}
     out = []
     for begin in range(0, len(data) - joined + 1, joined):
@@ -89,7 +88,7 @@ def documents(data: Sequence[dict[str, Any]], trainer: str, joined: int) -> list
 
 
 def count_tokens(rows: Sequence[Row], model: Path) -> list[int]:
-    """Tokens that a trainer sees of each row; every answer has its prompt before it and EOS behind it."""
+    """Return the tokens of each row in training: every answer has its prompt before it and EOS after it."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -98,12 +97,12 @@ def count_tokens(rows: Sequence[Row], model: Path) -> list[int]:
         return [len(encoding) for encoding in tokenizer.encode_batch([row[name] for row in rows])]
 
     answers = [name for name in rows[0] if name != "prompt"]
-    whole = zip(lengths("prompt"), *map(lengths, answers), strict=True)
-    return [sum(prompt + answer + 1 for answer in rest) for prompt, *rest in whole]
+    parts = zip(lengths("prompt"), *map(lengths, answers), strict=True)
+    return [sum(prompt + answer + 1 for answer in rest) for prompt, *rest in parts]
 
 
 def packs_needed(lengths: Sequence[int], capacity: int) -> int:
-    """Packs that best-fit-decreasing makes."""
+    """Return the number of packs that best-fit-decreasing makes."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -114,11 +113,11 @@ def packs_needed(lengths: Sequence[int], capacity: int) -> int:
 
 
 def draw(lengths: Sequence[int], ranks: int, capacity: int, batch: int, seed: int) -> list[int]:
-    """Numbers of the rows of a step, drawn at random: one pack for each rank, and whole padded micro-batches
-    of `batch` rows (fewer, where a pack holds fewer).
+    """Draw the rows of a step at random, and return their numbers: one pack for each rank, and full padded
+    micro-batches of `batch` rows (fewer, if a pack has fewer).
 
     Raises:
-        ValueError: not even one row for each rank fits.
+        ValueError: less than one row for each rank fits.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
@@ -136,17 +135,14 @@ def draw(lengths: Sequence[int], ranks: int, capacity: int, batch: int, seed: in
     return chosen[: len(chosen) - len(chosen) % (ranks * min(batch, len(chosen) // ranks))]
 
 
-# ---------------------------------------------------------------------------------- the sides
-
-
 def micro_batches(options: Namespace, rows: int) -> tuple[int, int]:
-    """Rows of a padded micro-batch, and micro-batches of a rank."""
+    """Return the rows of a padded micro-batch, and the micro-batches of a rank."""
     batch = min(options.batch, rows // options.ranks)
     return batch, rows // (options.ranks * batch)
 
 
 def peer(options: Namespace, kind: str, model: Path, batch: Batch, out: Path) -> list[str]:
-    """The command of a TRL script."""
+    """Return the command of a TRL script."""
     script = ["bare_sft.py"] if options.trainer == "sft" else ["bare_preference.py", options.trainer]
     argv = [str(BENCHMARKS / script[0]), *script[1:], str(model), str(batch.path), str(out)]
     size, accumulation = (1, 1) if kind == "trl packed" else micro_batches(options, batch.rows)
@@ -157,7 +153,7 @@ def peer(options: Namespace, kind: str, model: Path, batch: Batch, out: Path) ->
 
 
 def phalanx_config(options: Namespace, model: Path, batch: Batch, out: Path) -> dict[str, Any]:
-    """The same job for phalanx."""
+    """Return the config of the same job for phalanx."""
     size, accumulation = (1, 1) if options.trainer == "sft" else micro_batches(options, batch.rows)
     columns = {"prompt_text_column": "prompt"}
     if options.trainer == "sft":
@@ -196,7 +192,7 @@ def phalanx_config(options: Namespace, model: Path, batch: Batch, out: Path) -> 
 
 
 class Sides:
-    """Starts a side of the comparison on the rows of a repeat; keeps what the ranks were seen to do."""
+    """Runs a side of the comparison on the rows of a repeat."""
 
     def __init__(self, options: Namespace, model: Path, work: Path) -> None:
         self.options, self.model, self.work = options, model, work
@@ -225,15 +221,12 @@ class Sides:
         caches = {name: str(self.work / name) for name in ("HF_DATASETS_CACHE", "PHALANX_CACHE")}
         seen = observe(target, self.work, self.options.ranks, HF_HUB_OFFLINE="1", **caches)
         if seen[0].tokens[0] != batch.tokens:
-            raise Failed(f"error: its first step had {seen[0].tokens[0]} tokens, not {batch.tokens}")
+            raise Failed(f"error: the first step had {seen[0].tokens[0]} tokens instead of {batch.tokens}")
         return seen
 
 
-# ---------------------------------------------------------------------------------- what came out
-
-
 def largest_difference(results: dict[str, list[list[Observed]]]) -> float:
-    """Of the losses of one step and repeat, over all steps and repeats; the loss is that of all ranks."""
+    """Return the largest difference of the sides' losses (over all ranks) in one step of one repeat."""
     steps = itertools.chain.from_iterable(
         zip(*(seen[0].losses for seen in repeat), strict=True)
         for repeat in zip(*results.values(), strict=True)
@@ -242,7 +235,7 @@ def largest_difference(results: dict[str, list[list[Observed]]]) -> float:
 
 
 def report(results: dict[str, list[list[Observed]]], failed: dict[str, Failed]) -> str:
-    """A row for each side. The losses are those of the last repeat, in its first and in its last step."""
+    """Return the table, with a row for each side. Losses: first and last step of the last repeat."""
     head = ["what", "real tokens/s", "phalanx is", "s a step", "peak memory of a rank", "losses"]
     speeds = {name: [seen[0].tokens_per_second() for seen in runs] for name, runs in results.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
@@ -260,27 +253,27 @@ def report(results: dict[str, list[list[Observed]]], failed: dict[str, Failed]) 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--layers", type=int, default=6, help="layers that the model is cut to; 0: all")
-    parser.add_argument("--data", type=Path, required=True, help="JSONL rows, see above")
-    parser.add_argument("--join", type=int, default=1, help="rows of the data that make one document")
+    parser.add_argument("--layers", type=int, default=6, help="keep the first layers; 0: all")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL rows (see above)")
+    parser.add_argument("--join", type=int, default=1, help="rows of the data in one document")
     parser.add_argument("--trainer", choices=KINDS, default="sft")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a pack; longest row")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a pack and of the longest row")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8,
-                        help="rows or pairs of a micro-batch that is not packed, accumulated to the\n"
-                             "same step; 8 is TRL's default")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=4, help="of a run; the first is not timed")
+                        help="rows or pairs in a micro-batch that is not packed; accumulation keeps the\n"
+                             "step the same. 8 is TRL's default")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=4, help="steps of a run; the first is not timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--checkpointing", choices=("full", "none"), default="full")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="params of phalanx alone")
-    parser.add_argument("--only", nargs="+", help="some of the sides")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="params only for phalanx")
+    parser.add_argument("--only", nargs="+", help="only these sides")
     options = parser.parse_args(argv)
     if options.steps < 2:
-        parser.error("--steps: the first step is not timed, so it takes 2 at least")
+        parser.error("--steps must be at least 2: the first step is not timed")
     kinds = KINDS[options.trainer]
     if unknown := set(options.only or ()) - set(kinds):
-        parser.error(f"--only: {', '.join(sorted(unknown))}; {options.trainer} has: {', '.join(kinds)}")
+        parser.error(f"--only: unknown: {', '.join(sorted(unknown))}. Allowed: {', '.join(kinds)}")
     return options
 
 
@@ -302,14 +295,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(provenance("torch", "transformers", "trl", "accelerate"))
     size, times = micro_batches(options, step.rows)
     print(
-        f"A step of the first repeat: {step.rows} rows, {step.tokens} tokens; on a rank that does not pack, "
+        f"A step of the first repeat: {step.rows} rows, {step.tokens} tokens. Without packing, a rank takes "
         f"{times} micro-batches of {size} rows.\n"
     )
     print(report(results, failed))
     if len(results) > 1:
         difference = largest_difference(results)
         verdict = "agree" if difference <= EQUAL else "DIFFER"
-        print(f"\nThe losses {verdict}: at most {difference:.1e} apart in any step (allowed {EQUAL:g}).")
+        print(f"\nThe losses {verdict}: largest difference in a step {difference:.1e} (allowed {EQUAL:g}).")
         if difference > EQUAL:
             return 1
     return 1 if set(failed) - {"trl padding-free"} else 0

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the schema, so that no field is described twice.
+"""Write docs/config.md from the schema, so that each field is described in one place.
 
 python docs/make_config_page.py
 """
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parent / "config.md"
 HEAD = """\
 # The config file
 
-This page is made from the schema by `make docs`. `phalanx schema` prints the same as JSON schema, for
+`make docs` generates this page from the schema. `phalanx schema` prints the same as a JSON schema, for
 editors.
 
 ```yaml
@@ -35,41 +35,43 @@ data:
   train_split: train
   valid_split: null            # evaluated during the run; or valid_fraction
   test_split: null             # evaluated once, at its end; or test_fraction
-  valid_fraction: 0.0          # part of the training rows that is held out instead
+  valid_fraction: 0.0          # hold out this part of the training rows instead
   test_fraction: 0.0
   chat_template: tokenizer     # tokenizer, chatml, zephyr, phi3, alpaca, or null
-  prompt_format: null          # a prompt of several columns: "Q: {question}"
+  prompt_format: null          # a prompt made of several columns: "Q: {question}"
   column_mapping:
     text_column: text
-    prompt_text_column: null   # its completion is then in text_column
+    prompt_text_column: null   # the completion is then in text_column
     rejected_text_column: null # reward, dpo, orpo, kto
     label_column: label        # kto
-params: {}                     # the table below, by name
-hub:                           # only to push the model
+params: {}                     # the parameters below
+hub:                           # only to upload the model
   username: ${HF_USERNAME}
   token: ${HF_TOKEN}
   push_to_hub: false
 launch: {}                     # machines, ranks and sharding
-slurm: {}                      # what phalanx show turns into sbatch's flags
+slurm: {}                      # sbatch's flags: phalanx submit uses them, phalanx show prints them
 ```
 
-A flag overrides the file: `--lr 1e-4`, `--batch-size 8`, `--num-processes 4`. `${VAR}` works in every
-string. An unknown key is an error.
+A flag overrides the file: `--lr 1e-4`, `--batch-size 8`, `--num-processes 4`. `phalanx train --help` lists
+the flags in the sections of this page; `phalanx submit --help` lists those of `slurm` too.
+`phalanx completion bash|zsh|fish` prints a script that completes commands and flags in your shell. `${VAR}`
+works in every value except `task` and `backend`. An unknown key is an error.
 """
 DASH = "\u2013"
 ACTS = f"""
-## Which parameter acts for which trainer
+## Which parameter has an effect for which trainer
 
-All other parameters act for every trainer. One that is set where it does not act ({DASH}) changes nothing,
-and the run says so: in a note at its start, in `phalanx show` and in `run.json`.
+All other parameters have an effect for every trainer. A parameter that the trainer does not use ({DASH})
+changes nothing. If you set it, a note says so at the start of the run, in `phalanx show` and in `run.json`.
 """
 CONDITIONAL = """
-Where a parameter has no effect whatever the trainer, which is noted in the same way:
+Under these conditions a parameter has no effect for any trainer. The same note says so:
 """
 
 
 def table(schema: type[BaseModel], chosen: Iterable[str], names: dict[str, list[str]]) -> str:
-    """Return the table of these fields; `names` are their other names."""
+    """Return the table of these fields. `names` has their other names."""
     rows = ["| name | default | meaning |", "| --- | --- | --- |"]
     for name in chosen:
         field = schema.model_fields[name]
@@ -82,17 +84,18 @@ def table(schema: type[BaseModel], chosen: Iterable[str], names: dict[str, list[
 
 
 def trainers_table() -> str:
-    """Trainer x parameter, of the parameters that not all trainers read."""
+    """Return the table trainer x parameter, for the parameters that not all trainers read."""
     rows = [f"| name | {' | '.join(trainers())} |", f"| --- |{' --- |' * len(trainers())}"]
     for name in TrainConfig.model_fields:
         acts = acts_for(name)
         if acts != trainers():
-            cells = ("acts" if trainer in acts else DASH for trainer in trainers())
+            cells = ("yes" if trainer in acts else DASH for trainer in trainers())
             rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def conditions_table() -> str:
+    """Return the table of the conditions under which a parameter has no effect."""
     rows = ["| when | no effect |", "| --- | --- |"]
     for why, names, _ in CONDITIONS:
         rows.append(f"| {why} | {', '.join(f'`{name}`' for name in names)} |")
@@ -100,7 +103,7 @@ def conditions_table() -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the full page."""
     names: dict[str, list[str]] = {}
     for alias, name in ALIASES.items():
         names.setdefault(name, []).append(alias)

@@ -1,8 +1,8 @@
-"""Asks a model folder, or a folder with a LoRA adapter, one question and prints the greedy answer.
+"""Ask a model, or a model with a LoRA adapter, one question and print the greedy answer.
 
     python examples/ask.py .demo/run --question "What is Phalanx?"
 
-Prints the answer and nothing else: the libraries' warnings and progress bars are off.
+It prints only the answer: the libraries' warnings and progress bars are off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = 48
 
 
 def ask(folder: Path, question: str) -> str:
-    """The model's answer to a question, as one chat turn."""
+    """Return the model's answer to a question, which is one chat turn."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,12 +43,12 @@ def ask(folder: Path, question: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Prints a model's greedy answer to a question.")
+    parser = argparse.ArgumentParser(description="Print a model's greedy answer to a question.")
     parser.add_argument("folder", type=Path, help="model folder, or LoRA adapter folder")
     parser.add_argument("--question", required=True, help="what to ask")
     options = parser.parse_args(argv)
     if not any((options.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        print(f"error: {options.folder} holds no model and no adapter.", file=sys.stderr)
+        print(f"error: {options.folder} has no model and no adapter. Give another folder.", file=sys.stderr)
         return 2
     os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     logging.disable(logging.WARNING)

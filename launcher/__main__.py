@@ -1,4 +1,4 @@
-"""`python -m launcher` is `phalanx`."""
+"""Run `phalanx` as `python -m launcher`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`phalanx COMMAND ...`: finds the command's module, reads its flags, and runs it. Imports nothing heavy."""
+"""`phalanx COMMAND ...`: find the command's module, read its flags, and run it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainers.rank.say import say
 
 
 def build_parser(command: str | None) -> Parser:
-    """Return the parser; only the asked command gets its flags, so that --help stays fast."""
+    """Return the parser. Only the named command gets its flags, so that --help stays fast."""
     from importlib.metadata import version
 
     parser = Parser(
@@ -39,14 +39,14 @@ def build_parser(command: str | None) -> Parser:
 
 
 def _module(command: str) -> Any:
-    """Return launcher.commands.NAME: its HELP, USAGE, add_arguments() and run()."""
+    """Return the module launcher.commands.NAME, which has HELP, USAGE, add_arguments() and run()."""
     return importlib.import_module(f"launcher.commands.{command}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (docs/exit-codes.md)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next (`phalanx completion`)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`phalanx completion`)
         arguments = os.environ.get("COMP_LINE", "").split()[1:]
     parser = build_parser(next((word for word in arguments if not word.startswith("-")), None))
     if "_ARGCOMPLETE" in os.environ:
@@ -64,5 +64,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not disk_is_full(error):
             raise
-        say("error", f"{error.filename or 'the run folder'}: {error.strerror}. Make room.")
+        say("error", f"{error.filename or 'the run folder'}: {error.strerror}. Free some space.")
         return DISK_FAILED

@@ -1,6 +1,6 @@
-"""The whole config of a run.
+"""The full config of a run: the trainer's part, and the sections `launch` and `slurm`.
 
-The trainer's part, and the sections `launch` and `slurm` that only the launcher reads.
+Only the launcher reads those two sections.
 """
 
 from __future__ import annotations
@@ -22,64 +22,70 @@ from trainers.config.settings import Settings, Value, changed, put, resolve, val
 
 
 class LaunchConfig(BaseModel):
-    """Machines, ranks and sharding."""
+    """The section `launch`: machines, ranks and sharding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_processes: Int | None = Field(
         None,
         gt=0,
-        description="Ranks over all machines. Default: every GPU, or one rank where there is none.",
+        description="Number of ranks on all machines together. Default: one for each GPU, or one on each "
+        "machine if it has no GPU.",
     )
-    num_machines: Int | None = Field(None, gt=0, description="Machines. Default: SLURM's nodes, else 1.")
+    num_machines: Int | None = Field(
+        None, gt=0, description="Number of machines. Default: the number of SLURM nodes, else 1."
+    )
     machine_rank: Int | None = Field(
-        None, ge=0, description="Number of this machine, from 0. Default: SLURM's, else 0."
+        None, ge=0, description="Number of this machine, from 0. Default: SLURM's node number, else 0."
     )
     main_process_ip: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9.:_-]+$",
-        description="Address of machine 0. Default: SLURM's first node, or loopback.",
+        description="Address of machine 0. Default: the first SLURM node; loopback on one machine.",
     )
     main_process_port: Int | None = Field(
         None,
         gt=1023,
         lt=65536,
-        description="Rendezvous port, on machine 0. Default: a free one for each attempt.",
+        description="Rendezvous port on machine 0. Default: a free port for each attempt.",
     )
     zero_stage: Int | None = Field(
-        None, ge=1, le=3, description="ZeRO stage of deepspeed. Default: 3, as AutoTrain."
+        None, ge=1, le=3, description="ZeRO stage of deepspeed. Default: 3, as in AutoTrain."
     )
     sharding: Literal["full_shard", "shard_grad_op", "hybrid_shard"] | None = Field(
         None,
-        description="What fsdp shards. Default: full_shard. hybrid_shard: within each machine.",
+        description="What fsdp shards (docs/backends.md). Default: full_shard. hybrid_shard: shards within "
+        "each machine, replicas across machines.",
     )
     offload: Annotated[Literal["none", "cpu"], BeforeValidator(lambda v: "none" if v is None else v)] = Field(
         "none",
-        description="cpu: keep sharded parameters and optimiser state in host memory (fsdp, ZeRO 2 and 3).",
+        description="cpu: keep shards in host memory: parameters and optimiser state (fsdp, ZeRO 3), or only "
+        "optimiser state (ZeRO 2).",
     )
     start: Literal["warm", "accelerate"] = Field(
         "warm",
-        description="warm: one process imports the libraries and forks the ranks, where that is safe. "
-        "accelerate: `accelerate launch` starts them.",
+        description="warm: one process imports the libraries and forks the ranks, if that is safe. "
+        "accelerate: `accelerate launch` starts the ranks.",
     )
     max_restarts: Int = Field(
         10,
         ge=0,
-        description="Fresh launches after a failure that one can mend. Three in a row that came no further "
-        "end the run.",
+        description="Maximum number of restarts after failures that a restart can fix. 0: none. Three "
+        "attempts in a row without progress also end the run.",
     )
     restart_on_nan: bool = Field(
-        False, description="Start again from the last checkpoint after a NaN or infinite loss or gradient."
+        False,
+        description="Restart from the newest checkpoint after a NaN or infinite loss or gradient norm.",
     )
     hang_timeout: Float | None = Field(
         None,
         ge=0,
-        description="Seconds without a sign of life from a rank after which the attempt is killed. Default: "
-        "10 median steps, at least 60. 0: never.",
+        description="Seconds without a heartbeat from a rank, after which the attempt is killed. Default: "
+        "10 times the median step time, at least 60. 0: never.",
     )
 
 
-# One allow-list for every string that can reach sbatch: no quote, no control character, no newline.
+# Allow-lists for every string that can reach sbatch: no quotes, no control characters, no newlines.
 _Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]-]+$")]
 _Features = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\]&|*()-]+$")]
 _Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\] -]+$", max_length=200)]
@@ -87,38 +93,43 @@ _Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:,/@%+=\[\] -]+$", max_leng
 
 def _quoted_time(value: Any) -> Any:
     if isinstance(value, int):
-        raise ValueError("YAML reads a time without quotes as a number. Write for example '12:00:00'")
+        raise ValueError("YAML reads a time without quotes as a number. Use quotes, for example '12:00:00'")
     return value
 
 
 class SlurmConfig(BaseModel):
-    """What is asked of SLURM: sbatch's own flags, for `phalanx submit` and `phalanx show`."""
+    """The section `slurm`: sbatch's flags, for `phalanx submit` and `phalanx show`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    nodes: Int | None = Field(None, gt=0, description="Nodes.")
-    gpus_per_node: Int | None = Field(None, ge=0, description="GPUs on each node.")
-    gres: _Plain | None = Field(None, description="GPUs as sites without --gpus-per-node name them: gpu:4.")
+    nodes: Int | None = Field(None, gt=0, description="Number of nodes.")
+    gpus_per_node: Int | None = Field(None, ge=0, description="Number of GPUs on each node.")
+    gres: _Plain | None = Field(
+        None, description="GPUs on each node at sites without --gpus-per-node, such as gpu:4."
+    )
     cpus_per_task: Int | None = Field(None, gt=0, description="CPU cores on each node.")
-    mem: _Plain | None = Field(None, description="Memory of each node, such as 64G; 0: all of it.")
-    exclusive: bool = Field(False, description="Share no node with other jobs.")
+    mem: _Plain | None = Field(None, description="Memory on each node, such as 64G. 0: all of it.")
+    exclusive: bool = Field(False, description="Do not share nodes with other jobs.")
     time: Annotated[_Plain | None, BeforeValidator(_quoted_time)] = Field(
-        None, description="Time limit, such as 12:00:00 (quoted in YAML)."
+        None, description="Time limit, such as 12:00:00 (in quotes in YAML)."
     )
     partition: _Plain | None = Field(None, description="Partition.")
     account: _Plain | None = Field(None, description="Account.")
     qos: _Plain | None = Field(None, description="Quality of service.")
     constraint: _Features | None = Field(None, description="Features that the nodes must have.")
     reservation: _Plain | None = Field(None, description="Reservation.")
-    nodelist: _Plain | None = Field(None, description="Nodes by name.")
-    exclude: _Plain | None = Field(None, description="Nodes not to use, by name.")
-    dependency: _Plain | None = Field(None, description="What to wait for, such as afterok:1234.")
-    job_name: _Title | None = Field(None, description="Name of the job. Default: the project's.")
+    nodelist: _Plain | None = Field(None, description="Names of nodes to use.")
+    exclude: _Plain | None = Field(None, description="Names of nodes not to use.")
+    dependency: _Plain | None = Field(None, description="Jobs to wait for, such as afterok:1234.")
+    job_name: _Title | None = Field(
+        None,
+        description="Name of the job. Default: from project_name; for an array, from its config or list.",
+    )
 
 
 @dataclass
 class Run:
-    """A run as the user described it: the three parts of the config, and where the values came from."""
+    """A run as the user described it: the three parts of the config, and the source of each value."""
 
     settings: Settings
     launch: LaunchConfig
@@ -132,24 +143,28 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The run's folder, as the user may write it (relative to the working folder)."""
+        """The run's folder, as the user wrote it (relative to the working folder)."""
         return Path(self.train.project_name)
 
     def changed(self, why: str, **values: Any) -> Run:
-        """The run with other values for some of the trainer's fields; `why` is where they come from."""
+        """Return the run with new values for some of the trainer's fields; `why` becomes their source."""
         changes = {name: Value(value, why, name) for name, value in values.items()}
         return replace(self, settings=changed(self.settings, changes))
 
     def located(self, message: str) -> str:
-        """Return a message that begins with a key, with the line of the file or the flag before it."""
+        """Put the line of the file, or the flag, before a message that begins with a key.
+
+        The message stays as it is if the user did not set the key.
+        """
         source = self.source_of(message.split(": ")[0])
         chosen = source and source != "default" and not source.startswith("derived")
         return f"{source}: {message}" if chosen else message
 
     def source_of(self, key: str) -> str:
-        """Where a key as messages name it, such as `data.path` or `launch.offload`, has its value from.
+        """Return where a key has its value from, or "" if the key is unknown.
 
-        An empty string where it is no key of a config.
+        The key is written as in messages, such as `data.path` or `launch.offload`. Keys of `slurm` have no
+        recorded source.
         """
         section, _, name = key.rpartition(".")
         if section == "launch":
@@ -159,13 +174,13 @@ class Run:
 
 
 def load_run(path: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Run:
-    """File, then flags (they win) -> the effective config.
+    """Return the effective config from the file and the flags. Flags override the file.
 
-    `flags` are as the user spelled them, without dashes: `learning_rate` and `lr` both work. `${VAR}` in the
-    file is read from `environ`.
+    `flags` are spelled as by the user, without leading dashes: `learning_rate` and `lr` both work. `${VAR}`
+    in the file is read from `environ`.
 
     Raises:
-        ConfigError: what is wrong, where, and the mend.
+        ConfigError: what is wrong, where, and how to fix it.
     """
     file = read_config_file(path, environ) if path else None
     values = dict(file.train) if file else {}
@@ -195,10 +210,11 @@ def load_run(path: Path | None, flags: Mapping[str, Any], environ: Mapping[str, 
 
 
 def check_folder_name(project_name: str, source: str) -> None:
-    """The run's folder must lie inside the working folder.
+    """Check that the run's folder is inside the working folder.
 
     Raises:
-        ConfigError: it is absolute, leaves the working folder, is the folder itself, or holds odd characters.
+        ConfigError: it is outside (also through a link), it is the working folder itself, or the name has
+            other characters than those allowed.
     """
     here = Path.cwd().resolve()
     target = (here / project_name).resolve()

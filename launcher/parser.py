@@ -1,4 +1,4 @@
-"""Flags: one for each field of the config, grouped as in the docs; and the parser that reads them."""
+"""The flags, one for each config field and grouped as in the docs, and the parser that reads them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 BOOLEAN = "true|false"
-# How help shows a value that is no choice of words.
+# How --help shows a value that is not one of a few choices.
 KINDS = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that names the nearest valid flag, and ends with the exit code of a user's mistake."""
+    """An argparse parser, which suggests the nearest valid flag and exits with USAGE_ERROR."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
@@ -30,7 +30,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message}\n")
 
     def _flags(self) -> list[str]:
-        """Return every flag of this parser and its commands; argparse reports an unknown one from the top."""
+        """Return every flag of this parser and of its commands.
+
+        argparse reports an unknown flag from the top parser, also where the flag follows a command.
+        """
         found: list[str] = []
         for action in self._actions:
             found += action.option_strings
@@ -40,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config_flags(parser: argparse.ArgumentParser, slurm: bool = False) -> None:
-    """Add a flag for each field of the schema, and hidden ones for the names that other tools use.
+    """Add a flag for each field of the schema, and hidden flags for the names that other tools use.
 
-    `--lr`, `--learning-rate` and `--learning_rate` all work; help shows the first.
+    `--lr`, `--learning-rate` and `--learning_rate` all work; --help shows only the first.
     """
     from launcher.config import LaunchConfig, SlurmConfig
     from trainers.config.schema import TrainConfig, sections
@@ -75,9 +78,9 @@ def add_config_flags(parser: argparse.ArgumentParser, slurm: bool = False) -> No
 
 
 def _add_flag(group: Any, name: str, field: FieldInfo, text: str) -> None:
-    """Add a flag, and its spelling with underscores, which help does not show."""
+    """Add a flag, and its spelling with underscores, which --help does not show."""
     words = list(values_of(field.annotation))
-    # --peft is --peft true, as in AutoTrain.
+    # As in AutoTrain, --peft means --peft true.
     more: dict[str, Any] = {"nargs": "?", "const": "true"} if BOOLEAN in words else {}
     for shown, spelling in zip((text, argparse.SUPPRESS), _spellings(name), strict=False):
         action = group.add_argument(
@@ -99,7 +102,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def values_of(annotation: Any) -> Iterator[str]:
-    """Yield how help shows the values of a type: the words of a choice; N, X or TEXT for anything else.
+    """Yield how --help shows the values of a type: each choice, or N, X or TEXT for any other type.
 
     Literal["fp16", "bf16"] | None -> fp16, bf16, none
     """
@@ -108,7 +111,7 @@ def values_of(annotation: Any) -> Iterator[str]:
         yield from values_of(get_args(annotation)[0])
     elif origin in (Union, UnionType):
         parts = [word for part in get_args(annotation) for word in values_of(part)]
-        # none is a choice among words; where a number or text may be left out, the description says so.
+        # Show none only among other choices. For an optional number or text, the description says it.
         only_kinds = set(parts) <= {"none", *KINDS.values()}
         yield from dict.fromkeys(word for word in parts if not (word == "none" and only_kinds))
     elif origin is Literal:

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains many runs, each a task of one array. Every line of the list is the flags of one run, in words without
-# quotes, and what follows the list is the same for all:
+# Trains many runs, each as a task of one array. Every line of the list has the flags of one run, as words without
+# quotes. The arguments after the list are the same for all runs:
 #
 #   sbatch --array=1-3%2 slurm/array.sh sweep.txt config.yaml
-#   phalanx submit config.yaml --array sweep.txt%2                              (checks every line before)
+#   phalanx submit config.yaml --array sweep.txt%2                              (checks every line first)
 #
 #   sweep.txt:  --lr 1e-4 --project-name low
 #               --lr 3e-4 --project-name middle
 #               --lr 1e-3 --project-name high
 #
-# A line may also begin with a config of its own; then none follows the list.
+# A line may also begin with its own config; then no config follows the list.
 #SBATCH --job-name=phalanx
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -21,16 +21,16 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
-# These lines are in train.sh, array.sh and evaluate.sh alike: sbatch runs a copy of the script from its spool
-# folder, so it can source no file next to it, and phalanx is on the PATH only after the site file. A test
-# (tests/slurm) holds the three equal.
+# These lines are the same in train.sh, array.sh and evaluate.sh: sbatch runs a copy of the script from its spool
+# folder, so the script cannot source a file next to it, and phalanx is on the PATH only after the site file. A
+# test (tests/slurm) checks that the three are equal.
 
 site=${PHALANX_SITE_ENV:-slurm/site.env}
 if [ -f "$site" ]; then
     # shellcheck source=/dev/null
     source "$site"
 fi
-# From 22.05 on srun does not take sbatch's --cpus-per-task over, and where it binds tasks, binds them to one core.
+# From 22.05 on, srun ignores sbatch's --cpus-per-task. Where it binds tasks, it binds them to one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
@@ -43,7 +43,7 @@ if [ "$SLURM_ARRAY_TASK_ID" -lt 1 ] || [ "$SLURM_ARRAY_TASK_ID" -gt "${#lines[@]
     exit 2
 fi
 read -r -a own <<<"${lines[SLURM_ARRAY_TASK_ID - 1]}"
-if [[ ${own[0]-} != -* ]]; then # the line's config comes first
+if [[ ${own[0]-} != -* ]]; then # the line begins with its config
     set -- "${own[@]:0:1}" "$@"
     own=("${own[@]:1}")
 fi

@@ -1,4 +1,4 @@
-"""Fixtures: a working folder of its own for each test, invented hardware, and one real tiny model."""
+"""Fixtures: a separate working folder for each test, fake hardware, and one real tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from fakes import fake_model, machine, write_rows
 from inprocess import write_split
 from places import TESTS
-from ranks import Bench, environment, kept_warm
+from ranks import Bench, Finished, environment, kept_warm
 
 from launcher.plan import topology
 from launcher.plan.topology import Hardware
@@ -22,15 +23,12 @@ from trainers.config import packages as installed_packages
 from trainers.rank.protocol import WARM
 from trainers.rank.signals import SIGNALS
 
-# Fixture of the session -> the tests that share what it makes.
+# Session fixture -> the tests that share what it makes.
 SHARED = {
-    "trained": tuple(
-        f"tests/distributed/test_{name}.py"
-        for name in ("batch_search_runs", "matrix", "mistakes", "trainers")
-    ),
+    "trained": ("tests/distributed/test_matrix.py", "tests/distributed/test_mistakes.py"),
     "faults": ("tests/faults/",),
 }
-# Of the site's environment, what a run would read.
+# Variables of the site's environment that a run would read.
 _SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
 
 
@@ -39,9 +37,22 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("distributed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=int, metavar="N", help="run a fixed N-th of the chosen tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --share N, keep the tests whose names have a checksum that N divides: the same ones each time."""
+    share = config.getoption("--share")
+    if share:
+        kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % share == 0]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file stays in one worker, and so do all that look at the same runs, which are dear to make."""
+    """Keep a file in one worker, and all files that use the same runs: the runs are expensive to make."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByRuns(LoadScopeScheduling):
@@ -54,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """A rank that a test runs in this process listens to signals; Ctrl-C is pytest's again after it."""
+    """Restore the signal handlers that a rank in this process has replaced, so that Ctrl-C ends pytest."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -64,7 +75,7 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real two-layer model with its tokenizer (imports torch: seconds)."""
+    """A real two-layer model with its tokenizer. It imports torch, which takes seconds."""
     from tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
@@ -82,7 +93,7 @@ def tiny_masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_masked_model: Path
 ) -> Iterator[Bench]:
-    """Its runs share the imports; a start costs a quarter then."""
+    """A bench whose runs share the imports: a start then takes a quarter of the time."""
     root = tmp_path_factory.mktemp("bench")
     data = root / "data"
     data.mkdir()
@@ -104,8 +115,24 @@ def bench(
 
 
 @pytest.fixture(scope="session")
+def trained(bench: Bench) -> Callable[..., Finished]:
+    """trained(backend, mode, trainer) returns that run, which the first call makes."""
+    made: dict[tuple[str, str, str], Finished] = {}
+
+    def run(backend: str, mode: str, trainer: str = "sft") -> Finished:
+        key = (backend, mode, trainer)
+        if key not in made:
+            done = bench.train("-".join((trainer, backend, mode)), *bench.flags(*key))
+            assert done.code == 0, done.out + done.err
+            made[key] = done
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
-    """The tiny model's tokenizer, as it lies on disk: copy it before you change it."""
+    """The tiny model's tokenizer, as on disk: copy it before you change it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model)
@@ -125,7 +152,7 @@ def prepare(
 ) -> Callable[..., Any]:
     """prepare(rows, suffix="jsonl", part="train", using=None, **config) -> Prepared, from an empty cache.
 
-    rows is a list, or the text or bytes of the file; `using` a tokenizer other than the usual one.
+    rows is a list, or the text or bytes of the file. `using` is another tokenizer than the usual one.
     """
     from trainers.config.schema import TrainConfig
     from trainers.data import prepare
@@ -147,7 +174,7 @@ def prepare(
 
 @pytest.fixture(autouse=True)
 def one_environ() -> Iterator[None]:
-    """datasets puts a copy of os.environ in its place when it works in several processes (datasets 5.2)."""
+    """Restore os.environ: datasets 5.2 replaces it by a copy when it works in several processes."""
     environ = os.environ
     yield
     os.environ = environ  # noqa: B003
@@ -170,7 +197,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hardware(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
-    """`hardware(machine(gpus=8))` is what the launcher then finds; one CPU until it is called."""
+    """`hardware(machine(gpus=8))` sets the hardware that the launcher finds. Before: no GPU."""
 
     def found(this: Hardware) -> None:
         monkeypatch.setattr(topology, "detect_hardware", lambda: this)
@@ -181,7 +208,7 @@ def hardware(monkeypatch: pytest.MonkeyPatch) -> Callable[[Hardware], None]:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`packages(without="wandb")`: the launcher finds every optional package but these."""
+    """`packages(without="wandb")`: the launcher finds every optional package except these."""
 
     def present(without: tuple[str, ...] | str = ()) -> None:
         missing = (without,) if isinstance(without, str) else without

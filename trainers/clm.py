@@ -1,4 +1,4 @@
-"""Generic language modelling (AutoTrain's `default`): documents joined or one a row, a loss on all.
+"""Generic language modelling (AutoTrain's `default`). By default the loss is on all tokens.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.clm config.yaml
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from trainers.loop.life import run
-from trainers.sft import build  # the same loss on rows that were prepared in another way
+from trainers.sft import build  # the same loss; only the samples are prepared differently
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Makes an ordinary Hugging Face folder of a checkpoint: `python -m trainers.consolidate CHECKPOINT OUTPUT`.
+"""Convert a checkpoint to a Hugging Face model folder: `python -m trainers.consolidate CHECKPOINT OUTPUT`.
 
-It needs no GPU, and memory for one file of the output, so a model that was trained over many machines is put
-together on any one that has the disk for it. The values stay those that were saved.
+It needs no GPU, and memory for only one file of the output. So any machine with enough disk space can convert
+a model that was trained on many machines. The values are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,26 +26,32 @@ from trainers.storage.manifest import SHARDS
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
 TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-MARGIN = 64 * 2**20  # bytes of disk beside the weights: tokenizer, headers, index
+MARGIN = 64 * 2**20  # bytes of disk in addition to the weights: tokenizer, headers, index
 
 
 @dataclass
 class Written:
-    """What was made, and where."""
+    """The folder that was written, and its size."""
 
     folder: Path
     tensors: int
-    bytes: int  # of its weight files
+    bytes: int  # of the weight files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: written. 1: what was written does not open. 2: a mistake of the user's. One line says which."""
+    """Run the command line.
+
+    Returns 0 if the folder is written, 1 if the result does not open, 2 for a mistake of the user. Prints one
+    line with the result or the error.
+    """
     parser = argparse.ArgumentParser(prog="trainers.consolidate", description=__doc__.split(":")[0])
-    parser.add_argument("checkpoint", type=Path, help="checkpoint-N of a run")
-    parser.add_argument("output", type=Path, help="folder to make; it may exist if it is empty")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file (500MB, 5GB). Default: 5GB")
+    parser.add_argument("checkpoint", type=Path, help="folder checkpoint-N of a run")
+    parser.add_argument("output", type=Path, help="folder to create; it may exist if it is empty")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="largest weight file (500MB, 5GB). Default: 5GB"
+    )
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # deprecations in the libraries are for their authors
+    warnings.simplefilter("ignore")  # deprecation warnings in the libraries do not concern the user
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers is not imported yet
     try:
         made = consolidate(options.checkpoint, options.output, options.max_shard_size)
@@ -57,16 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB") -> Written:
-    """Writes a checkpoint's model, or its adapter, to `output`: whole and opened again, or not at all.
+    """Write the model or adapter of a checkpoint to `output`.
 
-    max_shard_size is that of a file of the output; an adapter is one file, since peft reads no other.
+    The output is complete and was opened as a check, or it does not exist. `max_shard_size` limits the size
+    of a weight file. An adapter is always one file, since peft cannot read several.
 
     Raises:
-        ConfigError: there is no whole checkpoint, the output is taken, or the disk too full.
-        RuntimeError: what was written does not open as the model that config.json describes.
+        ConfigError: the checkpoint is incomplete, the output exists, or the disk has too little space.
+        RuntimeError: the output does not open as the model that config.json describes.
     """
     if not checkpoint.is_dir():
-        raise ConfigError(f"{checkpoint} is no folder.")
+        raise ConfigError(f"{checkpoint} is not a folder. Give a folder checkpoint-N of a run.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Give another folder.")
     adapter = (checkpoint / ADAPTER).is_file()
@@ -87,7 +94,7 @@ def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB
         _check_opens(part, model, adapter)
         tensors = len(_shapes(part))
         size = sum(path.stat().st_size for path in part.glob("*.safetensors"))
-        os.replace(part, output)  # over an empty folder too
+        os.replace(part, output)  # this also replaces an empty folder
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -95,19 +102,19 @@ def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB
 
 
 def _model(checkpoint: Path, adapter: bool) -> Any:
-    """The model without values, of config.json: it knows its weights' names, shapes, and which are tied.
+    """Build the model of config.json without values. It has the names, shapes and ties of the weights.
 
     Raises:
-        ConfigError: transformers has no such model.
+        ConfigError: transformers does not have this model.
     """
     import transformers
 
     path = checkpoint / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{checkpoint} is no checkpoint: config.json is missing.")
+        raise ConfigError(f"{checkpoint} is not a checkpoint: config.json is missing.")
     name = (read_object(path).get("architectures") or ["(none named)"])[0]
     if not hasattr(transformers, name):
-        raise ConfigError(f"{path}: transformers has no model {name}, and code of a model's own is not run.")
+        raise ConfigError(f"{path}: transformers has no model {name}. Remote code is not run.")
     with torch.device("meta"):
         model = getattr(transformers, name)(transformers.AutoConfig.from_pretrained(checkpoint))
         if adapter:
@@ -118,45 +125,45 @@ def _model(checkpoint: Path, adapter: bool) -> Any:
 
 
 def _saved(model: Any, adapter: bool, values: dict[str, Any]) -> dict[str, Any]:
-    """The values by the names that save_pretrained gives them, without those that it leaves out."""
+    """Return the values under the names of save_pretrained, without those that it does not save."""
     if adapter:
         from peft.utils import get_peft_model_state_dict
 
-        # The frozen embedding of a vocabulary that grew is the base model's, and in no checkpoint.
+        # With new tokens, the frozen embedding belongs to the base model; no checkpoint has it.
         return dict(get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False))
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     return {name: value for name, value in values.items() if name not in left_out}
 
 
 def _names(source: Source, model: Any, adapter: bool) -> dict[str, str]:
-    """Saved name -> stored name of each weight.
+    """Return the name in the output -> name in the checkpoint, for each weight.
 
     Raises:
-        ConfigError: the checkpoint lacks a weight of the model, or has another one, or one of another shape.
+        ConfigError: a weight of the model is missing, unknown, or has another shape.
     """
     weights = model.state_dict()
     names: dict[str, str] = _saved(model, adapter, {name: name for name in weights})
     if not adapter:
         for alias, name in model.all_tied_weights_keys.items():
-            if name not in source.stored and alias in source.stored:  # one tensor, under its other name
+            if name not in source.stored and alias in source.stored:  # the tied tensor has its other name
                 names[name] = alias
     for stored in names.values():
         if stored not in source.stored:
             raise ConfigError(f"the checkpoint lacks {stored} of {type(model).__name__}.")
         if source.stored[stored].shape != weights[stored].shape:
             raise ConfigError(
-                f"{stored} is {tuple(source.stored[stored].shape)} in the checkpoint, and by its config.json "
-                f"{tuple(weights[stored].shape)}."
+                f"{stored} has shape {tuple(source.stored[stored].shape)} in the checkpoint, but "
+                f"{tuple(weights[stored].shape)} according to its config.json."
             )
     if unknown := sorted(source.stored.keys() - weights.keys()):
-        raise ConfigError(f"the checkpoint has {unknown[0]}, which {type(model).__name__} has not.")
+        raise ConfigError(f"the checkpoint has {unknown[0]}, which {type(model).__name__} does not have.")
     return names
 
 
 def _write(
     source: Source, names: dict[str, str], model: Any, adapter: bool, part: Path, max_size: int | str
 ) -> None:
-    """One file after another; nothing of one is left in memory when the next is begun."""
+    """Write one weight file after the other. The memory of each is free before the next one starts."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
@@ -175,7 +182,7 @@ def _write(
     for file, members in split.filename_to_tensors.items():
         values = {name: _allocate(empty[name]) for name in members}
         source.fill({names[name]: value for name, value in values.items()})
-        if not adapter:  # some models join in memory what their published form has apart
+        if not adapter:  # some models join weights that are separate in files
             values = {name: t.contiguous() for name, t in revert_weight_conversion(model, values).items()}
         save_file(values, part / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(values, file)
@@ -187,7 +194,7 @@ def _write(
 
 
 def _copy_weights(checkpoint: Path, part: Path, adapter: bool) -> None:
-    """What is an ordinary folder's already: DDP's, and one process's."""
+    """Copy the weights of a checkpoint that has ordinary files: those of DDP and of one process."""
     stem = "adapter_model" if adapter else "model"
     files = sorted(checkpoint.glob(f"{stem}*.safetensors*"))
     if not files:
@@ -198,30 +205,37 @@ def _copy_weights(checkpoint: Path, part: Path, adapter: bool) -> None:
 
 
 def _make(part: Path, weights: int) -> None:
-    """Makes the folder, or raises ConfigError where there is no room for weights of so many bytes."""
-    there = next(folder for folder in part.parents if folder.is_dir())
-    needed, free = weights + MARGIN, shutil.disk_usage(there).free
+    """Create the folder.
+
+    Raises:
+        ConfigError: the disk has no space for weights of this many bytes.
+    """
+    parent = next(folder for folder in part.parents if folder.is_dir())
+    needed, free = weights + MARGIN, shutil.disk_usage(parent).free
     if free < needed:
-        raise ConfigError(f"{needed / 1e9:.2f} GB are needed, and {there} has {free / 1e9:.2f} GB free.")
+        raise ConfigError(
+            f"the output needs {needed / 1e9:.2f} GB, but {parent} has only {free / 1e9:.2f} GB free. Free "
+            "disk space, or give another folder."
+        )
     part.mkdir(parents=True)
 
 
 def _allocate(like: torch.Tensor) -> torch.Tensor:
-    """The one place where memory for weights is taken."""
+    """Allocate a tensor. This is the only place that allocates memory for weights."""
     return torch.empty(like.shape, dtype=like.dtype)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The tensor in the half precision that config.json promises; else as it was stored."""
+    """Return the tensor in the half precision of config.json, if it has one; else as it is stored."""
     half = dtype in (torch.bfloat16, torch.float16) and tensor.is_floating_point()
     return tensor.to(dtype) if half else tensor
 
 
 def _check_opens(folder: Path, model: Any, adapter: bool) -> None:
-    """Opens the folder as its reader will, without reading values.
+    """Open the folder as a user will, without reading values.
 
     Raises:
-        RuntimeError: a weight of the model is missing, one too many, or of another shape.
+        RuntimeError: a weight is missing, unexpected, or has another shape.
     """
     if adapter:
         expected, found = _saved(model, True, model.state_dict()), _shapes(folder)
@@ -231,12 +245,13 @@ def _check_opens(folder: Path, model: Any, adapter: bool) -> None:
         wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
     if wrong:
         raise RuntimeError(
-            f"what was written is broken: {wrong[0]} ({len(wrong)} in all) is not as the model has it."
+            f"the output is broken: {wrong[0]} ({len(wrong)} in total) is missing, unexpected or of a wrong "
+            "shape."
         )
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """The weights in a folder's files, of their headers."""
+    """Return the shapes of the weights in a folder, read from the headers of its files."""
     from safetensors import safe_open
 
     found: dict[str, list[int]] = {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> TokenizedDPOTrainer:
-    """The trainer over prompt_ids, chosen_ids and rejected_ids."""
+    """Build the trainer for prompt_ids, chosen_ids and rejected_ids."""
     from trl import DPOConfig
 
     from trainers.loop.ingredients import build_with_reference
@@ -32,7 +32,7 @@ def build(context: Context) -> TokenizedDPOTrainer:
         loss_type=config.loss_types,
         label_smoothing=config.label_smoothing,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
-        max_length=None,  # cut already, the end of the prompt kept
+        max_length=None,  # samples are cut already, at the start of the prompt
     )
     return build_with_reference(TokenizedDPOTrainer, arguments, context)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> TokenizedKTOTrainer:
-    """The trainer over prompt_ids, completion_ids, KL_completion_ids and label."""
+    """Build the trainer for prompt_ids, completion_ids, KL_completion_ids and label."""
     from trl import KTOConfig
 
     from trainers.loop.ingredients import build_with_reference
@@ -33,7 +33,7 @@ def build(context: Context) -> TokenizedKTOTrainer:
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
-        max_length=None,  # cut already, the end of the prompt kept
+        max_length=None,  # samples are cut already, at the start of the prompt
     )
     return build_with_reference(TokenizedKTOTrainer, arguments, context)
 

@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT, arXiv 1810.04805) on transformers' Trainer; TRL has none.
+"""Masked language modelling (BERT, arXiv 1810.04805) on transformers' Trainer; TRL has no trainer for it.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.mlm config.yaml
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> MaskedTrainer:
-    """The trainer over input_ids; which tokens are masked is drawn when a batch is made."""
+    """Build the trainer for input_ids. The collator chooses the masked tokens."""
     from transformers import TrainingArguments
 
     from trainers.data.mlm_masking import MaskTokens
@@ -29,7 +29,7 @@ def build(context: Context) -> MaskedTrainer:
     arguments = make_arguments(
         TrainingArguments,
         **context.arguments,
-        remove_unused_columns=False,  # the collator reads the number of the row
+        remove_unused_columns=False,  # the collator reads the column `row`
         include_num_input_tokens_seen="non_padding",
     )
     parts = ingredients(context)

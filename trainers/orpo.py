@@ -1,4 +1,4 @@
-"""Odds-ratio preference optimisation (arXiv 2403.07691) on TRL's ORPOTrainer: no reference model.
+"""Odds-ratio preference optimisation (arXiv 2403.07691) on TRL's ORPOTrainer, without a reference model.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.orpo config.yaml
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> TokenizedORPOTrainer:
-    """The trainer over prompt_ids, chosen_ids and rejected_ids."""
+    """Build the trainer for prompt_ids, chosen_ids and rejected_ids."""
     from trl.experimental.orpo import ORPOConfig
 
     from trainers.loop.ingredients import ingredients

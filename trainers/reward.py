@@ -1,4 +1,4 @@
-"""Reward modelling on TRL's RewardTrainer: one score for a text, higher for the chosen answer.
+"""Reward modelling on TRL's RewardTrainer: one score per text, which is higher for the chosen answer.
 
 accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m trainers.reward config.yaml
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> TokenizedRewardTrainer:
-    """The trainer over chosen_ids and rejected_ids; its model is a classifier with one label."""
+    """Build the trainer for chosen_ids and rejected_ids. Its model is a classifier with one label."""
     from trl import RewardConfig
 
     from trainers.loop.ingredients import ingredients
@@ -28,7 +28,7 @@ def build(context: Context) -> TokenizedRewardTrainer:
     arguments = make_arguments(
         RewardConfig,
         **context.arguments,
-        max_length=None,  # rows that are too long are gone already
+        max_length=None,  # prepare has dropped pairs that are too long
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
     return TokenizedRewardTrainer(args=arguments, **ingredients(context))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(context: Context) -> TokenizedSFTTrainer:
-    """The trainer over rows that are tokenized and masked already."""
+    """Build the trainer for samples with input_ids and labels."""
     from trl import SFTConfig
 
     from trainers.data.collators import FlatCollator
@@ -32,7 +32,7 @@ def build(context: Context) -> TokenizedSFTTrainer:
         max_length=config.sequence_length,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    collator = None if config.packed == "none" else FlatCollator()  # without one TRL pads
+    collator = None if config.packed == "none" else FlatCollator()  # None: TRL pads
     return TokenizedSFTTrainer(args=arguments, data_collator=collator, **ingredients(context))
 
 

@@ -1,8 +1,8 @@
-"""Forks the ranks of this machine, again for each restart, from one process that has imported what they need.
+"""The warm process: it imports the libraries once, then forks the ranks of this machine for each attempt.
 
 The launcher runs `python -m trainers.warm FD trainers.sft [deepspeed]`. FD is a socket for lines of JSON:
 
-    launcher -> here    {"start": {"argv": [what follows `accelerate launch`], "environ": {the launch's own}}}
+    launcher -> here    {"start": {"argv": [arguments of `accelerate launch`], "environ": {of the launch}}}
     here -> launcher    {"imported": seconds}                       once, at the start
                         {"started": {"0": pid, "1": pid}}           global rank -> pid
                         {"refused": "why nothing was started"}
@@ -10,13 +10,13 @@ The launcher runs `python -m trainers.warm FD trainers.sft [deepspeed]`. FD is a
 
 When the socket closes, the ranks are killed.
 
-Many short runs can share the imports: `python -m trainers.warm --keep PATH trainers.sft deepspeed` listens
-at a socket in the file system, and forks for each launcher that comes (PHALANX_WARM=PATH) a process that
-serves it as above. The launcher's first message says where it is, and what its environment holds that imports
-read:
+Many short runs can share the imports. `python -m trainers.warm --keep PATH trainers.sft deepspeed` listens on
+a socket in the file system. For each launcher that connects (PHALANX_WARM=PATH) it forks a process, which
+serves the launcher as above. The first message of the launcher has its working directory, its log, and the
+environment variables that imports read:
 
-    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the run's lock as a descriptor
-    here -> launcher    {"refused": ...}                            it starts a process of its own then
+    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as a descriptor
+    here -> launcher    {"refused": ...}                            the launcher then starts its own process
 """
 
 from __future__ import annotations
@@ -42,39 +42,39 @@ from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
 from trainers.rank.process import die_with_parent
 
-# A fork keeps one thread, and CUDA does not survive it: for this process alone, never for its ranks.
+# A fork keeps only one thread, and CUDA does not survive it. This process has these values, its ranks do not.
 PARENT_ONLY = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # so does the jemalloc inside pyarrow
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # "is there a GPU?" is asked of NVML, not of CUDA
-    "TRL_EXPERIMENTAL_SILENCE": "1",  # as a rank sets it before it imports trl (trainers/loop/life.py)
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's jemalloc starts a thread
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch.cuda.is_available() asks NVML instead of CUDA
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # a rank sets it before it imports trl (trainers/loop/life.py)
 }
-# The launcher alone ends this process. A signal to all processes of a job, as SLURM sends one, is for the
-# ranks, and they would die with their parent.
-DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_UVM = "/dev/nvidia-uvm"  # open in every process that has started CUDA; NVML does without
+# Only the launcher ends this process. A signal to all processes of a job, as SLURM sends it, is for the
+# ranks. If this process died of it, the ranks would die with it.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_UVM = "/dev/nvidia-uvm"  # every process that has started CUDA has it open; NVML does not need it
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A process just forked, which is to become `python -m module arguments` in an environment of its own."""
+    """A rank that was just forked: it runs `python -m module arguments` in its own environment."""
 
     module: str
     arguments: list[str]
     environ: dict[str, str]
-    left_by_imports: dict[str, str]  # what its own imports would set where it is not set
+    left_by_imports: dict[str, str]  # variables that its imports would set if they are not set
     parent: int
 
     def run(self) -> int:
-        """Runs the module's main, and returns its exit code; the interpreter then ends as usual."""
-        os.setsid()  # as torchrun's workers, which are signalled one by one
+        """Run main() of the module, and return the exit code. The interpreter then ends as usual."""
+        os.setsid()  # as torchrun does for its workers, which get signals one by one
         die_with_parent()
         if os.getppid() != self.parent:
-            return 1  # it died before that was in force
-        for number in DEAF_TO:
+            return 1  # the parent died before die_with_parent() had an effect
+        for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
         loaded = os.environ.get("OMP_NUM_THREADS")
         os.environ.clear()
         os.environ.update(self.left_by_imports | self.environ)
@@ -86,9 +86,10 @@ class Rank:
 
 
 def _set_threads(loaded: str | None) -> None:
-    """OpenMP read OMP_NUM_THREADS when torch was loaded; another value is told to torch.
+    """Set the number of threads in torch if OMP_NUM_THREADS differs from the value at the import of torch.
 
-    The launcher starts the parent with the ranks' value, so that MKL too caps it as in a fresh process.
+    OpenMP reads OMP_NUM_THREADS when torch is loaded. The launcher starts the parent with the value of the
+    ranks, so that MKL limits its threads too, as in a new process.
     """
     import torch
 
@@ -98,7 +99,7 @@ def _set_threads(loaded: str | None) -> None:
 
 
 class Parent:
-    """Answers the launcher's requests, and reports the ends of ranks."""
+    """The warm process as one launcher sees it: it starts ranks on request, and reports when they end."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
@@ -110,11 +111,15 @@ class Parent:
         self.poll.register(channel, select.POLLIN)
 
     def send(self, **message: Any) -> None:
+        """Send a message to the launcher."""
         self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def serve(self) -> Rank | None:
-        """Returns twice: a Rank in each process that it forks, None here when the launcher is gone."""
-        for number in DEAF_TO:
+        """Serve the launcher until it is gone.
+
+        Returns a Rank in each forked process, and None in this process at the end.
+        """
+        for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         try:
             while True:
@@ -130,7 +135,7 @@ class Parent:
             return None
 
     def _requests(self) -> list[dict[str, Any]]:
-        """The requests that have come in whole."""
+        """Read from the socket, and return the requests that are complete."""
         chunk = self.channel.recv(1 << 16)
         if not chunk:
             raise EOFError
@@ -138,12 +143,12 @@ class Parent:
         return [json.loads(line) for line in lines]
 
     def _start(self, argv: list[str], environ: dict[str, str]) -> Rank | None:
-        """Forks the ranks of `accelerate launch argv`; a Rank in each of them, None here."""
+        """Fork the ranks of `accelerate launch argv`. Returns a Rank in each of them, else None."""
         from trainers.rank.accelerate_plan import plan
 
         try:
             planned = plan(argv, environ)
-        except (ValueError, OSError) as error:  # accelerate's own refusals
+        except (ValueError, OSError) as error:  # accelerate refuses the arguments
             self.send(refused=f"accelerate: {error}")
             return None
         if reason := self._why_not():
@@ -152,8 +157,8 @@ class Parent:
         parent, pids = os.getpid(), {}
         sys.stdout.flush()
         sys.stderr.flush()
-        # Ignored, a signal to a rank just forked would be lost; blocked, it waits for the rank to listen.
-        signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+        # Ignored signals would be lost in a new rank. Blocked ones wait until the rank has its handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         for number, environment in planned.environments.items():
             pid = os.fork()
             if pid == 0:
@@ -163,17 +168,17 @@ class Parent:
             descriptor = os.pidfd_open(pid)
             self.ranks[descriptor] = number, pid
             self.poll.register(descriptor, select.POLLIN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
         self.send(started=pids)
         return None
 
     def _why_not(self) -> str | None:
         if self.ranks:
-            return f"{len(self.ranks)} ranks of the last start still run"
+            return f"{len(self.ranks)} ranks of the last start are still running"
         return unsafe()
 
     def _leave(self) -> None:
-        """In a new rank: what is the parent's is not the rank's."""
+        """Close the descriptors of the parent, in a new rank."""
         self.channel.close()
         for descriptor in self.ranks:
             os.close(descriptor)
@@ -186,18 +191,19 @@ class Parent:
         self.send(exited={"rank": number, "code": code})
 
     def _kill(self) -> None:
-        """The ranks and what they started; none is left when this process ends."""
+        """Kill the ranks and their child processes, so that none is left when this process ends."""
         for _, pid in self.ranks.values():
             os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):  # not yet a session of its own
+            with contextlib.suppress(ProcessLookupError):  # the rank has not called setsid() yet
                 os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
 
 def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank | None:
-    """Listens at `path`, for this user alone, until it is ended; a Rank in the processes that become ranks.
+    """Listen on the socket `path`, only for this user, until the process is killed.
 
-    `environ`: as it was before the imports.
+    `environ` is the environment before the imports. Returns a Rank in each forked rank, and None in the other
+    forked processes.
     """
     path.unlink(missing_ok=True)
     left = warm_up(names)
@@ -206,7 +212,7 @@ def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank |
     listener.bind(str(path))
     os.umask(mask)
     listener.listen()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever was forked for a launcher is waited for by nobody
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the processes forked here
     while True:
         channel, _ = listener.accept()
         if os.fork() == 0:
@@ -217,7 +223,7 @@ def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank |
 
 
 def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[str, str]) -> Rank | None:
-    """For one launcher, in a process of its own; the lock stays open here and in the ranks."""
+    """Serve one launcher in a forked process. The lock of the run stays open here and in the ranks."""
     os.setsid()
     die_with_parent()
     message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
@@ -225,13 +231,14 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
     parent = Parent(channel)
     parent.left_by_imports = left
     if other := read_by_imports(environ).items() ^ hello["environ"].items():
-        parent.send(refused=f"its imports read another {', '.join(sorted({name for name, _ in other}))}")
+        names = ", ".join(sorted({name for name, _ in other}))
+        parent.send(refused=f"its imports used other values of {names}")
         return None
     os.chdir(hello["cwd"])
     _write_to(hello["log"])
     parent.send(imported=0.0)
     rank = parent.serve()
-    if rank is None:  # the ranks are gone; when the channel ends, nothing of the run may be open any more
+    if rank is None:  # the ranks are gone; close all files of the run before the channel closes
         for number in locks:
             os.close(number)
         os.chdir("/")
@@ -240,7 +247,7 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
 
 
 def _write_to(path: str) -> None:
-    """Sends what this process prints to the end of a file."""
+    """Append the output of this process to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -250,13 +257,13 @@ def _write_to(path: str) -> None:
 
 
 def unsafe() -> str | None:
-    """Why a fork of this process would not be a sound rank; None if it would."""
+    """Return why it is not safe to fork ranks from this process, or None if it is."""
     import torch
 
     tasks = [task for task in os.listdir("/proc/self/task") if task != str(os.getpid())]
     if tasks:
         names = ", ".join(Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in tasks)
-        return f"threads run beside the main one, and a fork would lose them: {names}"
+        return f"other threads are running, and a fork would lose them: {names}"
     opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     touched = any(line.endswith(_UVM) for line in opened + mapped)
@@ -266,9 +273,9 @@ def unsafe() -> str | None:
 
 
 def warm_up(names: Sequence[str]) -> dict[str, str]:
-    """Imports these modules; with one of trainers, all that a run of any trainer imports.
+    """Import these modules. If one belongs to trainers, import all modules of trainers.
 
-    Returns what the imports put into the environment.
+    Returns the environment variables that the imports have set.
     """
     import torch
 
@@ -281,15 +288,15 @@ def warm_up(names: Sequence[str]) -> dict[str, str]:
                 importlib.import_module(module.name)
         importlib.import_module("trainers.rank.accelerate_plan")
     gc.collect()
-    gc.freeze()  # the collector leaves these pages alone, and the ranks go on sharing them
+    gc.freeze()  # the garbage collector then does not touch these pages, so the ranks keep sharing them
     left = {name: value for name, value in os.environ.items() if name not in before}
-    if "deepspeed" in sys.modules:  # it sets this one too, and found it set
+    if "deepspeed" in sys.modules:  # deepspeed sets this one, but PARENT_ONLY had already set it
         left["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return left
 
 
 def _capability(device: Any = None) -> tuple[int, int]:
-    """torch.cuda.get_device_capability without CUDA: bitsandbytes asks when peft imports it."""
+    """Replace torch.cuda.get_device_capability without CUDA: bitsandbytes calls it when peft imports it."""
     import pynvml
     import torch
 
@@ -299,6 +306,7 @@ def _capability(device: Any = None) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the warm process, and in a forked rank the rank. Returns the exit code."""
     descriptor, *names = sys.argv[1:] if argv is None else argv
     environ = dict(os.environ)
     os.environ |= PARENT_ONLY

@@ -1,10 +1,10 @@
-"""One module for each command of `phalanx`.
+"""The commands of `phalanx`, one module for each.
 
-Each has HELP (a line), USAGE (what follows its name), add_arguments(parser), and run(...), which takes what
-was parsed by name and returns the exit code. At import they load nothing heavy.
+Each module has HELP (one line), USAGE (what follows the command's name), add_arguments(parser) and run(...).
+run() takes the parsed arguments by name and returns the exit code. Importing a module loads nothing heavy.
 """
 
-# In the order of --help: the most used first.
+# In the order of --help: the most used commands first.
 COMMANDS = (
     "train", "show", "submit", "status", "logs", "cancel", "evaluate", "consolidate", "llm", "schema",
     "completion",

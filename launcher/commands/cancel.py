@@ -1,4 +1,4 @@
-"""`phalanx cancel`: ends runs; what runs saves first."""
+"""`phalanx cancel`: end runs. A run that is running saves first."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(target: str) -> int:
-    """Ends a job, or all that a run has: what waits is taken from the queue, what runs saves first."""
-    for one in find_runs(target):
-        said = []
-        for job in [one.job] if one.job else jobs(one.folder):
+    """End a job, or all jobs of a run. Remove waiting jobs from the queue; running jobs save first."""
+    for found in find_runs(target):
+        lines = []
+        for job in [found.job] if found.job else jobs(found.folder):
             try:
-                said += [_cancel_job(one.folder, job)]
+                lines += [_cancel_job(found.folder, job)]
             except NoAnswer as error:
-                raise ConfigError(f"{one.folder}: job {job}: {error}") from None
-        if not any(said):
-            said = ["it does not run" if one.job else _cancel_process(one.folder)]
-        for line in filter(None, said):
-            print(f"{one.folder}: {line}")
+                raise ConfigError(f"{found.folder}: job {job}: {error}") from None
+        if not any(lines):
+            lines = ["it is not running" if found.job else _cancel_process(found.folder)]
+        for line in filter(None, lines):
+            print(f"{found.folder}: {line}")
     return 0
 
 
 def _cancel_job(folder: Path, job: str) -> str | None:
-    """What was done; None where the job, or the run within it, has ended, or SLURM knows it no more."""
+    """Cancel a job and return what was done.
+
+    Return None if the job, or the run within it, has ended, or if SLURM no longer knows the job.
+    """
     try:
         state = facts(job)["JobState"]
     except NoAnswer:
@@ -50,8 +53,8 @@ def _cancel_job(folder: Path, job: str) -> str | None:
         return None
     try:
         if state == "RUNNING" and _has_begun(job):
-            # It may be about to go back into the queue, and shall not. Its steps alone are told: the ranks
-            # save, and the job ends by itself.
+            # The job may be about to be requeued: prevent that. scancel signals only its steps, not the batch
+            # script: the ranks save, and the job ends by itself.
             ask("scontrol", "update", f"JobId={job}", "Requeue=0")
             ask("scancel", "--signal=TERM", job)
             return f"job {job} saves and ends"
@@ -62,23 +65,23 @@ def _cancel_job(folder: Path, job: str) -> str | None:
 
 
 def _has_begun(job: str) -> bool:
-    """Whether the job has a step, beside its script: else there is nobody to tell, and nothing to save."""
+    """Whether the job has a step in addition to its script. Without a step there is nothing to save."""
     return any(
         step.rpartition(".")[2].isdigit() for step in ask("squeue", "-h", "-s", "-j", job, "-o", "%i").split()
     )
 
 
 def _cancel_process(folder: Path) -> str:
-    """Of a run without SLURM."""
+    """Stop a run that has no SLURM job, and return what was done."""
     if (held := holder(folder)) is None:
-        return "it does not run"
+        return "it is not running"
     pid, host = held
     if host != socket.gethostname():
-        return f"it runs on {host or 'a machine that has just begun'}; cancel it there"
+        return f"it runs on {host or 'an unknown machine (it has just started)'}; cancel it there"
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         return "it has just ended"
     except PermissionError:
-        raise ConfigError(f"{folder}: process {pid} is of another user.") from None
+        raise ConfigError(f"{folder}: process {pid} belongs to another user.") from None
     return f"process {pid} saves and ends"

@@ -1,10 +1,10 @@
-"""`phalanx completion SHELL`: prints the script that completes commands, flags and choices in a shell."""
+"""`phalanx completion SHELL`: print the script that completes commands, flags and choices in a shell."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "print the completion script of a shell"
+HELP = "print a script that completes commands and flags in your shell"
 USAGE = "bash|zsh|fish"
 
 

@@ -1,4 +1,4 @@
-"""`phalanx consolidate RUN|CHECKPOINT`: picks the checkpoint; trainers/consolidate.py does the work."""
+"""`phalanx consolidate RUN|CHECKPOINT`: choose the checkpoint; trainers/consolidate.py does the work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.config.errors import ConfigError
 from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX, complaint, newest_usable
 
-HELP = "make an ordinary Hugging Face folder of a run's newest checkpoint, or of the one named"
+HELP = "convert a checkpoint (of a run: the newest) to an ordinary Hugging Face model folder"
 USAGE = "RUN|CHECKPOINT [--output FOLDER]"
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(source: Path, output: Path | None) -> int:
-    """Returns the exit code of the work.
+    """Run trainers/consolidate.py and return its exit code.
 
     Raises:
         ConfigError: there is no checkpoint that verifies.
@@ -30,7 +30,7 @@ def run(source: Path, output: Path | None) -> int:
         checkpoint: Path | None = source
         if why := complaint(source, content=True):
             raise ConfigError(
-                f"{source}: {why}. The other checkpoints of the run may verify: give its folder."
+                f"{source}: {why}. Give the run's folder to use another checkpoint, if one verifies."
             )
     else:
         checkpoint, passed = newest_usable(source, content=True)

@@ -1,4 +1,4 @@
-"""`phalanx evaluate RUN ...`: a run's final model, measured by lm-eval on all GPUs of this machine."""
+"""`phalanx evaluate RUN ...`: evaluate a run's final model with lm-eval on all GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from trainers.storage.saved_model import ADAPTER
 
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"
-HELP = "measure a run's final model with lm-eval; what follows RUN is for lm-eval"
+HELP = "evaluate a run's final model with lm-eval, which gets everything after RUN"
 USAGE = "RUN --tasks NAMES [...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a run's folder")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="lm-eval's, such as --tasks arc_easy")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for lm-eval, such as --tasks arc_easy")
 
 
 def run(folder: Path, arguments: Sequence[str]) -> NoReturn:
-    """Becomes lm-eval: signals reach it, and its exit code is the command's.
+    """Replace this process by lm-eval, so that lm-eval gets the signals and its exit code is the command's.
 
     Raises:
-        ConfigError: there is no model, or no lm-eval.
+        ConfigError: there is no model, or lm-eval is not installed.
     """
     argv = command(folder, arguments, len(detect_hardware().gpus))
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"evaluate: lm-eval is not installed: {EXTRA}.")
+        raise ConfigError(f"evaluate: lm-eval is not installed. Install it: {EXTRA}.")
     os.execv(argv[0], argv)
 
 
 def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
-    """lm-eval's argv; each GPU has the whole model, unless the user asks lm-eval to spread it.
+    """Return lm-eval's argv. Each GPU has a full model, unless the user gives parallelize=True to lm-eval.
 
     Raises:
-        ConfigError: there is no model.
+        ConfigError: there is no model, or an argument is not supported.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_args", "-a", nargs="+", default=[])
     parser.add_argument("--output_path", "-o", default=str(folder / RESULTS))
     given, rest = parser.parse_known_args(arguments)
     if any(word.startswith("{") for word in given.model_args):
-        raise ConfigError("--model_args: write name=value, not JSON: it stands beside the model's own.")
+        raise ConfigError(
+            "--model_args: JSON cannot be joined with the model's own arguments. Write name=value."
+        )
     model = ",".join(f"{name}={value}" for name, value in _model(folder).items())
     spread = any(word.lower() == "parallelize=true" for a in given.model_args for word in a.split(","))
     launch = [sys.executable, "-m"]
@@ -62,7 +64,7 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
 
 
 def _model(folder: Path) -> dict[str, str]:
-    """What lm-eval calls the model: a whole one, or an adapter on its base."""
+    """Return lm-eval's arguments for the model: a full model, or an adapter and its base model."""
     adapter = folder / ADAPTER
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         found = {"pretrained": str(folder)}
@@ -71,10 +73,12 @@ def _model(folder: Path) -> dict[str, str]:
         found = {"pretrained": str(base), "peft": str(folder), "tokenizer": str(folder)}
     else:
         raise ConfigError(
-            f"{folder}: there is no final model. Wait for the run's end, or make one of a checkpoint: "
+            f"{folder}: there is no final model. Wait until the run ends, or convert a checkpoint: "
             f"phalanx consolidate {folder}."
         )
     for value in found.values():
         if "," in value or "=" in value:
-            raise ConfigError(f"{value}: lm-eval takes no path with a comma or an equals sign.")
+            raise ConfigError(
+                f"{value}: lm-eval cannot load a path with a comma or an equals sign. Rename the folder."
+            )
     return found

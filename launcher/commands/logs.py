@@ -1,4 +1,4 @@
-"""`phalanx logs`: the log of a rank in the newest attempt."""
+"""`phalanx logs`: print the log of a rank in the newest attempt."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ HELP = "print the log of a rank"
 USAGE = "RUN|JOB [--rank N] [--follow]"
 
 FOLLOW_SECONDS = 0.5
-STATE_SECONDS = 10.0  # between two questions whether the run goes on: the controller has many users
+STATE_SECONDS = 10.0  # between two checks whether the run is active: the controller has many users
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="a run's folder, or a job's id")
-    parser.add_argument("--rank", type=int, default=0, help="whose (default: 0)")
-    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument("--rank", type=int, default=0, help="rank whose log is printed (default: 0)")
+    parser.add_argument("--follow", action="store_true", help="print new lines until the run ends")
 
 
 def run(target: str, rank: int, follow: bool) -> int:
-    """Prints the log of a rank in the newest attempt; `follow`: and what comes, until the run ends."""
+    """Print the log of a rank in the newest attempt. With `follow`, print new lines until the run ends."""
     folder = _one(target)
     seen: Path | None = None
     try:
@@ -37,7 +37,7 @@ def run(target: str, rank: int, follow: bool) -> int:
             if path != seen:
                 print(f"--- {path}", file=sys.stderr)
             seen = path
-    except KeyboardInterrupt:  # the way to end it; the run goes on
+    except KeyboardInterrupt:  # the user ends --follow this way; the run continues
         return 128 + signal.SIGINT
     if seen is None:
         raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
@@ -45,11 +45,11 @@ def run(target: str, rank: int, follow: bool) -> int:
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
-    """Copies to the terminal what is new in the newest log, and gives its path; ends with the run."""
-    path, position, over, asked = None, 0, False, float("-inf")
+    """Copy what is new in the newest log to the terminal, and yield the log's path, until the run ends."""
+    path, position, ended, asked = None, 0, False, float("-inf")
     while True:
         if time.monotonic() - asked >= STATE_SECONDS:
-            over, asked = not follow or not _goes_on(folder), time.monotonic()
+            ended, asked = not follow or not _is_active(folder), time.monotonic()
         newest = _newest_log(folder, rank)
         if newest != path:
             path, position = newest, 0
@@ -61,7 +61,7 @@ def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
             position += len(chunk)
-        if over:
+        if ended:
             return
         time.sleep(FOLLOW_SECONDS)
 
@@ -71,7 +71,8 @@ def _newest_log(folder: Path, rank: int) -> Path | None:
     return next((log for attempt in newest_first for log in rank_logs(attempt, rank)), None)
 
 
-def _goes_on(folder: Path) -> bool:
+def _is_active(folder: Path) -> bool:
+    """Whether the run may still write logs: it runs, waits in the queue, or its state is unknown."""
     state, _, _ = state_of(folder, last_job(folder))
     return state not in (*ENDED, "ended", "stopped")
 
@@ -80,5 +81,5 @@ def _one(name: str) -> Path:
     found = {target.folder for target in find_runs(name)}
     if len(found) > 1:
         runs = ", ".join(sorted(str(folder) for folder in found))
-        raise ConfigError(f"{name}: several runs are meant: {runs}. Give one of them.")
+        raise ConfigError(f"{name}: several runs have this job: {runs}. Give one of them.")
     return found.pop()

@@ -1,4 +1,4 @@
-"""`phalanx schema`: the JSON schema of a config file, for editors."""
+"""`phalanx schema`: print the JSON schema of a config file, for editors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USAGE = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add nothing: the command has no arguments."""
 
 
 def run() -> int:
@@ -41,7 +41,7 @@ def json_schema() -> dict[str, Any]:
     params: dict[str, Any] = pick(ALIASES)
     for key, (name, on, off) in SWITCHES.items():
         params[key] = (bool, Field(on == "full", description=f"true: {name} is {on}. false: it is {off}."))
-    whole: dict[str, Any] = {
+    top_level: dict[str, Any] = {
         "task": (Literal[TASKS], ...),
         "backend": (Word, Field("local", description="AutoTrain's key; only local.")),
         **pick(TOP_KEYS),
@@ -51,5 +51,5 @@ def json_schema() -> dict[str, Any]:
         "launch": (LaunchConfig, {}),
         "slurm": (SlurmConfig, {}),
     }
-    schema: dict[str, Any] = create_model("PhalanxConfig", __config__=strict, **whole).model_json_schema()
+    schema: dict[str, Any] = create_model("PhalanxConfig", __config__=strict, **top_level).model_json_schema()
     return schema

@@ -1,4 +1,4 @@
-"""`phalanx show`: what would be generated and run. Writes nothing and starts nothing."""
+"""`phalanx show`: print what `phalanx train` would generate and run. Writes nothing and starts nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USAGE = "config.yaml [--flag VALUE ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     add_config_flags(parser, slurm=True)
 
@@ -46,10 +46,10 @@ def run(config: Path, as_json: bool, **flags: Any) -> int:
 
 
 def plan(run: Run, topology: Topology) -> dict[str, Any]:
-    """Everything that `phalanx train` would decide, as JSON types.
+    """Return everything that `phalanx train` would decide, as JSON types.
 
     Raises:
-        ConfigError: what would stop the run.
+        ConfigError: the first problem that would stop the run.
     """
     backend = resolve_backend(run, topology)
     preflight(run)
@@ -87,12 +87,12 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
 
 
 def render(plan: dict[str, Any]) -> str:
-    """The plan for a reader."""
+    """Return the plan as text."""
     lines = ["# effective config"]
     for section in ("config", "launch"):
         width = max(len(name) for name in plan[section])
         for name, entry in plan[section].items():
-            lines.append(f"{name:<{width}}  {_word(entry['value']):<24}  {entry['source']}")
+            lines.append(f"{name:<{width}}  {_as_text(entry['value']):<24}  {entry['source']}")
     if plan["notes"]:
         lines += ["", "# notes", *plan["notes"]]
     ranks, files = plan["ranks"], AttemptFiles(Path(plan["folder"]))
@@ -115,5 +115,5 @@ def render(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _word(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

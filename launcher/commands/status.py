@@ -1,4 +1,4 @@
-"""`phalanx status`: a run seen from any node that sees its folder."""
+"""`phalanx status`: print the state of runs, on any node that sees their folders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 
 from launcher.slurm.run_state import find_runs, read_status
 
-HELP = "what runs do: state, step, loss, speed, time left"
+HELP = "print the state of runs: step, loss, speed, time left"
 USAGE = "[RUN|JOB] [--json]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", nargs="?", help="a run's folder, or a job's id (default: all below here)")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        help="a run's folder, or a job's id (default: all runs below the working folder)",
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 

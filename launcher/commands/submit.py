@@ -1,4 +1,4 @@
-"""`phalanx submit`: checks a run on the login node, and hands slurm/train.sh or slurm/array.sh to sbatch."""
+"""`phalanx submit`: check a run on the login node, and give slurm/train.sh or slurm/array.sh to sbatch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from trainers.config.errors import ConfigError
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 ARRAY = SLURM_SCRIPTS / "array.sh"
-HELP = "check a config on the login node, then hand it to SLURM"
+HELP = "check a config on the login node, then submit it to SLURM"
 USAGE = "config.yaml [--flag VALUE ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # The lines of --array may begin with a config each; then the command names none.
-    parser.add_argument("config", type=Path, nargs="?", help="config file (YAML, AutoTrain's form)")
-    parser.add_argument("--dry-run", action="store_true", help="check, and print the command only")
+    # Each line of --array's file may begin with its own config. Then the command names none.
+    parser.add_argument("config", type=Path, nargs="?", help="config file (YAML, in AutoTrain's format)")
+    parser.add_argument("--dry-run", action="store_true", help="check, and only print the command")
     parser.add_argument("--parsable", action="store_true", help="print only the job's id")
     parser.add_argument(
         "--array",
         metavar="FILE[%%N]|LIST",
-        help="a run for each line of a file (at most N at once), or for each of sbatch's numbers",
+        help="one run for each line of a file (at most N at a time), or for each number of sbatch's list",
     )
     add_config_flags(parser, slurm=True)
 
@@ -48,48 +48,51 @@ def run(config: Path | None, array: str | None, dry_run: bool, parsable: bool, *
 
 
 def plan(config: Path | None, flags: Mapping[str, Any], array: str | None) -> tuple[list[Task], list[str]]:
-    """Loads and checks what is to be submitted; returns the runs, and sbatch's argv.
+    """Load and check the runs, and return them with sbatch's argv.
 
-    `array` is sbatch's list of task numbers (1-8%2), or a file with a line a run, FILE or FILE%2: the run's
-    flags in words without quotes, after a config of its own where the command names none.
+    `array` is sbatch's list of task numbers (1-8%2), or a file with one line for each run (FILE or FILE%2).
+    A line has the flags of its run, as words without quotes. It begins with its own config if the command
+    names none.
 
     Raises:
-        ConfigError: what is wrong, in the line of the file or the task where there are several.
+        ConfigError: what is wrong; in an array, with the line or the task number.
     """
-    words = _words(flags)
+    words = _command_flags(flags)
     for word in (str(config or ""), array or "", *words):
         if not word.isprintable():
-            raise ConfigError(f"{word!r} has control characters. A job's command may hold none.")
+            raise ConfigError(f"{word!r} has control characters. A job's command must not have any.")
     check_no_secret(flags)
     for path in (str(config or ""), array or ""):
         if path.startswith("-"):
-            raise ConfigError(f"{path}: the job would take it for a flag. Write ./{path}.")
+            raise ConfigError(f"{path}: the job would read it as a flag. Write ./{path}.")
     common = [*([str(config)] if config else []), *words]
     if array is None or LIST.fullmatch(array):
         if config is None:
             raise ConfigError(
-                "submit: no config. Name one, or give --array a file whose lines begin with one."
+                "submit: no config. Give one, or give --array a file whose lines begin with a config."
             )
         if array is None:
             run = load_run(config, flags)
             check(run)
-            return [Task(run)], sbatch_argv(_named(run), [str(TRAIN), *common])
+            return [Task(run)], sbatch_argv(_with_job_name(run), [str(TRAIN), *common])
         tasks = numbered(config, flags, array)
-        return tasks, sbatch_argv(_named(tasks[0].run, config), [str(TRAIN), *common], array)
+        return tasks, sbatch_argv(_with_job_name(tasks[0].run, config), [str(TRAIN), *common], array)
     file, _, at_once = array.partition("%")
     tasks = swept(config, flags, Path(file))
     numbers = f"1-{len(tasks)}" + (f"%{at_once}" if at_once else "")
     if not LIST.fullmatch(numbers):
-        raise ConfigError(f"--array: {at_once!r} is no number of tasks that may run at once.")
-    named = _named(tasks[0].run, config or Path(file))
+        raise ConfigError(
+            f"--array: {at_once!r} is not a number of tasks that run at a time. Write for example {file}%2."
+        )
+    named = _with_job_name(tasks[0].run, config or Path(file))
     return tasks, sbatch_argv(named, [str(ARRAY), file, *common], numbers)
 
 
 def submit(tasks: Sequence[Task], argv: Sequence[str]) -> str:
-    """Calls sbatch, notes the job in the folder of each run, and returns its id.
+    """Call sbatch, record the job in the folder of each run, and return the job's id.
 
     Raises:
-        ConfigError: sbatch refused.
+        ConfigError: sbatch failed.
     """
     try:
         job = ask(*argv[:1], "--parsable", *argv[1:]).partition(";")[0]
@@ -100,8 +103,8 @@ def submit(tasks: Sequence[Task], argv: Sequence[str]) -> str:
     return job
 
 
-def _named(run: Run, of_many: Path | None = None) -> Run:
-    """With the job's name, where the user gave none: the project's, or that of the file behind many runs."""
+def _with_job_name(run: Run, of_many: Path | None = None) -> Run:
+    """Return the run with a job name: the user's, the name of the file behind an array, or the project's."""
     if run.slurm.job_name:
         return run
     name = of_many.stem if of_many else Path(run.train.project_name).name
@@ -109,8 +112,8 @@ def _named(run: Run, of_many: Path | None = None) -> Run:
     return replace(run, slurm=slurm)
 
 
-def _words(flags: Mapping[str, Any]) -> list[str]:
-    """The flags of the run as they were given; those of SLURM are sbatch's."""
+def _command_flags(flags: Mapping[str, Any]) -> list[str]:
+    """Return the user's flags for the command of the job, without those that go to sbatch."""
     found = []
     for name, value in flags.items():
         if name not in SlurmConfig.model_fields:

@@ -1,4 +1,4 @@
-"""`phalanx train`: checks a config, starts the ranks, and watches them to their end."""
+"""`phalanx train`: check a config, start the ranks, and watch them until they end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USAGE = "config.yaml [--flag VALUE ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     add_config_flags(parser)
 
 
@@ -50,10 +50,10 @@ def _train(run: Run, layout: Topology) -> int:
     from launcher.supervise.signals import Signals
     from trainers.storage.data_cache import cache_root
 
-    with Signals() as signals:  # a warning of the job's end may come at any moment
+    with Signals() as signals:  # a warning before the job's end may arrive at any moment
         chosen = backend.resolve_backend(run, layout)
         preflight.preflight(run)
-        cache_root()  # not on a login node: the disk of a node may be another
+        cache_root()  # checked here and not on the login node: a node may have another disk
         run = resume_layout.fitted(run, layout, chosen)
         for note in run.settings.notes:
             say("note", note)

@@ -1,1 +1,1 @@
-"""Decisions before anything starts: topology, backend, memory, and the command. Starts nothing."""
+"""Decisions before the ranks start: topology, backend, memory and the command. Starts nothing."""

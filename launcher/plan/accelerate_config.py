@@ -1,4 +1,7 @@
-"""Static template + topology -> this run's accelerate config. Sharding policy stays in the template."""
+"""Build this run's accelerate config from a static template and the topology.
+
+The sharding policy stays in the template.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from launcher.plan.topology import Topology
 def build_accelerate_config(
     backend: Backend, topology: Topology, launch: LaunchConfig, deepspeed_config: Path | None
 ) -> dict[str, Any]:
-    """This run's accelerate config: the template with the topology filled in.
+    """Return this run's accelerate config: the template with the topology filled in.
 
-    `deepspeed_config` is where the generated deepspeed.json lies; accelerate takes the pointer as written,
-    so it must be absolute.
+    `deepspeed_config` is the path of the generated deepspeed.json. accelerate uses this path as written, so
+    it must be absolute.
     """
     config: dict[str, Any] = yaml.safe_load(backend.template.read_text(encoding="utf-8"))
     config.update(
@@ -43,7 +46,7 @@ def build_accelerate_config(
 
 
 def build_deepspeed_config(backend: Backend) -> dict[str, Any] | None:
-    """This run's deepspeed.json: the template; the trainer fills its "auto" values."""
+    """Return this run's deepspeed.json (the template), or None. The trainer fills its "auto" values."""
     if backend.deepspeed_template is None:
         return None
     config: dict[str, Any] = json.loads(backend.deepspeed_template.read_text(encoding="utf-8"))

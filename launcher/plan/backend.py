@@ -1,4 +1,4 @@
-"""Resolves distributed_backend: the one that was asked for, or the one that fits."""
+"""Resolve distributed_backend: the backend that the user asked for, or (auto) the one that fits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trainers.config.packages import installed
 from trainers.config.requirements import AMPERE, BITSANDBYTES, Place, check_requirements
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS
 
-AUTOTRAIN_ZERO_STAGE = 3  # what AutoTrain's distributed_backend: deepspeed ran
-MEMORY_SHARE = 0.8  # part of a device's memory that the weights, gradients and optimiser may fill
+AUTOTRAIN_ZERO_STAGE = 3  # the stage that AutoTrain used with distributed_backend: deepspeed
+MEMORY_SHARE = 0.8  # part of a device's memory that weights, gradients and optimiser state may take
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The decision: which backend, why, and the static files that own its policy."""
+    """A decision: the backend, the reason, and the static files that define its policy."""
 
     name: str  # ddp, fsdp, deepspeed or none
     reason: str
@@ -28,10 +28,10 @@ class Backend:
 
 
 def resolve_backend(run: Run, topology: Topology) -> Backend:
-    """Chooses the backend, and checks that the config goes with it and with the machine.
+    """Choose the backend, and check that the backend and the machine support the config.
 
     Raises:
-        ConfigError: a pair that does not go together, with the reason and the nearest right one.
+        ConfigError: a combination that is not supported, with the reason and the nearest supported one.
     """
     name, reason = _choose(run, topology)
     stage = run.launch.zero_stage
@@ -42,7 +42,7 @@ def resolve_backend(run: Run, topology: Topology) -> Backend:
         suffix = "_offload" if run.launch.offload == "cpu" else ""
         return Backend(
             name,
-            f"{reason}, ZeRO stage {stage}{' (as AutoTrain)' if run.launch.zero_stage is None else ''}",
+            f"{reason}, ZeRO stage {stage}{' (as in AutoTrain)' if run.launch.zero_stage is None else ''}",
             ACCELERATE_CONFIGS / f"deepspeed_zero{stage}{suffix}.yaml",
             DEEPSPEED_CONFIGS / f"zero{stage}{suffix}.json",
         )
@@ -54,7 +54,7 @@ def resolve_backend(run: Run, topology: Topology) -> Backend:
 
 
 def place_of(run: Run, topology: Topology, backend: str, zero_stage: int | None) -> Place:
-    """Return where the run is going to compute."""
+    """Return the hardware that the run uses, and how the run is distributed over it."""
     hardware = topology.hardware
     return Place(
         backend=backend,
@@ -70,7 +70,11 @@ def place_of(run: Run, topology: Topology, backend: str, zero_stage: int | None)
 
 
 def _choose(run: Run, topology: Topology) -> tuple[str, str]:
-    """auto: one process -> none; the model fits on each rank -> ddp; else fsdp, or as the optimiser wants."""
+    """Return the backend and the reason for it.
+
+    auto: none with one process; ddp if the model fits on each rank; else fsdp, or deepspeed if fsdp does not
+    support the optimiser.
+    """
     asked = run.train.distributed_backend
     if asked != "auto":
         return asked, f"asked for ({run.settings.sources['distributed_backend']})"
@@ -79,17 +83,17 @@ def _choose(run: Run, topology: Topology) -> tuple[str, str]:
     size = size_of_model(run.train.model)
     sharded, more = "fsdp", ""
     if re.fullmatch(BITSANDBYTES, run.train.optimizer) and installed("deepspeed"):
-        sharded, more = "deepspeed", f"; {run.train.optimizer} does not go with fsdp"
+        sharded, more = "deepspeed", f"; fsdp does not support {run.train.optimizer}"
     if size is None:
         return (
             sharded,
-            f"the size of {run.train.model} is not known before it is downloaded, and {sharded} holds the "
-            f"largest{more}",
+            f"the size of {run.train.model} is not known before it is downloaded, and {sharded} can hold the "
+            f"largest models{more}",
         )
     needed = predict_bytes_per_rank(size, run.train)
     hardware = topology.hardware
     room = min((gpu.memory for gpu in hardware.gpus), default=hardware.memory // topology.local_processes)
-    figures = f"predicted {needed / 2**30:.1f} GiB a rank, {room / 2**30:.1f} GiB there"
+    figures = f"predicted {needed / 2**30:.1f} GiB per rank, {room / 2**30:.1f} GiB available"
     if needed <= MEMORY_SHARE * room:
         return "ddp", f"the model fits on each rank ({figures})"
     return sharded, f"the model does not fit on each rank ({figures}){more}"

@@ -1,6 +1,6 @@
-"""auto_find_batch_size: what the next attempt takes after memory ran out.
+"""auto_find_batch_size: the batch size of the next attempt after memory ran out.
 
-Pure: starts nothing. Each line is one attempt, and all have one global batch:
+Pure: starts nothing. Each line below is one attempt. All attempts have the same global batch:
 
     batch_size 8   gradient_accumulation  1
     batch_size 4   gradient_accumulation  2
@@ -18,9 +18,9 @@ from trainers.config.schema import TrainConfig
 
 
 def next_smaller(train: TrainConfig) -> tuple[int, int] | None:
-    """The next smaller batch_size and its gradient_accumulation; None where there is none.
+    """Return the next smaller batch_size and its gradient_accumulation, or None if there is none.
 
-    Only a divisor keeps the global batch to the row: 8 -> 4, 6 -> 3, 9 -> 3, 7 -> 1.
+    Only a divisor keeps the global batch exactly the same: 8 -> 4, 6 -> 3, 9 -> 3, 7 -> 1.
     """
     size = train.batch_size
     for smaller in range(size // 2, smallest_batch(train) - 1, -1):
@@ -30,7 +30,7 @@ def next_smaller(train: TrainConfig) -> tuple[int, int] | None:
 
 
 def with_smaller_batch(run: Run) -> Run | None:
-    """The run of the next attempt; None where there is no smaller batch_size."""
+    """Return the run of the next attempt, or None if there is no smaller batch_size."""
     smaller = next_smaller(run.train)
     if smaller is None:
         return None
@@ -39,12 +39,9 @@ def with_smaller_batch(run: Run) -> Run | None:
 
 
 def announce(old: Run, new: Run, rank: int, checkpoint: Path | None) -> str:
-    """One line: what ran out, what is tried next, and from where."""
+    """Return one line: what ran out of memory, what is tried next, and from which checkpoint."""
     size, accumulation = new.train.batch_size, new.train.gradient_accumulation
     return (
         f"rank {rank} ran out of memory with batch_size {old.train.batch_size}: trying batch_size {size} and "
         f"gradient_accumulation {accumulation} (the same global batch), from {checkpoint or 'the start'}"
     )
-
-
-# fmt: on

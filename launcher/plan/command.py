@@ -1,4 +1,4 @@
-"""Pure: the argv and environment of `accelerate launch -m trainers.X` for this run. Starts nothing."""
+"""Build the argv and the environment of `accelerate launch -m trainers.X` for this run. Starts nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from launcher.plan.backend import Backend
 from launcher.plan.topology import LOOPBACK, Topology, interface_to
 from trainers.rank.protocol import JOB_END, LIVE, LOG_DIR, AttemptFiles
 
-ELASTIC = "elastic"  # torchrun's own folder inside an attempt, removed at the end
+ELASTIC = "elastic"  # torchrun's folder inside an attempt, removed at the end
 
 
 def build_command(run: Run, topology: Topology, backend: Backend, files: AttemptFiles) -> list[str]:
-    """argv of the launch with these files."""
+    """Return the argv of a launch with these files."""
     argv = [
         sys.executable,
         "-m",
@@ -24,17 +24,18 @@ def build_command(run: Run, topology: Topology, backend: Backend, files: Attempt
         str(files.accelerate_config),
     ]
     if topology.num_machines > 1:
-        # In the YAML these two have no effect (accelerate 1.15): the parser's defaults win.
+        # accelerate 1.15 ignores these two in the YAML: the defaults of its parser override them.
         argv += ["--rdzv_backend", "static", "--same_network"]
     argv += ["--num_cpu_threads_per_process", str(cpu_threads(topology))]
-    argv += ["--log_dir", str(files.folder / ELASTIC)]  # else torchrun leaves a folder in /tmp
+    argv += ["--log_dir", str(files.folder / ELASTIC)]  # else torchrun creates one in /tmp
     return [*argv, "-m", f"trainers.{run.train.kind.module}", str(files.config)]
 
 
 def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, str]:
-    """By which network interface the ranks talk, where the site has not said it: on one machine, loopback.
+    """Return the variables that choose the ranks' network interface, without those that the site has set.
 
-    `=` is for NCCL, which else takes every interface whose name begins so.
+    On one machine it is loopback. `=` makes NCCL match the full name: without it, NCCL uses every interface
+    whose name begins with this one.
     """
     several = topology.num_machines > 1
     name = interface_to((topology.neighbour or topology.main_process_ip) if several else LOOPBACK)
@@ -45,12 +46,12 @@ def socket_interfaces(topology: Topology, base: Mapping[str, str]) -> dict[str, 
 
 
 def launch_arguments(argv: list[str]) -> list[str]:
-    """What follows `accelerate launch` in such an argv."""
+    """Return the part of build_command()'s argv that follows `accelerate launch`."""
     return argv[argv.index("accelerate.commands.launch") + 1 :]
 
 
 def cpu_threads(topology: Topology) -> int:
-    """Threads a rank: its share of the cores where it computes on them, else one."""
+    """Return the threads per rank: its share of the cores on CPUs, one on GPUs."""
     if topology.on_gpu:
         return 1
     return max(1, topology.hardware.cores // topology.local_processes)
@@ -64,13 +65,18 @@ def build_environment(
     live_terminal: bool,
     job_end: float | None = None,
 ) -> dict[str, str]:
-    """The environment of the launch: the caller's, plus where ranks write their logs, and the hub token."""
+    """Return the environment of the launch.
+
+    It is the caller's environment (`base`), plus: one visible GPU for one process, the folder of the logs,
+    threads, network interfaces, whether a person watches the terminal, the end of the job's time limit, and
+    the hub token.
+    """
     environment = dict(base)
     if topology.on_gpu and topology.num_processes == 1:
-        # A single process that sees several GPUs would be wrapped in nn.DataParallel, which TRL refuses.
+        # If one process sees several GPUs, the Trainer uses nn.DataParallel, which TRL refuses.
         environment["CUDA_VISIBLE_DEVICES"] = base.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment[LOG_DIR] = str(logs)
-    # accelerate leaves it to torchrun for deepspeed, which sets 1: a rank on a CPU would have one thread.
+    # With deepspeed, accelerate leaves this to torchrun, which sets 1: a rank on CPUs would have one thread.
     environment.setdefault("OMP_NUM_THREADS", str(cpu_threads(topology)))
     environment |= socket_interfaces(topology, base)
     environment[LIVE] = "1" if live_terminal else "0"

@@ -1,4 +1,4 @@
-"""SLURM's short form of node names, expanded without asking the controller. Pure."""
+"""Expand SLURM's short form of node names, without a call to the controller. Pure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 
 def hosts(nodelist: str) -> list[str]:
-    """node[08-10,12] -> node08, node09, node10, node12; a name may have several brackets.
+    """Return the names in a list of nodes: node[08-10,12] -> node08, node09, node10, node12.
+
+    A name may have several brackets.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: the list is malformed.
     """
     found: list[str] = []
     for part in _split(nodelist):
@@ -18,7 +20,7 @@ def hosts(nodelist: str) -> list[str]:
 
 
 def _split(nodelist: str) -> list[str]:
-    """At the commas outside brackets."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for letter in nodelist:
         depth += (letter == "[") - (letter == "]")
@@ -27,7 +29,7 @@ def _split(nodelist: str) -> list[str]:
         else:
             parts[-1] += letter
     if depth:
-        raise ValueError(f"{nodelist!r} has a bracket that is not closed")
+        raise ValueError(f"{nodelist!r} has an unbalanced bracket")
     return [part for part in parts if part]
 
 
@@ -44,6 +46,6 @@ def _numbers(ranges: str) -> Sequence[str]:
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"[{ranges}] is no list of numbers")
+            raise ValueError(f"[{ranges}] is not a list of numbers")
         found += [f"{n:0{len(first)}d}" for n in range(int(first), int(last if dash else first) + 1)]
     return found

@@ -1,4 +1,4 @@
-"""Preflight: all that can be known about a run before a rank starts. Writes nothing."""
+"""Preflight: everything that can be checked about a run before a rank starts. Writes nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from trainers.storage.sizes import in_words
 
 
 def preflight(run: Run) -> None:
-    """Checks the model, the data and the run's folder.
+    """Check the model, the data, the upload, the disk and the run's folder.
 
     Raises:
-        ConfigError: the first thing that would stop the run.
+        ConfigError: the first problem that would stop the run.
     """
     check_model(run.train)
     check_data(run.train)
@@ -33,7 +33,7 @@ def preflight(run: Run) -> None:
 
 
 def check_model(train: TrainConfig) -> None:
-    """A local model folder must hold a config and weights; a path must not be mistaken for a hub id."""
+    """Check that a local model folder has a config and weights, and that a path is not read as a hub id."""
     folder = Path(train.model)
     if not folder.is_dir():
         if train.model.startswith((".", "/", "~")) or train.model.count("/") > 1:
@@ -42,34 +42,34 @@ def check_model(train: TrainConfig) -> None:
             )
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"base_model: {folder} holds no config.json, so it is not a model folder.")
+        raise ConfigError(f"base_model: {folder} has no config.json, so it is not a model folder.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise ConfigError(
-            f"base_model: {folder} holds no weights. Expected *.safetensors or pytorch_model*.bin."
+            f"base_model: {folder} has no weights. Expected *.safetensors or pytorch_model*.bin."
         )
-    size_of_model(train.model)  # refuses weights that are not what their name says
+    size_of_model(train.model)  # raises if a *.safetensors file has another format
 
 
 def check_disk(folder: Path, train: TrainConfig) -> None:
-    """The run's file system must have room for a checkpoint and the final model, as predicted."""
+    """Check that the run's file system has room for a checkpoint and the final model, as predicted."""
     parameters = size_of_model(train.model)
     if parameters is None:
         return
-    there = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.is_dir())
-    free = shutil.disk_usage(there).free
-    if train.overwrite:  # they are deleted first
+    existing = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.is_dir())
+    free = shutil.disk_usage(existing).free
+    if train.overwrite:  # the old checkpoints are deleted first
         free += sum(_size(old) for old in checkpoint_folders(folder))
     checkpoint, model = predict_disk(parameters, train)
     if checkpoint + model > free:
         raise ConfigError(
-            f"project_name: a checkpoint of this run takes about {in_words(checkpoint)} and its final model "
-            f"{in_words(model)} (predicted), and {there} has {in_words(free)} left. Make room, or give a "
-            "project_name on another disk."
+            f"project_name: a checkpoint of this run needs about {in_words(checkpoint)} and its final model "
+            f"{in_words(model)} (predicted), but {existing} has only {in_words(free)} free. Free some space, "
+            "or give a project_name on another disk."
         )
 
 
 def _size(folder: Path) -> int:
-    """Bytes of its files; those that another machine of this start deletes meanwhile do not count."""
+    """Return the bytes of a folder's files. Another machine of this start may delete some meanwhile."""
     size = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -79,23 +79,24 @@ def _size(folder: Path) -> int:
 
 
 def check_hub(train: TrainConfig) -> None:
-    """An upload must be possible at the end of the run, as far as can be known without asking the hub."""
+    """Check that an upload at the end of the run is possible, as far as this is known without the hub."""
     if not train.push_to_hub:
         return
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ConfigError(
-            "push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or push_to_hub: false."
+            "push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or set push_to_hub: "
+            "false."
         )
     name = f"{train.username}/{Path(train.project_name).name}"
     if not re.fullmatch(r"\w[\w.-]*/\w([\w.-]{0,94}\w)?", name) or "--" in name or ".." in name:
         raise ConfigError(
-            f"push_to_hub: {name} is no name of a repository. Allowed in username and project_name: letters, "
-            "digits, '.', '_' and '-', neither '--' nor '..', and at most 96 of them."
+            f"push_to_hub: {name} is not a valid repository name. Allowed in username and project_name: "
+            "letters, digits, '.', '_' and '-', but not '--' or '..'; in project_name at most 96 characters."
         )
 
 
 def check_data(train: TrainConfig) -> None:
-    """Splits that exist and hold rows with the columns that the config names."""
+    """Check that the splits exist, and that their rows have the columns that the config names."""
     if "data_path" not in train.model_fields_set and not Path(train.data_path).exists():
         raise ConfigError(
             "data.path: it is missing. Give a folder, a file, or a dataset id (flag --data-path)."

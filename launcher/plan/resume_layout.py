@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint on another number of ranks keeps its global batch, or is refused."""
+"""Resume on another number of ranks: keep the global batch of the checkpoint, or refuse the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from trainers.storage.run_folder import resume_checkpoint
 
 
 def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
-    """The run as it can go on from its checkpoint.
+    """Return the run with the gradient_accumulation that keeps the global batch of its checkpoint.
 
     Raises:
-        ConfigError: what is sharded otherwise cannot be read; or the global batch cannot be kept.
+        ConfigError: the checkpoint is sharded in a way that this run cannot read, or the global batch cannot
+            be kept.
     """
     checkpoint, _ = resume_checkpoint(run.folder, run.train, content=False)
     if checkpoint is None:
@@ -30,21 +31,21 @@ def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
     if now.gradient_accumulation == run.train.gradient_accumulation:
         if now.global_batch != then.global_batch and run.train.token_budget is None:
             run.settings.notes.append(
-                f"a step of {checkpoint} held {then.batch_in_words}, and one of this run holds "
-                f"{now.batch_in_words}: the data goes on by steps, so rows are left out or seen again."
+                f"a step of {checkpoint} had {then.batch_in_words}, and a step of this run has "
+                f"{now.batch_in_words}: the data continues by steps, so some rows are skipped or repeated."
             )
         return run
     kept = f"{checkpoint.name} was written by {then.world_size} ranks and the global batch is kept"
     run = run.changed(f"resume ({kept})", gradient_accumulation=accumulation)
     run.settings.notes.append(
-        f"gradient_accumulation: {accumulation}, since {kept}. Random numbers (dropout) are not those of the "
-        "unbroken run."
+        f"gradient_accumulation: {accumulation}, because {kept}. Random numbers (dropout) differ from those "
+        "of an uninterrupted run."
     )
     return run
 
 
 def layout(run: Run, topology: Topology, backend: Backend) -> Layout:
-    """How this run is going to be spread."""
+    """Return how this run is distributed over its ranks."""
     stage = None
     if backend.name == "deepspeed":
         stage = run.launch.zero_stage or AUTOTRAIN_ZERO_STAGE

@@ -1,4 +1,4 @@
-"""Machines, GPUs and ranks: from the hardware (NVML), the environment, and SLURM_*."""
+"""Find the machines, GPUs and ranks of a run, from the config, SLURM_* and the hardware (NVML)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU: name, memory in bytes, and compute capability (9.0 is Hopper)."""
+    """A visible GPU: its name, memory in bytes, and compute capability (9.0 is Hopper)."""
 
     name: str
     memory: int
@@ -27,9 +27,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """This machine.
+    """The hardware of this machine.
 
-    Its visible GPUs, host memory in bytes, usable cores, and whether the CPU computes in bf16.
+    It has the visible GPUs, host memory in bytes, usable cores, and whether the CPU computes in bf16.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -40,7 +40,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Topology:
-    """How the ranks lie on the machines."""
+    """How the ranks are distributed over the machines."""
 
     num_machines: int
     machine_rank: int
@@ -48,11 +48,11 @@ class Topology:
     main_process_ip: str
     main_process_port: int
     hardware: Hardware = field(repr=False, default=Hardware())
-    neighbour: str | None = None  # the name of another machine, where one is known
+    neighbour: str | None = None  # name or address of another machine, if known
 
     @property
     def local_processes(self) -> int:
-        """Ranks on each machine."""
+        """The number of ranks on each machine."""
         return self.num_processes // self.num_machines
 
     @property
@@ -61,7 +61,7 @@ class Topology:
 
 
 def detect_hardware(environ: Mapping[str, str] = os.environ) -> Hardware:
-    """Reads what this machine has, without torch and without touching CUDA."""
+    """Return the hardware of this machine, without torch and without starting CUDA."""
     return Hardware(
         gpus=_nvml_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -71,7 +71,7 @@ def detect_hardware(environ: Mapping[str, str] = os.environ) -> Hardware:
 
 
 def _nvml_gpus(visible: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that NVML knows and CUDA_VISIBLE_DEVICES lets through; none where there is no driver."""
+    """Return the GPUs that NVML reports and CUDA_VISIBLE_DEVICES allows; none if there is no driver."""
     import pynvml
 
     try:
@@ -88,7 +88,7 @@ def _nvml_gpus(visible: str | None) -> tuple[Gpu, ...]:
         gpus = []
         for name in wanted:
             if name.strip() not in handles:
-                break  # as CUDA does: the first unknown entry ends the list
+                break  # as in CUDA, the first unknown entry ends the list
             handle = handles[name.strip()]
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
             memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
@@ -101,15 +101,15 @@ def _nvml_gpus(visible: str | None) -> tuple[Gpu, ...]:
 def resolve_topology(
     launch: LaunchConfig, hardware: Hardware, environ: Mapping[str, str] = os.environ
 ) -> Topology:
-    """The topology of this run: the config first, then SLURM, then the hardware.
+    """Return the topology of this run, from the config first, then SLURM, then the hardware.
 
     Raises:
-        ConfigError: counts that do not fit each other or this machine.
+        ConfigError: the counts contradict each other or this machine, an address is missing, or a port is in
+            use.
     """
     in_step = "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NNODES", "1")) > 1
     machines = launch.num_machines or (int(environ["SLURM_NNODES"]) if in_step else 1)
-    # SLURM_NODEID is read here, inside the task: in the batch script it would be 0 on every node
-    # (accelerate#2816).
+    # Read SLURM_NODEID here, inside the task: in the batch script it is 0 for every node (accelerate#2816).
     number = int(environ["SLURM_NODEID"]) if in_step else 0
     rank = number if launch.machine_rank is None else launch.machine_rank
     if rank >= machines:
@@ -132,14 +132,15 @@ def resolve_topology(
     address = launch.main_process_ip or (_slurm_hosts(environ)[0] if in_step else LOOPBACK)
     if machines > 1 and address == LOOPBACK and not launch.main_process_ip:
         raise ConfigError(
-            "launch.main_process_ip: several machines need the address of machine 0 (--main-process-ip)."
+            "launch.main_process_ip: it is missing. Several machines need the address of machine 0 "
+            "(--main-process-ip)."
         )
     # With several machines, machine 0 chooses a port for each attempt (launcher/supervise/machines.py).
     port = launch.main_process_port or free_port()
     if rank == 0 and not is_free(port):
         raise ConfigError(
-            f"launch.main_process_port: {port} is in use on this machine. Give another one, or leave it out: "
-            "a free one is found."
+            f"launch.main_process_port: {port} is in use on this machine. Give another port, or leave it out "
+            "to use a free one."
         )
     known = in_step and not launch.main_process_ip
     neighbour = address if rank else _slurm_hosts(environ)[-1] if known else None
@@ -158,10 +159,11 @@ def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this machine reaches an address; None where none is found.
+    """Return the network interface through which this machine reaches an address, or None if none is found.
 
-    Machines with several take the wrong one by themselves. Nothing is sent: a datagram socket is only bound.
-    A name that leads to loopback tells nothing: Debian gives a machine's own name 127.0.1.1.
+    NCCL and Gloo may choose the wrong one on machines with several. This sends nothing: it only connects a
+    datagram socket. A name that resolves to loopback does not help: Debian gives a machine's own name
+    127.0.1.1.
     """
     import psutil
 
@@ -181,7 +183,7 @@ def interface_to(address: str) -> str | None:
 
 
 def free_port() -> int:
-    """A port that nothing on loopback uses now; the kernel picks it."""
+    """Return a port that no process uses on loopback now. The kernel chooses it."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

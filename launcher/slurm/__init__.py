@@ -1,1 +1,1 @@
-"""SLURM: what a run asks for, the job it runs in, and the jobs it had."""
+"""SLURM: the resources that a run requests, the job that it runs in, and its earlier jobs."""

@@ -1,4 +1,4 @@
-"""SLURM as a job sees it: which job this is, when it ends, and how it comes back. Commands are lists."""
+"""SLURM as a job sees it: the job's id, its end, and how it is requeued. Commands are lists of words."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ ENDED = frozenset({
 })  # fmt: skip
 
 
-_SILENT = re.compile(r"contact slurm controller|timed out|Connection refused", re.I)
+_NO_ANSWER = re.compile(r"contact slurm controller|timed out|Connection refused", re.I)
 
 
 class NoSlurm(Exception):
-    """A command of SLURM is not there, or was refused; the message is what it said."""
+    """A SLURM command is not installed, or it failed. The message is the command's own."""
 
 
 class NoAnswer(NoSlurm):
-    """The controller does not answer now; nothing is known of the job."""
+    """The controller does not answer now, so nothing is known about the job."""
 
 
 def ask(*argv: str) -> str:
-    """What a command of SLURM prints.
+    """Run a SLURM command and return what it prints.
 
     Raises:
-        NoSlurm: it is not installed, or refuses; NoAnswer: the controller does not answer.
+        NoSlurm: the command is not installed, or it failed.
+        NoAnswer: the controller does not answer.
     """
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS)
@@ -44,14 +45,14 @@ def ask(*argv: str) -> str:
     except OSError as error:
         raise NoSlurm(f"{argv[0]}: {error}") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with {done.returncode}"]
-        kind = NoAnswer if _SILENT.search(said[-1]) else NoSlurm
-        raise kind(f"{argv[0]}: {said[-1].removeprefix(f'{argv[0]}: ')}")
+        printed = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        kind = NoAnswer if _NO_ANSWER.search(printed[-1]) else NoSlurm
+        raise kind(f"{argv[0]}: {printed[-1].removeprefix(f'{argv[0]}: ')}")
     return done.stdout.strip()
 
 
 def this_job(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The id of the job that this process is a task of, 12_3 in an array; None outside of any."""
+    """Return the id of the job that this process is a task of (12_3 in an array), or None outside a job."""
     if "SLURM_STEP_ID" not in environ:  # a shell of salloc, or the batch script
         return None
     if "SLURM_ARRAY_JOB_ID" in environ:
@@ -60,81 +61,81 @@ def this_job(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
-    """How often the job was restarted."""
+    """Return how often SLURM has restarted the job; 0 outside a job."""
     return int(environ.get("SLURM_RESTART_COUNT", "0")) if this_job(environ) is not None else 0
 
 
 def this_start(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What all tasks of this start of the job know, and no other start: the job, its step, its restarts."""
+    """Return an id that only the tasks of this start of the job share, made of job, step and restarts."""
     job = this_job(environ)
     return f"{job}.{environ['SLURM_STEP_ID']}.{restarts(environ)}" if job is not None else None
 
 
 def this_node(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The number of this node in its step, and how many there are."""
+    """Return the number of this node in its step, and the number of nodes; (0, 1) outside a job."""
     if this_job(environ) is None:
         return 0, 1
     return int(environ.get("SLURM_NODEID", "0")), int(environ.get("SLURM_NNODES", "1"))
 
 
 def facts(job: str) -> dict[str, str]:
-    """What `scontrol show job` says of a job; of the first task of an array."""
+    """Return what `scontrol show job` prints about a job: key -> value. For an array, its first task."""
     line = ask("scontrol", "show", "job", "-o", job).splitlines()[0]
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def end_time(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When the job's time limit comes, as time.time() gives it; None where there is none.
+    """Return when the job's time limit ends it, in seconds as time.time(), or None if there is no limit.
 
-    SLURM sets SLURM_JOB_END_TIME from 22.05.9 on; before, the controller is asked.
+    SLURM sets SLURM_JOB_END_TIME from 22.05.9 on. For older versions, ask the controller.
     """
     job = this_job(environ)
     if job is None:
         return None
-    if told := environ.get("SLURM_JOB_END_TIME"):
-        return float(told)
+    if end := environ.get("SLURM_JOB_END_TIME"):
+        return float(end)
     try:
-        told = ask("squeue", "-h", "-j", job, "-o", "%e")
-        return time.mktime(time.strptime(told.splitlines()[0], "%Y-%m-%dT%H:%M:%S"))
+        end = ask("squeue", "-h", "-j", job, "-o", "%e")
+        return time.mktime(time.strptime(end.splitlines()[0], "%Y-%m-%dT%H:%M:%S"))
     except (NoSlurm, ValueError, IndexError) as error:  # "N/A": no limit
         if isinstance(error, NoSlurm):
-            say("note", f"the job's time limit is not known: {error}")
+            say("note", f"the job's time limit is unknown: {error}")
         return None
 
 
 def preempted(job: str) -> bool:
-    """Whether a running job is about to make room for another, and has its partition's GraceTime to end."""
+    """Whether a running job is being preempted. It then has its partition's GraceTime to end."""
     try:
         return facts(job).get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     except NoSlurm as error:
-        say("note", f"whether the job was preempted is not known: {error}")
+        say("note", f"it is unknown whether the job is preempted: {error}")
         return False
 
 
 def requeue(job: str) -> bool:
-    """Puts the job back into the queue, under its id; nothing of it runs any more. False where it may not.
+    """Requeue the job under its id, after its run has ended. Return False if it cannot be requeued.
 
-    A job that is cancelled, or was submitted with --no-requeue, does not come back.
+    A job that was cancelled, or submitted with --no-requeue, is not requeued.
     """
     try:
         known = facts(job)
-        # BatchFlag is 2 where the batch script could not be started at first.
+        # BatchFlag is 0 without a batch script, and 2 if the script could not be started at first.
         if known.get("Requeue") != "1" or known.get("BatchFlag", "0") == "0":
             return False
         if known.get("JobState") != "RUNNING":
             return False
-        say("requeue", f"job {job} goes back into the queue, and then goes on")
+        say("requeue", f"job {job} is requeued; the run resumes when the job starts again")
         ask("scontrol", "requeue", job)
     except NoSlurm as error:
-        say("note", f"the job could not be requeued: {error}")
+        say("note", f"the job cannot be requeued: {error}")
         return False
     return True
 
 
 def resumed_by_slurm(run: Run, environ: Mapping[str, str] = os.environ) -> Run:
-    """A job that came back goes on with what it did before, whatever its command says of the first start.
+    """Return the run that a requeued job continues: it resumes, also if the command says overwrite.
 
-    If it never had the run's folder, what lies there is another's.
+    If no earlier start of the job had the run's folder, the run in it belongs to another job.
     """
     job, count = this_job(environ), restarts(environ)
     if job is None or not count or not started(run.folder, job) or not holds_run(run.folder):

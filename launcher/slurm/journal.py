@@ -1,4 +1,4 @@
-"""The jobs of a run, noted in its folder: which were submitted, and how far the run was when each started."""
+"""The jobs of a run, recorded in its folder: which were submitted, and the run's step when each started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOBS = f"{LAUNCH}/jobs.jsonl"  # oldest first
 
 
 def note(folder: Path, job: str, step: int | None = None, restart: int = 0) -> None:
-    """Notes that a job was submitted, or, with the step that the run has reached, that it started.
+    """Record that a job was submitted or, with the step that the run has reached, that it started.
 
     `restart` is SLURM's count of the job's restarts.
     """
@@ -23,7 +23,7 @@ def note(folder: Path, job: str, step: int | None = None, restart: int = 0) -> N
 
 
 def note_end(folder: Path, job: str) -> None:
-    """Notes that a run has ended within a job, which may go on with others."""
+    """Record that a run has ended within a job. The job may continue with other runs."""
     _add(folder, job, end=True)
 
 
@@ -35,45 +35,45 @@ def _add(folder: Path, job: str, **what: Any) -> None:
 
 
 def jobs(folder: Path) -> list[str]:
-    """The jobs of a run; the one that was submitted or started last stands last."""
-    latest_first = dict.fromkeys(entry["job"] for entry in reversed(_noted(folder)) if "end" not in entry)
+    """Return the jobs of a run. The job that was submitted or started last is the last one."""
+    latest_first = dict.fromkeys(entry["job"] for entry in reversed(_entries(folder)) if "end" not in entry)
     return list(reversed(latest_first))
 
 
 def last_job(folder: Path) -> str | None:
-    """The job that was submitted or started last; None where there was none."""
+    """Return the job that was submitted or started last, or None if there is none."""
     return next(reversed(jobs(folder)), None)
 
 
 def started(folder: Path, job: str) -> bool:
-    """Whether a job has had the run's folder before."""
+    """Whether a job has started in the run's folder before."""
     return bool(_starts(folder, job))
 
 
 def ended(folder: Path, job: str) -> bool:
-    """Whether the run has ended within the job, since the job's last start of it."""
-    own = [entry for entry in _noted(folder) if entry["job"] == job]
-    return bool(own) and "end" in own[-1]
+    """Whether the run has ended within the job since it last started there."""
+    entries = [entry for entry in _entries(folder) if entry["job"] == job]
+    return bool(entries) and "end" in entries[-1]
 
 
 def starts_in_vain(folder: Path, job: str) -> int:
-    """How many starts of a job in a row, before the last one, came no further.
+    """Return how many starts of a job in a row, before the last one, made no progress.
 
-    Runs that one start of a job makes one after the other in the same folder count as one.
+    If one start of a job has several runs in the same folder, one after the other, they count as one.
     """
     steps = list({entry.get("restart", 0): entry["step"] for entry in _starts(folder, job)}.values())
     return sum(1 for _ in takewhile(lambda step: step == steps[-1], reversed(steps[:-1])))
 
 
 def _starts(folder: Path, job: str) -> list[dict[str, Any]]:
-    return [entry for entry in _noted(folder) if entry["job"] == job and entry.get("step") is not None]
+    return [entry for entry in _entries(folder) if entry["job"] == job and entry.get("step") is not None]
 
 
-def _noted(folder: Path) -> list[dict[str, Any]]:
+def _entries(folder: Path) -> list[dict[str, Any]]:
     path = folder / JOBS
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        # On a network file system two machines may write into each other's line.
+        # On a network file system two machines may write into the same line.
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -1,4 +1,4 @@
-"""What a run asks of SLURM: sbatch's command, and whether what it gives fits the run. No torch, no GPU."""
+"""What a run requests from SLURM: sbatch's command, and whether it fits the run. No torch, no GPU."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from trainers.config.schema import SECRET_FIELDS
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 TRAIN = SLURM_SCRIPTS / "train.sh"
-# Of what kind the GPUs are is known on the nodes alone: the checks that depend on it are made there.
+# The kind of the GPUs is known only on the nodes. Checks that depend on it are made there.
 _SOME_GPU = Gpu("requested", 1 << 40, (9, 0))
 
 
 def sbatch_argv(run: Run, script: Sequence[str] | None = None, array: str | None = None) -> list[str]:
-    """The command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`."""
+    """Return the command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`."""
     flags = [f"--array={array}"] if array else []
     for name, value in run.slurm.model_dump(exclude_none=True).items():
         if value is not False:
             dashed = f"--{name.replace('_', '-')}"
             flags.append(dashed if value is True else f"{dashed}={value}")
     if run.slurm.dependency and "after" in run.slurm.dependency:
-        flags.append("--kill-on-invalid-dep=yes")  # else a job whose turn cannot come waits for ever
+        flags.append("--kill-on-invalid-dep=yes")  # else a job whose dependency failed waits forever
     return ["sbatch", *flags, *(script or (str(TRAIN), str(run.config_path or "config.yaml")))]
 
 
 def requested(run: Run) -> Topology:
-    """The topology that the request will give.
+    """Return the topology that the requested nodes will have.
 
     Raises:
-        ConfigError: it contradicts itself.
+        ConfigError: the request contradicts itself or the section `launch`.
     """
     ask_for, launch = run.slurm, run.launch
     machines, gpus = ask_for.nodes or 1, _gpus(ask_for)
     for name in ("machine_rank", "main_process_ip"):
         if getattr(launch, name) is not None:
             raise ConfigError(
-                f"launch.{name}: it is for machines without SLURM. Leave it out: the job knows."
+                f"launch.{name}: it is for machines without SLURM. Leave it out: SLURM provides it."
             )
     if launch.num_machines not in (None, machines):
         raise ConfigError(
-            f"launch.num_machines: {launch.num_machines} is not the {machines} of slurm.nodes. Leave it out: "
-            "the job knows its nodes."
+            f"launch.num_machines: {launch.num_machines} differs from slurm.nodes ({machines}). Leave it "
+            "out: SLURM provides it."
         )
     processes = launch.num_processes or machines * max(gpus, 1)
     if processes % machines or (gpus and processes // machines > gpus):
         raise ConfigError(
             f"launch.num_processes: {processes} ranks do not fit on {machines} nodes"
-            + (f" of {gpus} GPUs" if gpus else "")
+            + (f" with {gpus} GPUs each" if gpus else "")
             + f". Allowed: a multiple of {machines}"
             + (f" up to {machines * gpus}." if gpus else ".")
         )
@@ -61,7 +61,7 @@ def requested(run: Run) -> Topology:
 
 
 def _gpus(slurm: SlurmConfig) -> int:
-    """GPUs on each node: of --gpus-per-node, or of --gres, as gpu, gpu:4 or gpu:a100:4."""
+    """Return the number of GPUs on each node, from gpus_per_node or gres (gpu, gpu:4 or gpu:a100:4)."""
     if slurm.gpus_per_node is not None:
         return slurm.gpus_per_node
     for part in (slurm.gres or "").split(","):
@@ -71,17 +71,17 @@ def _gpus(slurm: SlurmConfig) -> int:
 
 
 def check(run: Run) -> None:
-    """All that can be known before the job starts.
+    """Check everything that can be checked before the job starts.
 
     Raises:
-        ConfigError: the first thing that would stop it.
+        ConfigError: the first problem that would stop the run.
     """
     resolve_backend(run, requested(run))
     preflight(run)
 
 
 def check_no_secret(flags: Collection[str]) -> None:
-    """Everybody can read the command of a job.
+    """Refuse secret flags: everybody can read the command of a job.
 
     Raises:
         ConfigError: a flag is secret.
@@ -89,5 +89,5 @@ def check_no_secret(flags: Collection[str]) -> None:
     if secret := next((name for name in flags if name in SECRET_FIELDS), None):
         raise ConfigError(
             f"--{secret}: everybody could read it in the job's command. Put it into a file that only you can "
-            "read, and that into slurm/site.env (HF_TOKEN)."
+            "read, and set HF_TOKEN from that file in slurm/site.env."
         )

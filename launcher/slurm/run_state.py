@@ -1,4 +1,4 @@
-"""Runs as they are now: which ones a command means, and the state of each, from its folder and from SLURM."""
+"""The runs that a command applies to, and the state of each run, from its folder and from SLURM."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run; None where it is not."""
+    """What is known about a run; None for what is unknown."""
 
     run: str
-    state: str  # SLURM's word for the job, or running, ended, stopped
+    state: str  # SLURM's state of the job, or running, ended, stopped
     job: str | None = None
-    reason: str | None = None  # why the job waits, or did not end well
+    reason: str | None = None  # why the job waits or failed
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -58,7 +58,7 @@ class Status:
 
 
 def read_status(folder: Path, job: str | None = None) -> Status:
-    """Reads the run's folder, and asks SLURM for a job: its last one, if none is named."""
+    """Return the status of a run from its folder and from SLURM, for this job or (None) for its last one."""
     progress = _progress(folder)
     job = job or last_job(folder)
     state, reason, requeues = state_of(folder, job)
@@ -71,24 +71,24 @@ def _progress(folder: Path) -> dict[str, Any]:
     path = folder / PROGRESS
     if not path.exists():
         return {}
-    told = json.loads(path.read_text(encoding="utf-8"))
+    progress = json.loads(path.read_text(encoding="utf-8"))
     names = ("step", "max_steps", "loss", "tokens_per_second", "seconds_left")
-    return {name: told.get(name) for name in names}
+    return {name: progress.get(name) for name in names}
 
 
 def state_of(folder: Path, job: str | None) -> tuple[str, str | None, int]:
-    """The state, why, and how often the job was requeued."""
+    """Return the state of a run, the reason for it, and how often the job was requeued."""
     if job is not None:
         try:
             known = facts(job)
             reason, state = known.get("Reason", "None"), known["JobState"]
-            # A job may make several runs, one after the other.
+            # A job may have several runs, one after the other.
             if not (ended(folder, job) and state in AT_WORK):
                 return state, None if reason == "None" else reason, int(known.get("Restarts", "0"))
         except NoAnswer as error:
             return UNKNOWN, str(error), 0
         except NoSlurm:
-            pass  # the job is forgotten, or this machine has no SLURM
+            pass  # SLURM no longer knows the job, or this machine has no SLURM
     if holder(folder) is not None:
         return "running", None, 0
     return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
@@ -100,33 +100,33 @@ def _has_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A run that a command is meant for; with a job where the user named one."""
+    """A run that a command applies to, with the job if the user named one."""
 
     folder: Path
     job: str | None = None
 
 
 def find_runs(name: str | None) -> list[Target]:
-    """The runs that are meant: of a folder, of a job's id, or all below this folder.
+    """Return the run in a folder, the runs of a job, or (None) all runs below the working folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: a name was given, and there is no such run.
     """
     if name is not None and Path(name).is_dir() and _is_run(Path(name)):
         return [Target(Path(name))]
-    below = sorted(_below(Path()))
+    below = sorted(_runs_below(Path()))
     if name is None:
         return [Target(folder) for folder in below]
     if found := [Target(folder, job) for folder in below for job in jobs(folder) if _same_job(name, job)]:
         return found
     raise ConfigError(
-        f"{name}: no run lies there, and no run below {Path.cwd()} has such a job. Give a run's folder or a "
-        "job's id."
+        f"{name}: it is not a run's folder, and no run below {Path.cwd()} has a job with this id. Give a "
+        "run's folder or a job's id."
     )
 
 
-def _below(root: Path) -> Iterator[Path]:
-    """The runs in a folder; they may be at work, so what is gone meanwhile is passed over."""
+def _runs_below(root: Path) -> Iterator[Path]:
+    """Yield the runs below a folder. Folders that a running run deletes meanwhile are skipped."""
     for path, folders, _ in os.walk(root):
         if LAUNCH in folders and _is_run(Path(path)):
             yield Path(path)

@@ -1,1 +1,1 @@
-"""Runs the ranks: starts them, watches them, explains a failure, and starts them again."""
+"""Run the ranks: start them, watch them, explain a failure, and start them again."""

@@ -1,7 +1,4 @@
-"""One attempt: writes its files, starts the ranks with its own rendezvous, and watches them to their end.
-
-The names of the files are those of rank/protocol.py.
-"""
+"""One attempt: its files, its command, and how it ended. The names of the files are in rank/protocol.py."""
 
 from __future__ import annotations
 
@@ -28,18 +25,19 @@ class Outcome:
 
     files: AttemptFiles
     code: int
-    exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, of those not killed by us
+    # rank -> exit code, without ranks that the launcher killed
+    exits: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
-    cut: bool = False  # ended here because it had ended on another machine
+    cut: bool = False  # ended on this machine because it had ended on another one
 
     @property
     def first(self) -> int | None:
-        """The rank that ended first, of those that failed; of forked ranks the order is known."""
+        """The rank that failed first. The order is known only if the ranks were forked."""
         return next((rank for rank, code in self.exits.items() if code), None)
 
 
 def next_attempt(folder: Path) -> int:
-    """The number of the next free `launch/attempt-K`."""
+    """Return the number of the next free `launch/attempt-K`."""
     number = 1
     while began(attempt_folder(folder, number)):
         number += 1
@@ -47,7 +45,7 @@ def next_attempt(folder: Path) -> int:
 
 
 def attempt_files(run: Run, topology: Topology, number: int | None = None) -> AttemptFiles:
-    """Return the files of an attempt on this machine; of the next free one if no number is given."""
+    """Return the files of an attempt on this machine; without a number, those of the next free attempt."""
     folder = attempt_folder(run.folder, number or next_attempt(run.folder)).resolve()
     several = topology.num_machines > 1
     return AttemptFiles(machine_folder(folder, topology.machine_rank) if several else folder)
@@ -56,7 +54,7 @@ def attempt_files(run: Run, topology: Topology, number: int | None = None) -> At
 def prepare(
     run: Run, topology: Topology, backend: Backend, number: int | None = None
 ) -> tuple[AttemptFiles, list[str]]:
-    """Writes the files of an attempt; returns them and the argv."""
+    """Write the files of an attempt, and return them with the argv of its launch."""
     files = attempt_files(run, topology, number)
     files.folder.mkdir(parents=True, exist_ok=True)
     deepspeed = build_deepspeed_config(backend)

@@ -1,4 +1,4 @@
-"""Watches the heartbeats of this machine's ranks, and names the one that hangs."""
+"""Watch the heartbeats of this machine's ranks, and find the rank that hangs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from trainers.rank.heartbeat import Beat, beat_file, read_beat
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import STACK_SIGNAL
 
-SHORTEST = 60.0  # seconds; the default timeout is never below
-STEPS = 10  # median steps without a beat
-ASLEEP = 20.0  # between two looks, some tenths of a second apart: longer than a busy machine takes
-STACK_SECONDS = 2.0  # how long a rank has to write its stack
+SHORTEST = 60.0  # seconds; the default timeout is at least this
+STEPS = 10  # the default timeout in median steps
+# Seconds between two looks after which this process was suspended. Looks are some tenths of a second apart,
+# and a busy machine does not delay them that long.
+ASLEEP = 20.0
+STACK_SECONDS = 2.0  # time for a rank to write its stack
 _PREFIX = "phalanx-beats-"
-# Where a rank waits for others: the innermost frames of one that does not hang itself.
+# The innermost frames of a rank that waits for other ranks: it does not hang itself.
 _WAITING = re.compile(
     r"torch/distributed/|torch/autograd/|torch/_tensor\.py|agreement\.py|deepspeed/comm/|"
     r'torch/nn/parallel/distributed\.py", line \d+ in _(sync|distributed)_'  # not DDP around a forward
@@ -31,7 +33,7 @@ _WAITING = re.compile(
 
 @dataclass(frozen=True)
 class Hang:
-    """A rank without a sign of life: how long, where it was, and its Python stack (innermost frame first)."""
+    """A rank without heartbeats: for how long, its last one, and its Python stack (innermost frame first)."""
 
     rank: int
     seconds: float
@@ -41,18 +43,18 @@ class Hang:
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for other ranks, so that one of another machine may be the one that hangs."""
+        """Whether it waits for other ranks, so that a rank of another machine may be the one that hangs."""
         return not self.stopped and _waits(self.stack)
 
     @property
     def reason(self) -> str:
         state = "stopped (SIGSTOP, or a debugger)" if self.stopped else "hung"
         at = f"in phase '{self.beat.phase}' after step {self.beat.step}"
-        return f"{state}: no sign of life for {self.seconds:.0f} s, {at}"
+        return f"{state}: no heartbeat for {self.seconds:.0f} s, {at}"
 
 
 def make_beats_folder() -> Path:
-    """A folder on this machine for the beats; those of launchers that were killed are removed."""
+    """Create a folder on this machine for the heartbeats, and remove those of launchers that were killed."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{_PREFIX}*"):
         owner = left.name.removeprefix(_PREFIX).split("-")[0]
@@ -62,16 +64,17 @@ def make_beats_folder() -> Path:
 
 
 class Wakefulness:
-    """Since when this process looks, without a pause in which it could not.
+    """The time since which this process has looked without a long pause.
 
-    A job is suspended as a whole (preemption, `scontrol suspend`, a laptop's lid), and its clock goes on.
+    If a job is suspended (preemption, `scontrol suspend`, a closed laptop), all its processes stop, but the
+    clock continues.
     """
 
     def __init__(self) -> None:
         self.since = self.last = time.monotonic()
 
     def look(self) -> float:
-        """Call it often; returns since when, as time.monotonic() gives it."""
+        """Record a look, and return since when there was no pause (as time.monotonic()). Call it often."""
         now = time.monotonic()
         if now - self.last > ASLEEP:
             self.since = now
@@ -82,11 +85,11 @@ class Wakefulness:
 def find_hang(
     beats: Path, ranks: Mapping[int, int], timeout: float | None, files: AttemptFiles, awake: float = 0.0
 ) -> Hang | None:
-    """The rank that hangs, if one has not beaten for `timeout` seconds; `ranks` is rank -> pid.
+    """Return the rank that hangs, if a rank has sent no heartbeat for `timeout` seconds; else None.
 
-    The others wait for it and soon do not beat either. It is the one that is stopped, else the one at the
-    earliest step, else the one whose stack does not wait for others, else the one with the fewest beats.
-    What was before `awake` does not count: nobody ran then.
+    `ranks` is rank -> pid. The other ranks wait for the one that hangs, and soon send no heartbeats either.
+    The one that hangs is stopped; else it is at the earliest step; else its stack does not wait for others;
+    else it has sent the fewest heartbeats. Time before `awake` does not count: the ranks were suspended.
     """
     now = time.monotonic()
     last = {rank: beat for rank in ranks if (beat := read_beat(beat_file(beats, rank))) is not None}
@@ -111,7 +114,7 @@ def find_hang(
 
 
 def limit(beat: Beat, timeout: float | None) -> float:
-    """Seconds that a rank may be silent."""
+    """Return how many seconds a rank may send no heartbeat."""
     if timeout == 0:
         return float("inf")
     return timeout if timeout is not None else max(SHORTEST, STEPS * beat.step_seconds)
@@ -126,7 +129,10 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _stacks(ranks: Mapping[int, int], attempt: AttemptFiles) -> dict[int, str]:
-    """The Python stacks, written by faulthandler inside each rank; a stopped one goes on to do so."""
+    """Return the Python stack of each rank, which faulthandler writes inside the rank.
+
+    A stopped rank is continued, so that it can write its stack.
+    """
     files = {rank: attempt.rank(rank).stack for rank in ranks}
     for pid in ranks.values():
         for number in (STACK_SIGNAL, signal.SIGCONT):
@@ -138,7 +144,7 @@ def _stacks(ranks: Mapping[int, int], attempt: AttemptFiles) -> dict[int, str]:
         time.sleep(0.1)
         now = [_text(file) for file in files.values()]
         if now == before and all("Current thread" in text for text in now):
-            break  # each is whole: the main thread's part, which took the signal, comes last
+            break  # each is complete: the main thread, which took the signal, comes last
         before = now
     return {rank: _text(file) for rank, file in files.items()}
 
@@ -148,6 +154,6 @@ def _text(file: Path) -> str:
 
 
 def _waits(stack: str) -> bool:
-    """Whether the main thread waits for other ranks: it is the one that took the signal."""
+    """Whether the main thread, which took the signal, waits for other ranks."""
     main = stack.partition("Current thread")[2].split("\n\n")[0]
     return bool(_WAITING.search("\n".join(main.splitlines()[:8])))

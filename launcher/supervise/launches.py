@@ -24,27 +24,27 @@ _SUMMARY = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (
 
 
 class Launch(Protocol):
-    """Ranks that were started, by either way."""
+    """Ranks that were started in one of the two ways."""
 
     def ranks(self) -> dict[int, int]:
-        """The ranks of this machine that are known to run: rank -> pid."""
+        """Return the ranks of this machine that are known to run: rank -> pid."""
 
     def wait(self, seconds: float) -> int | None:
-        """The code of the launch when all ranks are gone; None where some are there after so many seconds."""
+        """Wait at most so many seconds. Return the launch's exit code if all ranks have ended, else None."""
 
     def exits(self) -> dict[int, int]:
-        """Exit codes of the ranks that ended so far, negative where a signal killed one."""
+        """Return the exit codes of the ranks that have ended; negative if a signal killed the rank."""
 
     def kill(self) -> None:
-        """SIGKILL to every rank: a stopped one would not act on SIGTERM."""
+        """Send SIGKILL to every rank. A stopped rank would not react to SIGTERM."""
 
 
 class AccelerateLaunch:
-    """Ranks started by `accelerate launch`, which is a process of its own above them."""
+    """Ranks started by `accelerate launch`, which is their parent process."""
 
     def __init__(self, argv: list[str], environ: Mapping[str, str], files: AttemptFiles) -> None:
         self.files = files
-        self.killed: set[int] = set()  # ranks that we have killed
+        self.killed: set[int] = set()  # ranks that this launcher has killed
         with files.launcher_log.open("wb") as log:
             self.process = subprocess.Popen(
                 argv,
@@ -52,8 +52,8 @@ class AccelerateLaunch:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
-                preexec_fn=die_with_parent,  # if we are killed, accelerate goes too, and the ranks with it
+                start_new_session=True,  # Ctrl-C reaches the ranks only once, through the launcher
+                preexec_fn=die_with_parent,  # if the launcher is killed, accelerate and the ranks die too
             )
 
     def ranks(self) -> dict[int, int]:
@@ -62,16 +62,16 @@ class AccelerateLaunch:
     def wait(self, seconds: float) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-        self._end_what_waits()
+        self._kill_waiting_ranks()
         if self.process.returncode is not None:
-            self.kill()  # no process stays behind
+            self.kill()  # leave no process behind
             shutil.rmtree(self.files.folder / ELASTIC, ignore_errors=True)
         return self.process.returncode
 
-    def _end_what_waits(self) -> None:
-        """SIGKILL to the other ranks when one died without a word.
+    def _kill_waiting_ranks(self) -> None:
+        """Send SIGKILL to the other ranks when one died without a note.
 
-        torchrun asks them to end with SIGTERM, and gives those that wait for the dead one 30 s.
+        torchrun would send them SIGTERM, and give those that wait for the dead rank 30 s.
         """
         alive = self.ranks()
         gone = self.files.pids().keys() - alive.keys()
@@ -81,7 +81,10 @@ class AccelerateLaunch:
                 _kill(pid)
 
     def exits(self) -> dict[int, int]:
-        """From torchrun's summary, which is there when it has ended; it ends the other ranks with SIGTERM."""
+        """Return the exit codes in torchrun's summary, which exists once torchrun has ended.
+
+        torchrun itself ends the other ranks with SIGTERM, so these are left out.
+        """
         if self.process.returncode is None:
             return {}
         text = self.files.launcher_log.read_text(encoding="utf-8", errors="replace")
@@ -97,10 +100,10 @@ class AccelerateLaunch:
             _kill(pid)
             _kill_session(pid)
         while self.ranks():
-            time.sleep(POLL_SECONDS)  # the next attempt needs the memory that they hold
+            time.sleep(POLL_SECONDS)  # the next attempt needs their memory
 
     def _is_rank(self, pid: int) -> bool:
-        """Whether a pid is still our rank, and not another process that got the number."""
+        """Whether a pid is still a rank of this launch, and not a new process with the same pid."""
         try:
             return str(self.files.config).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
@@ -139,7 +142,10 @@ class WarmLaunch:
 
 
 def _kill_session(leader: int) -> None:
-    """A rank leads a session: its data workers are in it, and compilers, which have groups of their own."""
+    """Kill all processes of a rank's session.
+
+    They are the rank, its data workers, and compilers, which have their own process groups.
+    """
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text(encoding="utf-8").rpartition(") ")[2].split()

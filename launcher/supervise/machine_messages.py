@@ -1,4 +1,4 @@
-"""What the launchers of several machines write for each other: orders, ends and refusals, as small files."""
+"""The messages between the launchers of several machines: orders, ends and refusals, as small files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from trainers.storage.run_folder import write_whole
 
 @dataclass(frozen=True)
 class Order:
-    """What all machines do next: attempt number `attempt`, or end with the code `end`."""
+    """What all machines do next: start attempt number `attempt`, or end with the exit code `end`."""
 
     attempt: int
     port: int
     resume: bool = False  # from the newest checkpoint
-    batch_size: int | None = None  # None: as it was; else what auto_find_batch_size has come to
+    batch_size: int | None = None  # the one that auto_find_batch_size has reached; None: unchanged
     end: int | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended on a machine; `stopped` is the signal that ended it, `saved` what was saved."""
+    """How an attempt ended on a machine.
+
+    `stopped` is the signal that ended it (0: none), `saved` what was saved, `gone` whether the machine itself
+    is lost.
+    """
 
     machine: int
     folder: str
-    time: float  # time.time(): only to order what several machines say
+    time: float  # time.time(), only to order the reports of several machines
     failure: Failure | None = None
     stopped: int = 0
     saved: str = ""
@@ -40,16 +44,16 @@ class Ended:
 
     @property
     def early(self) -> bool:
-        """Whether the other machines must end too: they wait for ranks that are no more."""
+        """Whether the other machines must end too, because they wait for ranks that have ended."""
         return self.failure is not None or (self.stopped > 0 and not self.saved)
 
 
 class GoneMachine(Exception):
-    """Machine 0 gives no sign of life, so nobody decides."""
+    """Machine 0 sends no heartbeat, so no machine can decide what is next."""
 
 
 def first_cause(ended: list[Ended]) -> tuple[Ended, Failure]:
-    """The machine whose failure is the cause of the others', and the failure."""
+    """Return the end of the machine whose failure caused the others, and that failure."""
     failed = [(one, one.failure) for one in ended if one.failure is not None]
     return min(
         failed,
@@ -63,22 +67,23 @@ def first_cause(ended: list[Ended]) -> tuple[Ended, Failure]:
 
 
 def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:
-    """This machine does not begin: the others of this start need not wait for it.
+    """Report that this machine does not start, so that the others of this start do not wait for it.
 
-    Without an id that they all know, a job's, nothing is said: they might be of another run in this folder.
+    Without an id that all machines of this start know (under SLURM), write nothing: the others may belong to
+    another run in this folder.
     """
     if start_id is not None:
         path = folder / LAUNCH / "machines" / f"refused-{start_id}-{number}.json"
-        with contextlib.suppress(OSError):  # the folder may be what is wrong
+        with contextlib.suppress(OSError):  # the folder itself may be the problem
             write_message(path, {"machine": number, "why": why})
 
 
 class AnotherRefused(ConfigError):
-    """Another machine does not begin."""
+    """Another machine does not start."""
 
 
 class StoppedWaiting(Exception):
-    """A signal came while the machines waited for each other."""
+    """A signal arrived while the machines waited for each other."""
 
 
 def write_message(path: Path, value: dict[str, Any]) -> None:
@@ -86,7 +91,10 @@ def write_message(path: Path, value: dict[str, Any]) -> None:
 
 
 def _text(path: Path) -> str | None:
-    """A file that another machine may write at any moment; a network file system then says ESTALE."""
+    """Return the text of a file, or None if it does not exist.
+
+    Another machine may replace the file at any moment. A network file system then reports ESTALE.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -102,11 +110,11 @@ def read_message(path: Path) -> dict[str, Any] | None:
 
 
 def read_ended(path: Path) -> Ended | None:
-    told = read_message(path)
-    if told is None:
+    message = read_message(path)
+    if message is None:
         return None
-    failure = told.pop("failure")
-    return Ended(**told, failure=Failure(**failure) if failure else None)
+    failure = message.pop("failure")
+    return Ended(**message, failure=Failure(**failure) if failure else None)
 
 
 def read_number(path: Path) -> int:

@@ -1,16 +1,17 @@
-"""What the launchers of several machines tell each other: small files in the run's folder, which they share.
+"""How the launchers of several machines coordinate: by small files in the run's folder, which they share.
 
-    launch/machines/member-M.json           machine M is there, with a word drawn at its start
-    launch/machines/start.json              machine 0: the words of all, and the first order
-    launch/machines/refused-ID-M.json       machine M of the start with this id: why it does not begin
-    launch/machines/alive-M                 a number that grows while the launcher of machine M lives
-    launch/attempt-K/machine-M/ended.json   how the attempt ended there
-    launch/attempt-K/cut.json               machine 0: the end of one of them that all must follow
-    launch/attempt-K/order.json             machine 0, when it has ended everywhere: what all do next
-    launch/attempt-K/prepared               machine 0's rank 0: the data is there (storage/data_cache.py)
+    launch/machines/member-M.json           machine M has started; has its word, a random id of this start
+    launch/machines/start.json              by machine 0: the words of all machines, and the first order
+    launch/machines/refused-ID-M.json       why machine M, of the start with this id, does not start
+    launch/machines/alive-M                 heartbeat: a number that grows while machine M's launcher lives
+    launch/attempt-K/machine-M/ended.json   how the attempt ended on machine M
+    launch/attempt-K/cut.json               by machine 0: the end of one machine that all must follow
+    launch/attempt-K/order.json             by machine 0, when all machines have ended: what all do next
+    launch/attempt-K/prepared               by rank 0: the data is prepared (storage/data_cache.py)
 
-Machine 0 alone decides, and the others look at its files alone. A run of one machine writes none of this.
-Before it begins, machine 0 leaves its word in the cache of prepared data: who finds it shares that cache.
+Only machine 0 decides, and the others read only its files. A run on one machine writes none of these files.
+Before the first attempt, machine 0 writes a file with its word into the cache of prepared data. A machine
+that finds this file shares the cache.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from trainers.config.errors import PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
 from trainers.storage.data_cache import FORGOTTEN, cache_root
 
-JOIN_SECONDS = 600.0  # for all machines to come: environments are set up, file systems are slow
-GONE_SECONDS = 60.0  # without a sign of life; a network file system may show a file as late as that
-MARK = ".machine-0-"  # with its word, in the cache of prepared data
-LOOK_SECONDS = 0.5  # between two looks at the others' files
+JOIN_SECONDS = 600.0  # for all machines to start: environments are set up, file systems are slow
+GONE_SECONDS = 60.0  # without a heartbeat; a network file system may show a file that late
+MARK = ".machine-0-"  # prefix of the file in the cache of prepared data; the word follows
+LOOK_SECONDS = 0.5  # between two looks at the files of the others
 
 
 class Machines:
-    """This machine among those of the run."""
+    """This machine among the machines of a run."""
 
     def __init__(
         self, folder: Path, topology: Topology, given_up: Callable[[], bool], start_id: str | None = None
@@ -61,52 +62,54 @@ class Machines:
         self.watched = [0] if self.rank else self.others
         self.word = secrets.token_hex(8)
         self.number = 0  # of the attempt
-        self.shares_cache = False  # whether the cache of machine 0 is this machine's too
-        self.mark: Path | None = None  # machine 0's word in its cache
+        self.shares_cache = False  # whether this machine and machine 0 have the same cache
+        self.mark: Path | None = None  # machine 0's file in its cache
         self.counter = 0
-        self.heard: dict[int, tuple[int, float]] = {}  # machine -> its number, and when it last grew
+        self.heard: dict[int, tuple[int, float]] = {}  # machine -> its last heartbeat, and when it changed
         self.awake = Wakefulness()
         self.looked = 0.0
 
     def join(self, order: Callable[[], Order]) -> Order:
-        """Waits until all machines are there; returns machine 0's first order.
+        """Wait until all machines have started, and return machine 0's first order.
 
         Raises:
-            ConfigError: some do not come. Most often they do not see the same folder.
+            ConfigError: some machines do not start. Most often they do not see the same folder.
         """
         if self.count == 1:
             return order()
-        first = self._gather(order) if self.rank == 0 else self._present()
-        return self._go(first)
+        first = self._gather(order) if self.rank == 0 else self._register()
+        return self._adopt(first)
 
     def _gather(self, order: Callable[[], Order]) -> Order:
+        """On machine 0: wait for the other machines, and write start.json."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for pattern in ("start.json", "member-*", "alive-*", "refused-*"):
-            for left in self._folder.glob(pattern):  # of an earlier start; who is there already writes again
+            # Files of an earlier start. A machine of this start that has written already writes again.
+            for left in self._folder.glob(pattern):
                 if not left.name.startswith(f"refused-{self.start_id}-"):
                     left.unlink(missing_ok=True)
         cards: dict[int, dict[str, Any]] = {}
-        for _ in self._patiently():
+        for _ in self._until_timeout():
             found = {number: read_message(self._folder / f"member-{number}.json") for number in self.others}
             cards = {n: card for n, card in found.items() if card and card["start"] == self.start_id}
             if len(cards) == len(self.others):
                 break
         words = {str(number): card["word"] for number, card in cards.items()}
-        odd = next((card for card in cards.values() if card["ranks"] != self.ranks), None)
-        first = order() if odd is None else Order(0, 0, end=USAGE_ERROR)
-        if odd is None:
-            self._leave_mark()
+        unequal = next((card for card in cards.values() if card["ranks"] != self.ranks), None)
+        first = order() if unequal is None else Order(0, 0, end=USAGE_ERROR)
+        if unequal is None:
+            self._write_mark()
         start = {"words": words, "machine_0": self.word, "order": asdict(first)}
         write_message(self._folder / "start.json", start)
-        if odd is not None:
+        if unequal is not None:
             raise ConfigError(
-                f"launch.num_processes: machine 0 counts {self.ranks} in all, and {odd['host']} counts "
-                f"{odd['ranks']}. All machines need as many GPUs; or give --num-processes."
+                f"launch.num_processes: machine 0 counts {self.ranks} in total, but {unequal['host']} counts "
+                f"{unequal['ranks']}. Use the same number of GPUs on each machine, or give --num-processes."
             )
         return first
 
-    def _leave_mark(self) -> None:
-        """In the cache, where that can be written to; marks that killed launchers left are removed."""
+    def _write_mark(self) -> None:
+        """Write the mark into the cache, if it is writable. Remove old marks, which killed launchers left."""
         root = cache_root()
         for left in root.glob(f"{MARK}*"):
             with contextlib.suppress(OSError):
@@ -120,96 +123,105 @@ class Machines:
         if self.mark is not None:
             self.mark.unlink(missing_ok=True)
 
-    def _present(self) -> Order:
+    def _register(self) -> Order:
+        """On the other machines: write the member file until start.json has this machine's word."""
         card = self._folder / f"member-{self.rank}.json"
-        for _ in self._patiently():
+        for _ in self._until_timeout():
             start = read_message(self._folder / "start.json")
             if start and start["words"].get(str(self.rank)) == self.word:
                 self.shares_cache = (cache_root() / f"{MARK}{start['machine_0']}").exists()
                 return Order(**start["order"])
-            # Machine 0 empties the folder when it begins.
+            # Machine 0 empties the folder when it starts, so write the file again if it is gone.
             if (read_message(card) or {}).get("word") != self.word:
                 own = {"word": self.word, "start": self.start_id, "ranks": self.ranks}
                 write_message(card, {**own, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
-    def _patiently(self) -> Iterator[None]:
-        """Turns until the caller leaves the loop, for JOIN_SECONDS at most."""
+    def _until_timeout(self) -> Iterator[None]:
+        """Yield at each look, until the caller leaves the loop.
+
+        Raises:
+            AnotherRefused: another machine of this start does not start.
+            StoppedWaiting: this machine was asked to stop.
+            ConfigError: JOIN_SECONDS have passed.
+        """
         end = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < end and not self.given_up():
             for path in sorted(self._folder.glob(f"refused-{self.start_id}-*.json")):
                 if refused := read_message(path):
-                    raise AnotherRefused(f"machine {refused['machine']} does not begin: {refused['why']}")
+                    raise AnotherRefused(f"machine {refused['machine']} does not start: {refused['why']}")
             yield
             time.sleep(LOOK_SECONDS)
         if self.given_up():
             raise StoppedWaiting
-        there = {number for number in self.others if (self._folder / f"member-{number}.json").exists()}
-        missing = [0] if self.rank else sorted(set(self.others) - there)
+        present = {number for number in self.others if (self._folder / f"member-{number}.json").exists()}
+        missing = [0] if self.rank else sorted(set(self.others) - present)
         raise ConfigError(
-            f"launch.num_machines: no sign of machine {', '.join(map(str, missing))} within "
-            f"{JOIN_SECONDS:.0f} s. All {self.count} machines run the same command, each with its own "
-            f"machine_rank, and must see the same {self.run_folder} (on a shared file system)."
+            f"launch.num_machines: machine {', '.join(map(str, missing))} did not start within "
+            f"{JOIN_SECONDS:.0f} s. Run the same command on all {self.count} machines, each with its own "
+            f"machine_rank. All must see the same {self.run_folder} (on a shared file system)."
         )
 
     def elsewhere(self) -> Ended | None:
-        """How the attempt ended on another machine, where this one must end too; also a sign of life."""
+        """Send a heartbeat. Return how the attempt ended on another machine, if this one must end too."""
         if self.count == 1 or time.monotonic() - self.looked < self.pause:
             return None
-        self._sign()
+        self._send_heartbeat()
         if self.rank and (cut := read_ended(self._attempt / "cut.json")):
             return cut
         for number in self.watched:
             ended = self._ended(number) or self._gone(number)
             if ended is not None and ended.early:
-                self._tell(ended)
+                self._write_cut(ended)
                 return ended
         return None
 
     @property
     def pause(self) -> float:
-        """Seconds between two looks: machine 0 looks at two files of each."""
+        """Seconds between two looks; more on machine 0 of many machines, which reads two files of each."""
         return LOOK_SECONDS if self.rank else max(LOOK_SECONDS, self.count / 200)
 
-    def _tell(self, ended: Ended) -> None:
-        """Machine 0 tells the others of an end that all must follow; the first that it sees."""
+    def _write_cut(self, ended: Ended) -> None:
+        """On machine 0: write the first end that all machines must follow, for the others."""
         path = self._attempt / "cut.json"
         if self.rank == 0 and not path.exists():
             write_message(path, asdict(ended))
 
     def settle(self, own: Ended, decide: Callable[[list[Ended]], Order]) -> Order:
-        """When the attempt has ended everywhere, machine 0 decides what comes next, and all do it.
+        """Wait until the attempt has ended on all machines, and return what all do next. Machine 0 decides.
 
         Raises:
-            GoneMachine: machine 0 is no more.
+            GoneMachine: machine 0 is lost.
         """
         if self.count == 1:
             return decide([own])
         write_message(machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
         if self.rank:
-            return self._go(self._obey())
+            return self._adopt(self._await_order())
         order = decide([own, *self._await_all()])
         write_message(self._attempt / "order.json", asdict(order))
-        return self._go(order)
+        return self._adopt(order)
 
     def _await_all(self) -> list[Ended]:
+        """On machine 0: wait for the ends of the other machines, or their loss."""
         found: dict[int, Ended] = {}
         while len(found) < len(self.others):
-            self._sign()
+            self._send_heartbeat()
             for number in self.others:
                 if number not in found and (ended := self._ended(number) or self._gone(number)):
                     found[number] = ended
                     if ended.early:
-                        self._tell(ended)
+                        self._write_cut(ended)
             if len(found) < len(self.others):
                 time.sleep(self.pause)
         return list(found.values())
 
-    def _obey(self) -> Order:
+    def _await_order(self) -> Order:
+        """On the other machines: wait for machine 0's order."""
         while True:
-            if told := read_message(self._attempt / "order.json"):
-                return Order(**told)
-            self._sign()
+            if message := read_message(self._attempt / "order.json"):
+                return Order(**message)
+            self._send_heartbeat()
             if self._gone(0):
                 raise GoneMachine
             time.sleep(LOOK_SECONDS)
@@ -217,27 +229,29 @@ class Machines:
     def _ended(self, number: int) -> Ended | None:
         return read_ended(machine_folder(self._attempt, number) / "ended.json")
 
-    def _sign(self) -> None:
-        """A sign of life."""
+    def _send_heartbeat(self) -> None:
+        """Send this machine's heartbeat. After a suspension, count the silence of the others from now on."""
         self.looked, awake = time.monotonic(), self.awake.look()
-        self.heard = {number: (told, max(since, awake)) for number, (told, since) in self.heard.items()}
+        self.heard = {number: (last, max(since, awake)) for number, (last, since) in self.heard.items()}
         self.counter += 1
         (self._folder / f"alive-{self.rank}").write_text(str(self.counter), encoding="utf-8")
 
     def _gone(self, number: int) -> Ended | None:
-        now, told = time.monotonic(), read_number(self._folder / f"alive-{number}")
+        """Return the end of a machine that is lost: it sent no heartbeat for GONE_SECONDS. Else None."""
+        now, last = time.monotonic(), read_number(self._folder / f"alive-{number}")
         before, since = self.heard[number]
-        if told != before:
-            self.heard[number] = told, now
+        if last != before:
+            self.heard[number] = last, now
             return None
         if now - since < GONE_SECONDS:
             return None
         host = (read_message(self._folder / f"member-{number}.json") or {}).get("host", "the first")
-        reason = f"machine {number} ({host}) gave no sign of life for {now - since:.0f} s"
+        reason = f"machine {number} ({host}) sent no heartbeat for {now - since:.0f} s"
         folder = str(machine_folder(self._attempt, number))
         return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
 
-    def _go(self, order: Order) -> Order:
+    def _adopt(self, order: Order) -> Order:
+        """Continue with the attempt of an order, and count the silence of the others from now on."""
         self.number = order.attempt
         self.heard = {number: (-1, time.monotonic()) for number in self.watched}
         return order

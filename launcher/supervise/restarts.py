@@ -1,4 +1,4 @@
-"""What follows a failed attempt: another one from the newest checkpoint, with a smaller batch, or none."""
+"""Decide what follows a failed attempt: one from the newest checkpoint, one with a smaller batch, or none."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from trainers.rank.say import say
 from trainers.storage.manifest import newest_usable, step_of
 
 WITHOUT_PROGRESS = 3  # attempts in a row that made no progress
-PAUSES = (0.0, 5.0)  # seconds before an attempt, after one and after two without progress
+PAUSES = (0.0, 5.0)  # seconds before the next attempt: after one, and after two without progress
 
 
 @dataclass
 class Restarts:
-    """Counts the attempts of one start, and decides about the next."""
+    """The counts of one start's attempts, and the decision about the next one."""
 
     folder: Path  # of the run
     count: int = 0  # restarts so far; smaller batches are not counted
     idle: int = 0  # attempts in a row without progress
     tried: list[int] = field(default_factory=list)  # batch sizes that ran out of memory
-    newest: Path | None = None  # the newest checkpoint that verifies, as of the last look
-    before: int = 0  # its step when the attempt began
+    newest: Path | None = None  # the newest checkpoint that verifies, at the last look
+    before: int = 0  # its step when the attempt started
 
     def begin(self) -> None:
-        """An attempt begins."""
+        """Record that an attempt starts."""
         self.before = step_of(self.newest)
 
     def look(self) -> None:
-        """Look for the newest checkpoint that verifies; once before the first attempt and after each."""
+        """Find the newest checkpoint that verifies. Call it before the first attempt and after each one."""
         self.newest = newest_usable(self.folder, content=False)[0]
 
     def following(self, run: Run, failure: Failure) -> tuple[Run, float] | None:
-        """Return the next attempt's run, and the seconds before it; None where another one would not help."""
+        """Return the run of the next attempt and the seconds to wait, or None if it would not help."""
         if failure.of_batches:
             return self._smaller(run, failure)
         self.idle = 0 if step_of(self.newest) > self.before else self.idle + 1
@@ -60,7 +60,7 @@ class Restarts:
         return smaller, 0.0
 
     def resumed(self, run: Run) -> Run:
-        """Return the run that continues what the earlier attempts wrote, where they wrote something."""
+        """Return the run that continues from the newest checkpoint, or the same run if there is none."""
         return resumed(run) if self.newest is not None else run
 
 

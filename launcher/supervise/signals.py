@@ -12,9 +12,9 @@ from trainers.rank.signals import SIGNALS
 
 
 class Signals:
-    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 to the launcher are passed to each rank, once.
+    """A handler that passes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 from the launcher to each rank, once.
 
-    They save and end (trainers/rank/signals.py). Asked twice with SIGINT or SIGTERM, the ranks are killed.
+    The ranks then save and end (trainers/rank/signals.py). After a second SIGINT or SIGTERM they are killed.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class Signals:
         ends = (signal.SIGINT, signal.SIGTERM)
         if self.received is None:
             name = signal.Signals(number).name
-            os.write(2, f"{name}: what trains saves at the end of this step, then stops\n".encode())
+            os.write(2, f"{name}: the ranks save at the end of this step, then stop\n".encode())
             self.received = number
         elif number in ends and self.received in ends:
             self.twice = True
-        elif number in ends:  # somebody ends what was only warned
+        elif number in ends:  # after a warning, the user or SLURM ends the run
             self.received = number
 
     def pass_on(self, ranks: Mapping[int, int]) -> None:
-        """Passes what was received to the ranks that have not got it."""
+        """Pass the received signal to the ranks that have not got it yet."""
         for pid in ranks.values() if self.received is not None else ():
             if pid not in self.passed:
                 self.passed.add(pid)

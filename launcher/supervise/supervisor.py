@@ -1,6 +1,6 @@
-"""Runs a config to its end: attempt after attempt, each a fresh launch, until one succeeds or none can.
+"""Run a config to its end: one attempt after another, until one succeeds or a restart cannot help.
 
-What follows an attempt that failed is decided in restarts.py; several machines agree on it (machines.py).
+restarts.py decides what follows a failed attempt. Several machines agree on it (machines.py).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from trainers.storage.data_cache import cache_root
 from trainers.storage.manifest import newest_usable, step_of
 from trainers.storage.run_folder import InUse, claim, hold, release
 
-WARM_LOG = "warm-{}.log"  # of the process that imports the libraries
-TAKE_SECONDS = 0.5  # `phalanx status` has the folder's lock for a moment
-RETAKE_SECONDS = 180.0  # by a job that came back: a file server may keep the lock of a lost node for a while
+WARM_LOG = "warm-{}.log"  # log of the process that imports the libraries, by machine
+TAKE_SECONDS = 0.5  # `phalanx status` holds the folder's lock for a moment
+RETAKE_SECONDS = 180.0  # for a requeued job: a file server may keep the lock of a lost node for a while
 
 
 def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> int:
-    """Runs the training to its end and returns its exit code (see docs/exit-codes.md)."""
+    """Run the training to its end, and return its exit code (docs/exit-codes.md)."""
     job = slurm.this_job()
     lock = _take_folder(run, job, signals) if topology.machine_rank == 0 else None
     supervisor = Supervisor(run, topology, backend, signals, lock)
@@ -58,17 +58,17 @@ def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> i
         supervisor.close()
         release()
     if job is not None and topology.machine_rank == 0:
-        goes_back = supervisor.comes_back and slurm.requeue(job)
-        if lock is not None and not goes_back:
+        requeued = supervisor.comes_back and slurm.requeue(job)
+        if lock is not None and not requeued:
             note_end(run.folder, job)
     return code
 
 
 def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
-    """Makes the run's folder this start's own; returns the lock on it, or None if it is to stop.
+    """Take the run's folder for this start, and return the lock on it, or None if a signal arrives first.
 
     Raises:
-        ConfigError: it is not to be had, or the job has begun too often in vain.
+        ConfigError: the folder is not available, or the job's last starts made no progress.
     """
     restarts = slurm.restarts()
     end = time.monotonic() + (RETAKE_SECONDS if restarts else TAKE_SECONDS)
@@ -87,14 +87,14 @@ def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
         note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
         if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
             raise ConfigError(
-                f"job {job}: {WITHOUT_PROGRESS} starts in a row came no further; it does not come back. "
+                f"job {job}: {WITHOUT_PROGRESS} starts in a row made no progress; it is not requeued. "
                 f"The logs are in {run.folder / LAUNCH}."
             )
     return lock
 
 
 def first_rank(topology: Topology) -> int:
-    """The lowest rank of this machine: the one whose output the terminal shows."""
+    """Return the lowest rank of this machine. The terminal shows its output."""
     return topology.machine_rank * topology.local_processes
 
 
@@ -112,7 +112,7 @@ class Supervisor:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
         self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop, slurm.this_start())
-        self.comes_back = False  # the job, where there is one; machine 0 decides that too
+        self.comes_back = False  # whether the job (if any) is requeued; machine 0 decides this too
         self.number = 1  # of the attempt
         self.beats = make_beats_folder()
         self.began = time.time()
@@ -125,11 +125,12 @@ class Supervisor:
         shutil.rmtree(self.beats, ignore_errors=True)
 
     def run_to_end(self) -> int:
+        """Start attempts until the run ends, and return its exit code."""
         try:
             if self._asked_to_stop():
                 raise StoppedWaiting
             order = self.machines.join(self._order)
-            self._say_who_prepares(order)
+            self._report_cache(order)
             self.restarts.look()
             while order.end is None:
                 self._follow(order)
@@ -138,41 +139,43 @@ class Supervisor:
             return order.end
         except StoppedWaiting:
             received = self.signals.received or signal.SIGTERM
-            self._think_of_coming_back(received)
+            self._decide_requeue(received)
             say(f"stopped by {signal.Signals(received).name}", "nothing was saved")
             return 128 + received
         except GoneMachine:
-            say("error", "machine 0 gives no sign of life; it decides what is next")
+            say("error", "machine 0 sends no heartbeat; it decides what is next, so this machine ends too")
             return PEER_LOST
 
-    def _say_who_prepares(self, order: Order) -> None:
-        """Machine 1 says it, for most runs have one kind of cache."""
+    def _report_cache(self, order: Order) -> None:
+        """Print which machine prepares the data. Only machine 1 does: in most runs all others are like it."""
         if self.topology.machine_rank == 1 and order.end is None:
             who = "machine 0 prepares the data" if self.machines.shares_cache else "each prepares the data"
             kind = "shared by" if self.machines.shares_cache else "not shared by"
             say("cache", f"{cache_root()} is {kind} the machines: {who}")
 
     def _order(self, end: int | None = None) -> Order:
-        """What all machines do next. Each attempt has a rendezvous of its own: a port that was free for the
-        last one need not be now."""
+        """Return what all machines do next.
+
+        Each attempt has its own rendezvous: a port that was free for the last attempt may be in use now.
+        """
         port = self.run.launch.main_process_port or free_port()
-        newest = self.run.train.resume is True  # not of a checkpoint that the user has named
+        newest = self.run.train.resume is True  # False for a checkpoint that the user named
         size = self.run.train.batch_size if self.restarts.tried else None
         return Order(attempt.next_attempt(self.run.folder), port, newest, size, end)
 
     def _follow(self, order: Order) -> None:
-        """Sets the attempt up; machine 0 has done so when it decided, but for the rendezvous."""
+        """Set the attempt up. Machine 0 did so when it decided, except for the rendezvous."""
         self.number = order.attempt
         self.topology = replace(self.topology, main_process_port=order.port)
         if order.resume and self.run.train.resume is not True:
             self.run = resumed(self.run)
         while order.batch_size is not None and order.batch_size < self.run.train.batch_size:
             smaller = with_smaller_batch(self.run)
-            assert smaller is not None, "machine 0 has found it on the same way"
+            assert smaller is not None, "machine 0 has found this size in the same way"
             self.run = smaller
 
     def _attempt(self) -> Outcome:
-        """Starts the ranks once, and waits for their end."""
+        """Start the ranks once, and wait until they have ended."""
         files, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
         live = sys.stdout.isatty()
         environ = build_environment(self.run, self.topology, os.environ, files.folder, live, slurm.end_time())
@@ -180,7 +183,7 @@ class Supervisor:
         if self.topology.num_machines > 1:
             environ[WAITS] = "1" if self.machines.shares_cache else "0"
         for lock in remove_left_locks(extensions_cache(environ), self.began):
-            say("note", f"{lock}, which a killed process left, is removed; the ranks would wait for it.")
+            say("note", f"{lock} is removed: a killed process left it, and the ranks would wait for it.")
         for old in self.beats.iterdir():
             old.unlink()
         watcher = Watcher(
@@ -194,12 +197,12 @@ class Supervisor:
         if self.warm:
             try:
                 return watcher.follow(
-                    WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._needless)
+                    WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._not_needed)
                 )
             except GivenUp:
                 return Outcome(files, RUN_FAILED, cut=not self._asked_to_stop())
             except Refused as why:
-                say("start", f"accelerate launch, since the ranks cannot be forked: {why}")
+                say("start", f"accelerate launch, because the ranks cannot be forked: {why}")
                 self._drop_parent()
                 self.warm = False
         return watcher.follow(AccelerateLaunch(argv, environ, files))
@@ -207,12 +210,12 @@ class Supervisor:
     def _asked_to_stop(self) -> bool:
         return self.signals.received is not None
 
-    def _needless(self) -> bool:
-        """Whether ranks that are not there yet need not start any more."""
+    def _not_needed(self) -> bool:
+        """Whether ranks that have not started yet need not start any more."""
         return self._asked_to_stop() or self.machines.elsewhere() is not None
 
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
-        """The process that forks the ranks; a new one where the last has ended."""
+        """Return the process that forks the ranks. Start a new one if the last has ended."""
         if self.parent is None or self.parent.ended:
             module = f"trainers.{self.run.train.kind.module}"
             deepspeed = self.backend.name == "deepspeed"
@@ -226,51 +229,53 @@ class Supervisor:
         self.parent = None
 
     def _ended(self, outcome: Outcome) -> Ended:
-        """How the attempt ended on this machine."""
+        """Return how the attempt ended on this machine."""
         notes = read_notes(outcome.files.folder, StopNote)
         received = self.signals.received
         number, folder, now = self.topology.machine_rank, str(outcome.files.folder), time.time()
-        if received is not None and (outcome.code != 0 or notes):  # else it came too late: the run ended well
+        # A signal that came too late to stop the run does not count: the run has succeeded.
+        if received is not None and (outcome.code != 0 or notes):
             saved = next((note.saved for note in notes if note.saved), "")
             return Ended(number, folder, now, stopped=received, saved=saved)
         failure = diagnose(outcome) if outcome.code else None
         return Ended(number, folder, now, failure)
 
     def _decide(self, ended: list[Ended]) -> Order:
-        """What all machines do after an attempt."""
+        """Return what all machines do after an attempt."""
         self.restarts.look()
         if stopped := [one for one in ended if one.stopped]:
-            return self._order(end=self._say_stopped(stopped))
+            return self._order(end=self._report_stop(stopped))
         if all(one.failure is None for one in ended):
             return self._order(end=0)
         cause, failure = first_cause(ended)
-        self.comes_back = cause.gone  # on other nodes
+        self.comes_back = cause.gone  # after the loss of a node, continue on other nodes
         if not cause.gone and self._prepare_next(failure):
             return self._order()
         return self._order(end=self._give_up(failure, cause))
 
-    def _say_stopped(self, stopped: list[Ended]) -> int:
+    def _report_stop(self, stopped: list[Ended]) -> int:
+        """Print that a signal stopped the run and what was saved, and return the exit code."""
         name = signal.Signals(stopped[0].stopped).name
         saved = next((one.saved for one in stopped if one.saved), "")
-        self._think_of_coming_back(stopped[0].stopped)
+        self._decide_requeue(stopped[0].stopped)
         if saved:
-            say(f"stopped by {name}", f"{saved}; `phalanx train` with --resume goes on")
+            say(f"stopped by {name}", f"{saved}; `phalanx train` with --resume continues")
             return SAVED
         say(f"stopped by {name}", f"nothing was saved; logs: {stopped[0].folder}")
         return 128 + stopped[0].stopped
 
-    def _think_of_coming_back(self, received: int) -> None:
-        """Whether the job goes back into the queue after a signal.
+    def _decide_requeue(self, received: int) -> None:
+        """Decide whether the job is requeued after a signal.
 
-        SIGUSR1 and SIGUSR2 warn of the job's end. SIGTERM and SIGINT are of somebody who ends the run; but
-        SLURM sends SIGTERM too, to a job that is to make room.
+        SIGUSR1 and SIGUSR2 warn before the job's end. With SIGTERM and SIGINT a user ends the run, but SLURM
+        also sends SIGTERM to a job that it preempts.
         """
         job = slurm.this_job()
         warned = received in (signal.SIGUSR1, signal.SIGUSR2)
         self.comes_back = warned or (job is not None and slurm.preempted(job))
 
     def _prepare_next(self, failure: Failure) -> bool:
-        """Set the next attempt up; False where there is none."""
+        """Set the next attempt up. Return False if there is none."""
         following = self.restarts.following(self.run, failure)
         if following is None:
             return False
@@ -284,13 +289,14 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _give_up(self, failure: Failure, where: Ended) -> int:
+        """Print the failure that ends the run, and return the exit code."""
         lines = []
         if failure.code == OUT_OF_MEMORY:
             lines = advice(self.run, self.backend, self.topology, self.restarts.tried, failure.of_batches)
         elif self.restarts.idle >= WITHOUT_PROGRESS:
-            lines = [f"{WITHOUT_PROGRESS} attempts in a row came no further; it is not tried again."]
+            lines = [f"{WITHOUT_PROGRESS} attempts in a row made no progress; the run is not restarted."]
         if (received := self.signals.received) is not None:
-            self._think_of_coming_back(received)
+            self._decide_requeue(received)
             say(f"stopped by {signal.Signals(received).name}", "between two attempts")
         shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
         code = report(failure, AttemptFiles(Path(where.folder)), shown, lines)

@@ -1,4 +1,4 @@
-"""The launcher's end of trainers/warm.py: the process that imports the libraries once and forks the ranks."""
+"""The launcher's side of trainers/warm.py, which imports the libraries once and forks the ranks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,28 @@ class Refused(Exception):
 
 
 class GivenUp(Exception):
-    """Nobody wants the ranks any more."""
+    """The ranks are not needed any more."""
 
 
 class WarmParent:
-    """Imports begin when it is made; start() waits for them."""
+    """A connection to the process that forks the ranks.
+
+    The process begins its imports when this object is created. start() waits until they are done.
+    """
 
     def __init__(
         self, module: str, deepspeed: bool, environ: Mapping[str, str], log: Path, lock: IO[str] | None
     ) -> None:
-        """`lock`: what keeps the run's folder; it is free when all that hold it are gone."""
+        """Start the process, or join the one that is kept for several runs.
+
+        The process inherits `lock`, the lock on the run's folder, which is free when all its holders have
+        ended.
+        """
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer, self.imported, self.ended = b"", False, False
         locks = [] if lock is None else [lock.fileno()]
         kept = environ.get(WARM)
-        if kept and self._joined(Path(kept), environ, log, locks):
+        if kept and self._join(Path(kept), environ, log, locks):
             return
         self.socket, theirs = socket.socketpair()
         argv = [sys.executable, "-u", "-m", "trainers.warm", str(theirs.fileno()), module]
@@ -55,15 +62,15 @@ class WarmParent:
             )
         theirs.close()
 
-    def _joined(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
-        """Whether the process that is kept for several runs serves this one."""
+    def _join(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
+        """Connect to the process that is kept for several runs. Return whether it serves this run."""
         self.socket = socket.socket(socket.AF_UNIX)
         hello = {"cwd": os.getcwd(), "log": str(log), "environ": read_by_imports(environ)}
         try:
             self.socket.connect(str(kept))
             socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)
         except OSError as error:
-            say("note", f"{WARM}: {kept}: {error.strerror}; the libraries are imported anew")
+            say("note", f"{WARM}: {kept}: {error.strerror}; the run imports the libraries itself")
             self.socket.close()
             return False
         while not (answers := self.answers(None)) and not self.ended:
@@ -71,7 +78,7 @@ class WarmParent:
         self.imported = any("imported" in answer for answer in answers)
         if not self.imported:
             why = next((answer["refused"] for answer in answers if "refused" in answer), "it ended")
-            say("note", f"{WARM}: {why}; the libraries are imported anew")
+            say("note", f"{WARM}: {why}; the run imports the libraries itself")
             self.socket.close()
             self.buffer, self.ended = b"", False
         return self.imported
@@ -79,11 +86,11 @@ class WarmParent:
     def start(
         self, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
     ) -> dict[int, int]:
-        """Forks the ranks of this machine, as `accelerate launch ARGV` would start them: rank -> pid.
+        """Fork the ranks of this machine, as `accelerate launch ARGV` would start them. Return rank -> pid.
 
         Raises:
-            Refused: a fork would not be safe, or the process ended.
-            GivenUp: `given_up` became true before the imports ended.
+            Refused: a fork is not safe, or the process ended.
+            GivenUp: `given_up` became true before the imports were done.
         """
         while not self.imported and not self.ended:
             self.imported = any("imported" in answer for answer in self.answers(0.1))
@@ -104,7 +111,7 @@ class WarmParent:
                 raise Refused("the process that imports the libraries ended")
 
     def answers(self, timeout: float | None) -> list[dict[str, Any]]:
-        """What it has said since the last call; waits for a word at most so many seconds."""
+        """Return the messages since the last call. Wait at most so many seconds for one (None: no limit)."""
         if not select.select([self.socket], [], [], timeout)[0]:
             return []
         try:
@@ -119,7 +126,7 @@ class WarmParent:
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
-        """It kills what ranks are left, and ends."""
+        """Make the process kill the ranks that are left, and end."""
         if self.process is not None:
             self.socket.close()
             self.process.kill()
@@ -128,5 +135,5 @@ class WarmParent:
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
             while self.socket.recv(1 << 16):
-                pass  # its end is ours to wait for: the ranks are gone then
+                pass  # wait until the other side closes: then the ranks have ended
         self.socket.close()

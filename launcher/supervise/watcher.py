@@ -1,4 +1,4 @@
-"""Watches the ranks of one attempt to their end: exits, hangs, signals, and the log of the first rank."""
+"""Watch the ranks of one attempt until they end: exits, hangs, signals, and the log of the first rank."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
 from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
 
-GRACE_SECONDS = 3.0  # for the other ranks to say what they saw, after one failed
+GRACE_SECONDS = 3.0  # for the other ranks to report their errors, after one failed
 
 
 class Elsewhere(Protocol):
-    """How the attempt ended on another machine, where this one must end too."""
+    """How the attempt ended on another machine, if this one must end too."""
 
     @property
     def stopped(self) -> int:
         """The signal that ended it, or 0."""
 
 
-def nowhere() -> None:
-    """A run of one machine."""
+def no_other_machine() -> None:
+    """Return None: a run on one machine has no end elsewhere."""
 
 
 @dataclass
 class Watcher:
-    """What is looked at while an attempt runs."""
+    """A watcher of one attempt on this machine."""
 
     files: AttemptFiles
     beats: Path
     hang_timeout: float | None
     shown: int  # the rank whose log goes to the terminal
     signals: Signals
-    elsewhere: Callable[[], Elsewhere | None] = nowhere
+    elsewhere: Callable[[], Elsewhere | None] = no_other_machine
 
     def follow(self, launch: Launch) -> Outcome:
-        """Watches the ranks until all are gone."""
+        """Watch the ranks until all have ended, and return how the attempt ended."""
         deadline = float("inf")
         exits: dict[int, int] = {}
         hang, cut, awake = None, False, Wakefulness()
@@ -54,14 +54,14 @@ class Watcher:
                 if now < deadline:
                     exits = launch.exits()
                     if -signal.SIGKILL in exits.values():
-                        deadline = now  # nothing that the others may say is the cause
+                        deadline = now  # this is the cause, so do not wait for errors of other ranks
                     elif any(exits.values()):
                         deadline = min(deadline, now + GRACE_SECONDS)
                 if (other := self.elsewhere()) is not None:
                     cut = True
                     self.signals.received = self.signals.received or other.stopped or None
                 if self._stopped_early() or cut:
-                    # Another rank may wait in C++ for what this one was to send, and hear of no signal there.
+                    # Another rank may wait in C++ for data from this one, where it cannot handle a signal.
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
@@ -74,9 +74,9 @@ class Watcher:
         return Outcome(self.files, code, exits, hang, cut)
 
     def _stopped_early(self) -> bool:
-        """Whether a rank stopped before the ranks could agree on it, with nothing to save.
+        """Whether a rank stopped before the ranks could agree to stop, with nothing to save.
 
-        The signal may have come to that rank alone: it is then passed to the others, as if it were ours.
+        Only that rank may have got the signal. Then pass it to the others, as if the launcher had got it.
         """
         early = False
         for note in read_notes(self.files.folder, StopNote):
@@ -86,7 +86,7 @@ class Watcher:
 
 
 class _Tail:
-    """Copies what is new in a log to the terminal."""
+    """A reader that copies what is new in a log to the terminal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

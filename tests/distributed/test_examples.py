@@ -1,7 +1,7 @@
-"""Every example config runs to its end: a model that opens as what it is, its record and its card.
+"""Every example config runs to its end, and writes a model that opens with its class, a record and a card.
 
-The models are the tiny ones: the causal one lies where the examples look for theirs, the masked one is given
-by a flag.
+The models are the tiny ones. The causal model is at the path that the examples name; a flag sets the masked
+one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 from places import REPO
-from ranks import environment
 
 from trainers.config.kinds import KINDS
 
 EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.yaml") if path.stem != "demo")
-OPENED_AS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # else CausalLM
+OPENED_AS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # others: CausalLM
 
 
 def config_of(name: str) -> dict:
@@ -37,7 +36,7 @@ def checkout(tmp_path_factory, tiny_model) -> Path:
 
 
 def opened(folder: Path, kind: str, adapter: bool):
-    """The saved model, opened with the class that a user would take."""
+    """Open the saved model with the class that a user takes."""
     import peft
     import transformers
 
@@ -52,19 +51,17 @@ def test_each_trainer_has_an_example():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_runs_to_its_end(checkout, tiny_masked_model, monkeypatch, name):
+def test_example_runs_to_its_end(bench, checkout, tiny_masked_model, monkeypatch, name):
     config = config_of(name)
     adapter = bool(config["params"].get("peft"))
     more = ["--model", str(tiny_masked_model)] if name == "mlm" else []
     argv = [sys.executable, "-m", "launcher", "train", f"examples/{name}.yaml"]
     argv += ["--num-processes", "1", "--max-steps", "2", *more]
-    done = subprocess.run(
-        argv, cwd=checkout, env=environment(checkout / "cache"), text=True, capture_output=True, timeout=180
-    )
+    done = subprocess.run(argv, cwd=checkout, env=bench.environ, text=True, capture_output=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^train: .* dropped 0$", done.stdout, re.M), "each row of an example is used"
+    assert re.search(r"^train: .* dropped 0$", done.stdout, re.M), "a row of the example was dropped"
 
-    monkeypatch.chdir(checkout)  # an adapter names its base model as the config does
+    monkeypatch.chdir(checkout)  # an adapter names its base model by the same relative path as the config
     folder = checkout / config["project_name"]
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["trainer"]["value"] == ("default" if name == "clm" else name)
@@ -77,7 +74,7 @@ def test_example_runs_to_its_end(checkout, tiny_masked_model, monkeypatch, name)
         assert model.config.num_labels == 1
 
 
-def test_the_pairs_are_different_questions_with_two_different_answers():
+def test_pairs_have_different_prompts_and_two_different_answers():
     lines = (REPO / "examples" / "data" / "pairs.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len({row["prompt"] for row in rows}) == len(rows) == 40

@@ -1,4 +1,4 @@
-"""A real run that is pushed to a hub on the loopback: what arrives there, and where its token is not."""
+"""A real run is pushed to a hub on loopback: what is uploaded, and that the token is in no other place."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ranks import BACKENDS, MODES, Bench
 
 CANARY = "hf_plantedPlantedPlantedPlanted"
 PUSHED = ["--push-to-hub", "--username", "me", "--max-steps", "2", "--eval-steps", "2", "--save-steps", "2"]
-# A proxy of the site would take requests for the loopback too; "0" undoes the bench's offline mode.
+# NO_PROXY: a proxy of the site would get requests for loopback too. "0" turns off the bench's offline mode.
 ENVIRON = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "WANDB_MODE": "offline", "NO_PROXY": "127.0.0.1"}
 
 
-def files_with(word: str, root: Path) -> list[Path]:
-    return [p for p in root.rglob("*") if p.is_file() and word.encode() in p.read_bytes()]
+def files_with(text: str, root: Path) -> list[Path]:
+    return [p for p in root.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
 
 
-def test_two_ranks_push_once_and_the_token_stays_out(bench: Bench):
+def test_two_ranks_push_once_without_leaking_the_token(bench: Bench):
     pytest.importorskip("wandb", reason="the optional package wandb is not installed")
     with fake_hub() as hub:
         flags = [*BACKENDS["ddp"], *MODES["lora"], *PUSHED, "--log", "wandb"]
@@ -36,12 +36,12 @@ def test_two_ranks_push_once_and_the_token_stays_out(bench: Bench):
     assert card == (done.folder / "README.md").read_text()
     assert "| train | 40 |" in card and "| eval_loss |" in card and "- transformers: " in card
     assert not any(str(bench.root).encode() in content for content in repository.files.values())
-    assert files_with("learning_rate", done.folder / "wandb")  # the tracker's files can be searched so
+    assert files_with("learning_rate", done.folder / "wandb")  # the tracker's files can be searched
     assert files_with(CANARY, bench.root) == []
     assert CANARY not in done.out + done.err
 
 
-def test_a_refused_token_ends_the_run_with_its_model_safe(bench: Bench, tmp_path):
+def test_a_refused_token_ends_the_run_and_keeps_the_model(bench: Bench, tmp_path):
     token = tmp_path / "token"
     token.write_text(CANARY + "\n")
     with fake_hub() as hub:

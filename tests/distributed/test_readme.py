@@ -1,8 +1,7 @@
-"""Every command of the README does what it says, in a folder that looks like a checkout; every shipped
-config loads, and what the pages of docs/ show of one is accepted.
+"""Every command of the README works, in a folder that looks like a checkout; every shipped config loads,
+and the configs that the pages of docs/ show are accepted.
 
-The model of the demo is replaced by the tiny one, under the demo's path: the commands run as they are
-written.
+The tiny model replaces the model of the demo, at the same path. So the commands run as they are written.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from pathlib import Path
 import pytest
 import yaml
 from places import REPO
-from ranks import environment
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line
 ]
 
-# A page shows a part of a config; this is the rest.
+# A page shows a part of a config. This is the rest.
 REST = {"task": "llm", "base_model": "org/name", "project_name": "page", "data": {"path": "examples/data"}}
 FENCED = {
     kind: [
@@ -48,25 +46,24 @@ def checkout(tmp_path_factory, tiny_model) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_works(checkout, command):
+def test_command_of_the_readme_works(bench, checkout, command):
     argv = shlex.split(command)
-    if argv[0] == "make":  # `make test` runs this test; .ci/run runs `make demo`
+    if argv[0] == "make":  # not run here: `make test` runs this test, and .ci/run runs `make demo`
         assert re.search(rf"^{argv[1]}:", (REPO / "Makefile").read_text(), re.M)
         assert f"make {argv[1]}" in (REPO / ".ci" / "run").read_text()
         return
-    if argv[0] == "pip":  # the Makefile installs in this way
+    if argv[0] == "pip":  # not run here: the Makefile installs in this way
         extras = re.search(r"\[(.*)\]", command)
         project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
         assert extras and set(extras[1].split(",")) <= set(project["optional-dependencies"])
         assert (REPO / "constraints.txt").exists()
         return
-    if argv[0] == "sbatch":  # tests/slurm submits it to a real cluster
+    if argv[0] == "sbatch":  # not run here: tests/slurm submits it to a real cluster
         script = next(word for word in argv if word.endswith(".sh"))
         assert subprocess.run(["bash", "-n", checkout / script]).returncode == 0
         return
     shutil.rmtree(checkout / ".demo" / "run", ignore_errors=True)
-    environ = environment(checkout / "cache")
-    done = subprocess.run(argv, cwd=checkout, env=environ, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(argv, cwd=checkout, env=bench.environ, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     if "--project-name" in argv:
         folder = checkout / argv[argv.index("--project-name") + 1]

@@ -1,4 +1,4 @@
-"""Every trainer, on every backend: the losses of one process, and a model that opens as what it is."""
+"""Every trainer, on every backend: the losses of one process, and a model that opens with its class."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 from ranks import BACKENDS, TRAINERS
 
 SEVERAL = ["ddp", "fsdp", "zero2", "zero3"]
-OTHERS = [name for name in TRAINERS if name != "sft"]  # test_matrix has sft
+OTHERS = [name for name in TRAINERS if name != "sft"]  # test_matrix tests sft
 
 
 def loaded(folder, trainer: str, adapter: bool):
-    """The saved model, opened with the class that a user would take."""
+    """Open the saved model with the class that a user takes."""
     import peft
     import torch
     import transformers
@@ -40,24 +40,26 @@ def outputs(folder, trainer: str, adapter: bool):
         return loaded(folder, trainer, adapter)(input_ids=torch.arange(5, 37)[None]).logits
 
 
-def check_alike(one, many, trainer, adapter):
+def check_equal(one, many, trainer, adapter):
     import torch
 
     assert len(one.losses) == 6
     assert many.losses == pytest.approx(one.losses, abs=1e-4)
     norms = [[entry["grad_norm"] for entry in run.metrics if "loss" in entry] for run in (one, many)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-2, abs=1e-3)
-    assert abs(one.losses[0] - one.losses[-1]) > 1e-3, "nothing changed, so equal losses would prove nothing"
+    assert abs(one.losses[0] - one.losses[-1]) > 1e-3, (
+        "the run learned nothing, so equal losses prove nothing"
+    )
     evaluated = [[entry["eval_loss"] for entry in run.metrics if "eval_loss" in entry] for run in (one, many)]
     assert len(evaluated[0]) == 2
-    # Means over batches, which hold other numbers of tokens on one process than on two.
+    # kto's eval_loss is a mean over batches, which have other sizes on one process than on two.
     assert evaluated[1] == pytest.approx(evaluated[0], abs=0.05)
     expected, found = (outputs(run.folder, trainer, adapter) for run in (one, many))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def cells(always: dict[str, list[str]]) -> list[object]:
-    """Every trainer on every backend; those beyond `always` are left to make test-all."""
+    """Return every trainer on every backend. Only make test-all runs those that are not in `always`."""
     return [
         pytest.param(trainer, backend, marks=[] if backend in always.get(trainer, []) else pytest.mark.slow)
         for trainer in OTHERS
@@ -65,20 +67,27 @@ def cells(always: dict[str, list[str]]) -> list[object]:
     ]
 
 
-# dpo keeps a second model on each backend, and reward draws a head; the others differ in their loss alone.
-THREE = ["ddp", "fsdp", "zero3"]
-FULL = {name: ["fsdp", "zero3"] for name in OTHERS} | {"reward": THREE, "dpo": THREE}
-LORA = {"reward": ["fsdp", "zero3"], "dpo": ["fsdp", "zero3"]}
+# dpo has a second model on each backend, and reward a new head. The others differ only in their loss.
+# test_matrix has sft on every backend.
+FULL = {
+    "default": ["zero3"],
+    "reward": ["fsdp"],
+    "dpo": ["ddp", "fsdp", "zero3"],
+    "orpo": ["fsdp"],
+    "kto": ["zero3"],
+    "mlm": ["fsdp"],
+}
+LORA = {"reward": ["zero3"], "dpo": ["fsdp"]}
 
 
 @pytest.mark.parametrize(("trainer", "backend"), cells(FULL))
 def test_losses_and_model_equal_those_of_one_process(trained, trainer, backend):
-    check_alike(trained("one", "full", trainer), trained(backend, "full", trainer), trainer, adapter=False)
+    check_equal(trained("one", "full", trainer), trained(backend, "full", trainer), trainer, adapter=False)
 
 
 @pytest.mark.parametrize(("trainer", "backend"), cells(LORA))
 def test_lora_losses_and_adapter_equal_those_of_one_process(trained, trainer, backend):
-    check_alike(trained("one", "lora", trainer), trained(backend, "lora", trainer), trainer, adapter=True)
+    check_equal(trained("one", "lora", trainer), trained(backend, "lora", trainer), trainer, adapter=True)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -102,7 +111,7 @@ def test_metrics_of_a_trainer_are_logged(trained, trainer):
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
-def test_precomputed_log_probabilities_change_no_loss_of_dpo(trained, bench, backend):
+def test_precomputed_log_probabilities_do_not_change_the_losses_of_dpo(trained, bench, backend):
     run = bench.train(f"early-{backend}", *bench.flags(backend, "full", "dpo"), "--precompute-ref-log-probs")
     assert run.code == 0, run.err
     assert run.losses == pytest.approx(trained("one", "full", "dpo").losses, abs=1e-4)
@@ -120,7 +129,7 @@ def test_a_test_split_is_evaluated_once_at_the_end(bench):
 
 
 def test_masked_evaluation_hides_the_same_tokens_each_time_on_any_number_of_ranks(bench):
-    """Four rows in steps of three: the second is not full. Nothing is learnt, so nothing may change."""
+    """Four rows in batches of three: the second is not full. With lr 0 the loss must not change."""
     found = []
     for backend, size in (("one", "1"), ("ddp", "3")):
         more = ["--lr", "0", "--per-device-eval-batch-size", size, "--eval-on-start"]
@@ -132,8 +141,8 @@ def test_masked_evaluation_hides_the_same_tokens_each_time_on_any_number_of_rank
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
-def test_new_tokens_are_learnt_alike_on_every_backend(bench, backend):
-    """LoRA with a template that adds tokens: their rows are trained in the embedding and in the output."""
+def test_new_tokens_are_trained_the_same_on_every_backend(bench, backend):
+    """LoRA with a template that adds tokens: their rows in the embedding and in the output are trained."""
     many = bench.train(f"tokens-{backend}", *bench.flags(backend, "lora", "sft"), "--chat-template", "phi3")
     assert many.code == 0, many.err
     one = bench.root / "tokens-one" / "metrics.jsonl"
@@ -145,7 +154,7 @@ def test_new_tokens_are_learnt_alike_on_every_backend(bench, backend):
     assert many.losses[0] - many.losses[-1] > 0.01
 
 
-def test_new_tokens_beside_an_adapter_under_zero_3_are_refused(bench):
+def test_new_tokens_with_an_adapter_under_zero_3_are_refused(bench):
     run = bench.train("tokens-zero3", *bench.flags("zero3", "lora", "sft"), "--chat-template", "phi3")
     assert run.code == 2
     assert "phi3 adds tokens" in run.err and "Use distributed_backend: fsdp" in run.err

@@ -1,4 +1,4 @@
-"""One bench of faults for the session."""
+"""The fixture that starts runs with planted faults, once a session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that fills during a save, and checkpoints that are damaged afterwards."""
+"""A disk that becomes full during a save, and checkpoints that are damaged later."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from trainers.storage.manifest import MANIFEST, complaint, newest_usable, read_manifest
 
 MiB = 1 << 20
-SLACK = 200_000  # bytes: room for one checkpoint and the final model, in whole pages
+SLACK = 200_000  # bytes in addition to one checkpoint and the final model: files take full pages
 
 
 @pytest.fixture
 def small_disk(bench, request):
-    """small_disk(name, bytes): a file system of its own where that run's folder lies."""
+    """small_disk(name, bytes): mount a small file system at that run's folder."""
     mounted: list[Path] = []
 
     def mount(name: str, size: int) -> Path:
@@ -42,25 +42,27 @@ def small_disk(bench, request):
 
 
 def used_by_a_run(faults, backend: str) -> tuple[int, int]:
-    """Bytes of one checkpoint, and of all else that a run leaves."""
-    whole = faults.uninterrupted(backend).folder
-    one = read_manifest(whole / "checkpoint-12").bytes
-    rest = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file() and "checkpoint-" not in str(p))
+    """Return the bytes of one checkpoint, and of all other files of a run."""
+    uninterrupted = faults.uninterrupted(backend).folder
+    one = read_manifest(uninterrupted / "checkpoint-12").bytes
+    rest = sum(
+        p.stat().st_size for p in uninterrupted.rglob("*") if p.is_file() and "checkpoint-" not in str(p)
+    )
     return one, rest
 
 
 @pytest.mark.parametrize(
     "backend", ["fsdp", "zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero3"))]
 )
-def test_a_full_disk_costs_the_save_and_not_the_run(faults, small_disk, backend):
+def test_a_full_disk_skips_the_save_and_the_run_continues(faults, small_disk, backend):
     one, rest = used_by_a_run(faults, backend)
     name = f"full-{backend}"
     small_disk(name, one + rest + SLACK)
-    # The check before a save is switched off in the ranks, so the disk fills while they write.
+    # The check before a save is switched off in the ranks, so the disk becomes full while they write.
     run = faults.run(name, backend, what="no-check")
     assert run.code == 0, run.out + run.err
     assert "warning: no checkpoint at step 8: it could not be written: " in run.out
-    assert f"Training goes on; the newest is {name}/checkpoint-4" in run.out
+    assert f"Training continues; the newest checkpoint is {name}/checkpoint-4" in run.out
     assert complaint(run.folder / "checkpoint-4", content=True) is None
     assert not (run.folder / "checkpoint-8").exists() and not (run.folder / "saving").exists()
     assert (run.folder / "model.safetensors").read_bytes() == (
@@ -68,7 +70,7 @@ def test_a_full_disk_costs_the_save_and_not_the_run(faults, small_disk, backend)
     ).read_bytes()
 
 
-def test_no_room_is_seen_before_anything_is_written(faults, small_disk):
+def test_a_save_without_room_is_skipped_before_anything_is_written(faults, small_disk):
     one, rest = used_by_a_run(faults, "ddp")
     small_disk("tight", one + rest + SLACK)
     run = faults.run("tight", "ddp")
@@ -81,18 +83,18 @@ def test_too_small_a_disk_is_refused_before_the_ranks_start(faults, small_disk):
     small_disk("tiny", MiB)
     run = faults.run("tiny", "ddp")
     assert run.code == 2
-    assert "project_name: a checkpoint of this run takes about" in run.err
+    assert "project_name: a checkpoint of this run needs about" in run.err
     assert not list((run.folder / "launch").glob("attempt-*"))
 
 
 def test_each_kind_of_damage_in_each_file_is_noticed(faults, tmp_path):
-    """Truncation, deletion and a flipped byte; the checkpoint before is taken."""
+    """Truncation, deletion and a flipped bit: the checkpoint before is used."""
     tried = 0
     for backend in ("ddp", "fsdp", "zero2"):
-        whole = faults.uninterrupted(backend).folder
+        uninterrupted = faults.uninterrupted(backend).folder
         run = tmp_path / backend
         for name in ("checkpoint-8", "checkpoint-12"):
-            shutil.copytree(whole / name, run / name)
+            shutil.copytree(uninterrupted / name, run / name)
         newest = run / "checkpoint-12"
         assert newest_usable(run, content=True) == (newest, [])
         for folder in (newest, run / "checkpoint-8"):
@@ -118,21 +120,18 @@ def test_each_kind_of_damage_in_each_file_is_noticed(faults, tmp_path):
     "backend",
     ["fsdp", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)],
 )
-def test_resume_passes_over_a_damaged_checkpoint_and_says_why(faults, bench, backend):
-    whole = faults.uninterrupted(backend).folder
+def test_resume_skips_a_damaged_checkpoint_and_says_why(faults, bench, backend):
+    uninterrupted = faults.uninterrupted(backend).folder
     name = f"damaged-{backend}"
     folder = bench.root / name
-    shutil.copytree(whole, folder)
+    shutil.copytree(uninterrupted, folder)
     largest = max(read_manifest(folder / "checkpoint-12").files, key=lambda entry: entry.bytes)
     path = folder / "checkpoint-12" / largest.path
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # the size is right, so only the ranks, which read it, can tell
+    content[len(content) // 2] ^= 1  # the size is right, so only the ranks notice: they read the content
     path.write_bytes(content)
     run = faults.run(name, backend, "--resume")
-    assert (
-        f"resume: passed over {name}/checkpoint-12: {largest.path} has changed since it was written"
-        in run.out
-    )
+    assert f"resume: skipped {name}/checkpoint-12: {largest.path} has changed since it was written" in run.out
     assert f"resume: {name}/checkpoint-8" in run.out
     faults.same_end(run, backend)
-    assert complaint(folder / "checkpoint-12", content=True) is None  # written anew
+    assert complaint(folder / "checkpoint-12", content=True) is None  # the run wrote it again

@@ -1,4 +1,4 @@
-"""Errors in a rank: the class is named, its exit code is its own, and what a restart mends is tried again."""
+"""Errors in a rank: the message names the class, each class has an exit code, and some are restarted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def checkpoints(run):
     return sorted(int(path.name.rpartition("-")[2]) for path in run.folder.glob("checkpoint-*"))
 
 
-def test_an_exception_in_a_data_worker(faults):
+def test_an_exception_in_a_data_worker_is_a_data_error(faults):
     run = faults.run("worker", "ddp", "--dataloader-num-workers", "1", what="worker", rank=1, step=5)
     assert run.code == 7
     assert "error: rank 1 failed first (data): ValueError: Caught ValueError in DataLoader worker" in run.err
@@ -21,7 +21,7 @@ def test_an_exception_in_a_data_worker(faults):
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out(faults):
+def test_running_out_of_memory_ends_the_run(faults):
     run = faults.run("memory", "ddp", what="oom", rank=1, step=5)
     assert run.code == 3
     assert "error: rank 1 failed first (out of memory): BatchTooLarge: CUDA out of memory." in run.err
@@ -29,17 +29,17 @@ def test_memory_that_runs_out(faults):
 
 
 @pytest.mark.slow
-def test_an_error_that_passes_is_survived(faults):
+def test_a_restart_fixes_a_temporary_error(faults):
     run = faults.run("passing", "ddp", what="fail", rank=1, step=7)
     assert "rank 1 failed first: RuntimeError: planted fault; restart 1 of at most 10, from" in run.err
     faults.same_end(run, "ddp")
 
 
-def test_a_mistake_in_the_code_is_shown_and_not_tried_again(faults):
+def test_a_mistake_in_the_code_is_shown_and_not_restarted(faults):
     run = faults.run("mistake", "ddp", what="mistake", rank=1, step=7)
     assert run.code == 1
     assert "error: rank 1 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
-    assert "in mistake" in run.err and "rank-1.log" in run.err  # the traceback, and where it stands
+    assert "in mistake" in run.err and "rank-1.log" in run.err  # the traceback, and the file that has it
     assert alive(run.folder) == []
 
 
@@ -48,7 +48,7 @@ def test_three_attempts_without_progress_end_the_run(faults):
     run = faults.run("stuck", "ddp", what="fail", rank=1, step=3, always=True)
     assert run.code == 1
     assert run.err.count("; restart ") == 2  # three attempts
-    assert "3 attempts in a row came no further; it is not tried again." in run.err
+    assert "3 attempts in a row made no progress; the run is not restarted." in run.err
     assert alive(run.folder) == []
 
 
@@ -56,7 +56,7 @@ def test_three_attempts_without_progress_end_the_run(faults):
     "backend", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2"))]
 )
 def test_nan_stops_every_rank_at_the_same_step(faults, backend):
-    run = faults.run(f"nan-{backend}", backend, what="nan", rank=1, step=EVERY)  # a step that would be saved
+    run = faults.run(f"nan-{backend}", backend, what="nan", rank=1, step=EVERY)  # a step with a save
     assert run.code == 6
     assert f"(NaN): NotFinite: the loss or the gradient norm is NaN or infinite at step {EVERY}" in run.err
     assert checkpoints(run) == [] and not (run.folder / "model.safetensors").exists()
@@ -68,7 +68,7 @@ def test_nan_stops_every_rank_at_the_same_step(faults, backend):
 
 
 @pytest.mark.slow
-def test_nan_by_choice_goes_on_from_before(faults):
+def test_restart_on_nan_resumes_from_the_checkpoint_before(faults):
     run = faults.run("nan-again", "ddp", "--restart-on-nan", "true", what="nan", rank=1, step=7)
     assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
     faults.same_end(run, "ddp")

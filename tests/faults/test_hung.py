@@ -1,4 +1,4 @@
-"""A rank that gives no sign of life is named, with its Python stack, and the attempt is killed."""
+"""A rank without heartbeats is named, with its Python stack, and the attempt is killed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ QUICK = ["--hang-timeout", "4"]
 
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_stopped_rank(faults, backend):
-    # It is woken up to write its stack; with the pause it cannot come to its end meanwhile.
+def test_a_stopped_rank_is_named_and_the_run_restarts(faults, backend):
+    # The launcher wakes the rank so that it writes its stack. The pause keeps the run from ending meanwhile.
     run = faults.run(f"stopped-{backend}", backend, *QUICK, what="stop", rank=1, step=7, pause=0.5)
-    assert "rank 1 failed first: stopped (SIGSTOP, or a debugger): no sign of life for" in run.err
+    assert "rank 1 failed first: stopped (SIGSTOP, or a debugger): no heartbeat for" in run.err
     assert "restart 1 of at most 10, from" in run.err
     faults.same_end(run, backend)
     assert alive(run.folder) == []
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_holds_the_interpreter(faults, rank):
+def test_a_rank_that_blocks_the_interpreter_is_named(faults, rank):
     run = faults.run(f"held-{rank}", "ddp", *QUICK, "--max-restarts", "0", what="hold", rank=rank, step=7)
     assert run.code == 9
-    assert f"error: rank {rank} failed first: hung: no sign of life for" in run.err
+    assert f"error: rank {rank} failed first: hung: no heartbeat for" in run.err
     assert "in phase 'step' after step 6" in run.err
     assert "in hold_the_interpreter" in run.err  # the stack, though the rank cannot run Python
     assert alive(run.folder) == []

@@ -1,4 +1,4 @@
-"""kill -9, at any moment: the run is started again, and ends with the weights of one that was not killed."""
+"""kill -9 at any moment: the run restarts, and ends with the weights of a run that was not killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMED = "rank {} failed first: killed by SIGKILL"
         pytest.param("zero3", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_rank_is_named_and_the_run_goes_on(faults, backend, rank):
+def test_a_killed_rank_is_named_and_the_run_continues(faults, backend, rank):
     run = faults.run(f"killed-{backend}-{rank}", backend, what="kill", rank=rank, step=7)
     assert NAMED.format(rank) in run.err
     assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
@@ -32,20 +32,20 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(faults, backend, rank):
     assert alive(run.folder) == []
 
 
-def test_with_dropout_every_rank_goes_on_with_its_own_random_numbers(faults):
+def test_with_dropout_every_rank_restores_its_random_state(faults):
     run = faults.run("killed-lora", "ddp", *LORA, what="kill", rank=1, step=7)
     assert "restart 1 of at most 10" in run.err
     faults.same_end(run, "ddp", *LORA)
 
 
-def test_through_accelerate_launch_too(faults):
+def test_a_killed_rank_under_accelerate_launch(faults):
     run = faults.run("killed-cold", "ddp", "--start", "accelerate", what="kill", rank=1, step=7)
     assert NAMED.format(1) in run.err
     faults.same_end(run, "ddp")
 
 
 @pytest.mark.parametrize(("whom", "kept"), [("all", False), ("launcher", True)])
-def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom, kept):
+def test_no_rank_outlives_the_launcher_and_resume_continues(faults, whom, kept):
     running = faults.start(f"launcher-{whom}", "ddp", kept=kept, pause=0.3)
     running.wait_for_step(6)
     ranks = [running.pid(0), running.pid(1)] if whom == "all" else []
@@ -61,14 +61,14 @@ def test_no_rank_outlives_the_launcher_and_resume_goes_on(faults, whom, kept):
     faults.same_end(run, "ddp")
 
 
-def test_within_a_save_the_checkpoint_does_not_exist(faults):
+def test_a_kill_during_a_save_leaves_no_checkpoint(faults):
     run = faults.run("killed-saving", "ddp", what="save", rank=0, step=8)
     assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err
     faults.same_end(run, "ddp")
     assert not (run.folder / "saving").exists()
 
 
-def test_before_the_first_checkpoint_it_begins_anew(faults):
+def test_a_kill_before_the_first_checkpoint_restarts_from_the_start(faults):
     run = faults.run("killed-early", "ddp", what="kill", rank=0, step=2)
     assert "restart 1 of at most 10, from the start" in run.err
     faults.same_end(run, "ddp")

@@ -1,4 +1,4 @@
-"""Several machines: two launchers that share a folder, each with a rank, restart, stop and end as one."""
+"""Several machines: two launchers with a rank each share a folder, and restart, stop and end together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder_of(running: Running, number: int, attempt: int = 1):
 
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_rank_that_is_killed_restarts_both(faults, pair, backend):
+def test_a_killed_rank_restarts_both(faults, pair, backend):
     first, second = pair(f"machines-kill-{backend}", backend, what="kill", rank=1, step=6).end()
     assert second.code == 0, second.out + second.err
     faults.same_end(first, backend)
@@ -64,7 +64,7 @@ def test_a_signal_to_one_launcher_stops_both(faults, pair):
     faults.same_end(resumed[0], "ddp")
 
 
-def test_what_would_only_repeat_ends_both(pair):
+def test_a_failure_that_would_repeat_ends_both(pair):
     first, second = pair("machines-mistake", "ddp", what="mistake", rank=1, step=2).end()
     assert (first.code, second.code) == (1, 1)
     assert "rank 1 failed first: TypeError: planted mistake" in first.err
@@ -73,12 +73,12 @@ def test_what_would_only_repeat_ends_both(pair):
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_gone(pair):
-    """Its launcher is killed, and its ranks with it; nobody else can start them."""
+def test_a_lost_machine_ends_the_run(pair):
+    """Its launcher is killed, and its ranks with it. Nothing else can start them again."""
     running = pair("machines-gone", "ddp", pause=0.3)
     running.running[0].wait_for_step(2)
     running.running[1].process.kill()
     first, _ = running.end()
     assert first.code == 5
-    assert "machine 1" in first.err and "gave no sign of life" in first.err
+    assert "machine 1" in first.err and "sent no heartbeat for" in first.err
     assert alive(first.folder) == []

@@ -1,4 +1,4 @@
-"""Signals: seen by one rank, agreed on by all at a step boundary, saved; a resume ends as if none came."""
+"""Signals: one rank gets it, all agree at a step boundary and save; a resume ends as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAVED = 75
 
 
 def resumed(faults, running, backend, *flags):
-    """The run that goes on after a stop: to the same end."""
+    """Resume a stopped run, and check that it ends with the same result."""
     stopped = running.end()
     assert stopped.code == SAVED, stopped.out + stopped.err
     assert alive(stopped.folder) == []
@@ -33,21 +33,21 @@ def resumed(faults, running, backend, *flags):
         pytest.param("zero2", signal.SIGUSR2, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_the_launcher(faults, backend, number):
+def test_a_signal_to_the_launcher_saves_and_stops(faults, backend, number):
     running = faults.start(f"signal-{backend}-{number.name}", backend, pause=0.3)
     running.wait_for_step(5)
     running.process.send_signal(number)
     resumed(faults, running, backend)
 
 
-def test_a_signal_to_one_rank_alone(faults):
+def test_a_signal_to_one_rank_stops_all(faults):
     running = faults.start("signal-rank", "zero2", what="term", rank=1, step=6)
     resumed(faults, running, "zero2")
 
 
 @pytest.mark.slow
-def test_a_signal_to_every_process(faults):
-    """As a scheduler sends it."""
+def test_a_signal_to_every_process_saves_and_stops(faults):
+    """As a scheduler does."""
     running = faults.start("signal-all", "ddp", pause=0.3)
     running.wait_for_step(5)
     for pid in (running.process.pid, running.pid(0), running.pid(1)):
@@ -55,18 +55,18 @@ def test_a_signal_to_every_process(faults):
     resumed(faults, running, "ddp")
 
 
-def test_within_an_evaluation(faults):
-    """It is broken off, and made up for on resume."""
+def test_a_signal_during_an_evaluation(faults):
+    """The evaluation is interrupted, and repeated on resume."""
     flags = ["--eval-strategy", "steps", "--eval-steps", "4", "--per-device-eval-batch-size", "1"]
     running = faults.start("signal-evaluation", "ddp", *flags, what="term", rank=1, evaluation=8)
     run = resumed(faults, running, "ddp", *flags)
-    whole = faults.uninterrupted("ddp", *flags)
+    uninterrupted = faults.uninterrupted("ddp", *flags)
     scores = [(e["step"], e["eval_loss"]) for e in run.metrics if "eval_loss" in e]
-    assert scores == [(e["step"], e["eval_loss"]) for e in whole.metrics if "eval_loss" in e]
+    assert scores == [(e["step"], e["eval_loss"]) for e in uninterrupted.metrics if "eval_loss" in e]
     assert [step for step, _ in scores] == [4, 8, 12]
 
 
-def test_before_the_first_step_nothing_is_saved(faults):
+def test_a_signal_before_the_first_step_saves_nothing(faults):
     running = faults.start("signal-early", "ddp", pause=0.3)
     running.wait_for(lambda: (running.attempt / "rank-1.pid").exists())
     running.process.send_signal(signal.SIGTERM)
@@ -76,7 +76,7 @@ def test_before_the_first_step_nothing_is_saved(faults):
     assert alive(stopped.folder) == [] and not list(stopped.folder.glob("checkpoint-*"))
 
 
-def test_while_the_libraries_are_imported(faults):
+def test_a_signal_during_the_imports_ends_the_run(faults):
     running = faults.start("signal-import", "ddp")
     running.wait_for(lambda: (running.attempt / "command.txt").exists())
     running.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Two runs at once, a port that is taken, and a run that goes on with another number of ranks."""
+"""Two runs at once, a port in use, and a run that resumes with another number of ranks."""
 
 from __future__ import annotations
 
@@ -26,17 +26,14 @@ def test_two_runs_in_one_folder(faults):
         assert second.code == 2
         assert "error: " in second.err
         if flags:
-            assert (
-                f"project_name: shared is in use: a run is going on there (process {first.process.pid}"
-                in second.err
-            )
+            assert f"project_name: shared is in use by another run (process {first.process.pid}" in second.err
     faults.same_end(first.end(), "ddp")
 
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_the_ranks_of_one_machine_listen_on_loopback_alone(faults, backend):
-    """Neither torch's rendezvous nor Gloo asks for a password."""
-    running = faults.start(f"alone-{backend}", backend, pause=0.2)
+def test_the_ranks_of_one_machine_listen_only_on_loopback(faults, backend):
+    """torch's rendezvous and Gloo ask for no password."""
+    running = faults.start(f"loopback-{backend}", backend, pause=0.2)
     running.wait_for_step(1)
     ranks = [psutil.Process(running.pid(rank)) for rank in (0, 1)]
     addresses = {
@@ -49,7 +46,7 @@ def test_the_ranks_of_one_machine_listen_on_loopback_alone(faults, backend):
     faults.same_end(running.end(), backend)
 
 
-def test_a_port_that_is_taken(faults):
+def test_a_port_in_use_is_refused(faults):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -61,24 +58,27 @@ def test_a_port_that_is_taken(faults):
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_fewer_ranks_go_on_with_the_same_global_batch(faults, bench, backend):
-    whole = faults.uninterrupted(backend)
+def test_fewer_ranks_resume_with_the_same_global_batch(faults, bench, backend):
+    uninterrupted = faults.uninterrupted(backend)
     name = f"fewer-{backend}"
-    shutil.copytree(whole.folder, bench.root / name)
+    shutil.copytree(uninterrupted.folder, bench.root / name)
     shutil.rmtree(bench.root / name / "checkpoint-12")
     run = faults.run(name, backend, "--resume", "--num-processes", "1")
     assert run.code == 0, run.out + run.err
-    assert "note: gradient_accumulation: 4, since checkpoint-8 was written by 2 ranks" in run.out
+    assert "note: gradient_accumulation: 4, because checkpoint-8 was written by 2 ranks" in run.out
     assert run.record["world_size"] == 1 and run.record["global_batch"] == 4
-    assert run.losses == pytest.approx(whole.losses, abs=1e-4)
+    assert run.losses == pytest.approx(uninterrupted.losses, abs=1e-4)
 
 
-def test_zero_on_other_ranks_and_another_backend_are_refused_before_the_ranks(faults, bench):
-    whole = faults.uninterrupted("zero2")
-    shutil.copytree(whole.folder, bench.root / "other")
+def test_zero_on_another_number_of_ranks_and_another_backend_are_refused(faults, bench):
+    uninterrupted = faults.uninterrupted("zero2")
+    shutil.copytree(uninterrupted.folder, bench.root / "other")
     run = faults.run("other", "zero2", "--resume", "--num-processes", "1")
     assert run.code == 2
-    assert "it holds ZeRO's shards of 2 ranks, which 1 cannot read. Go on with num_processes: 2" in run.err
+    assert (
+        "the ZeRO shards of 2 ranks, but this run has a world size of 1. Continue with num_processes: 2"
+        in run.err
+    )
     run = bench.train("other", *BACKENDS["fsdp"], "--save-steps", str(EVERY), "--resume")
     assert run.code == 2
     assert "it was written by ZeRO 2, which fsdp cannot read" in run.err

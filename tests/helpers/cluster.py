@@ -3,8 +3,8 @@
     host  10.S.T.1 -- bridge --+-- 10.S.T.11  phx<id>n1  (own network, host name, /etc/hosts, disk)
                                +-- 10.S.T.12  phx<id>n2
 
-Each node has a second interface that leads nowhere. S, T, the names and the port are random, so that several
-clusters can stand side by side. With ipv6 there are addresses fd00:S:T::11 alone. Needs root.
+Each node has a second interface that is not connected. S, T, the names and the port are random, so that
+several clusters can run at once. With ipv6 the only addresses are fd00:S:T::11. Needs root.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def missing() -> str | None:
-    """Why no cluster can be had here, or None."""
+    """Return why a cluster cannot run here, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2 util-linux)"
     if os.geteuid() != 0:
-        return "a SLURM of one's own needs root"
+        return "starting a SLURM cluster needs root"
     probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True)
     return "network namespaces are not allowed here" if probe.returncode else None
 
 
 @dataclass
 class Job:
-    """A job of a cluster, and the file that its output goes to."""
+    """A job of a cluster, and the folder of its output."""
 
     cluster: Cluster
     folder: Path
@@ -62,15 +62,15 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, condition: Callable[[], bool], what: str, patience: float = 240) -> None:
-        """Until `condition`; it is an error if the job ends before."""
+        """Wait for a condition; fail if the job ends before."""
 
-        def come() -> bool:
+        def is_met() -> bool:
             if condition():
                 return True
             assert self.state not in ENDED, f"job {self.number}: {self.state}\n{self.output}"
             return False
 
-        self.cluster.wait(come, f"job {self.number}: {what}\n{self.output}", patience)
+        self.cluster.wait(is_met, f"job {self.number}: {what}\n{self.output}", patience)
 
     def end(self) -> tuple[str, int, str]:
         self.cluster.wait(lambda: self.state in ENDED, f"job {self.number} does not end\n{self.output}", 240)
@@ -78,10 +78,10 @@ class Job:
 
 
 class Cluster:
-    """Two nodes of `cpus` cores; `up` starts them, `down` leaves no process, namespace or link behind."""
+    """Two nodes of `cpus` cores. `up` starts them; `down` removes all processes, namespaces and links."""
 
     def __init__(self, cpus: int = 4, ipv6: bool = False) -> None:
-        # Not below pytest's own folder: munge wants a path that everybody may pass.
+        # Not below pytest's folder: munge needs a path that all users can traverse.
         self.root, self.cpus = Path(tempfile.mkdtemp(prefix="phalanx-slurm-")), cpus
         draw = random.SystemRandom()
         self.id = f"{draw.randrange(16**4):04x}"
@@ -92,7 +92,7 @@ class Cluster:
         self.bridge = f"phx{self.id}"
         self.nodes = {f"phx{self.id}n{number}": f"{self.net}{10 + number}" for number in (1, 2)}
         self.conf = self.root / "etc" / "slurm.conf"
-        self.disk = self.root / "disk"  # another one on each node
+        self.disk = self.root / "disk"  # each node mounts its own disk here
         self.environ = dict(os.environ) | {"SLURM_CONF": str(self.conf)}
 
     def up(self) -> None:
@@ -162,7 +162,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
 PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE DefaultTime=10 State=UP
 """
         )
-        # GPUs are what device files there are; a plain file would leave CUDA_VISIBLE_DEVICES empty.
+        # GPUs must be device files: with plain files CUDA_VISIBLE_DEVICES would stay empty.
         for number in range(8):
             os.mknod(root / "etc" / f"card{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
         (root / "etc" / "gres.conf").write_text(f"Name=gpu File={root}/etc/card[0-7]\n")
@@ -192,12 +192,12 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE DefaultTime=10 St
 
     def _address(self, address: str, device: str, node: str | None = None) -> None:
         where = ("-n", node) if node else ()
-        at_once = ("nodad",) if self.ipv6 else ()  # not after a second of asking whether somebody has it
+        at_once = ("nodad",) if self.ipv6 else ()  # without a second of duplicate address detection
         _call("ip", *where, "addr", "add", f"{address}/{self.bits}", "dev", device, *at_once)
 
     def _start_node(self, name: str) -> None:
         (self.root / f"spool.{name}").mkdir(exist_ok=True)
-        # slurmd 22.05 asks for cgroups though no plugin uses them: an empty hierarchy, in this namespace.
+        # slurmd 22.05 needs cgroups although no plugin uses them: mount an empty hierarchy in this namespace.
         inside = (
             'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && '
             'mount -t tmpfs none "$2/disk" && '
@@ -208,7 +208,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE DefaultTime=10 St
               name, str(self.root))  # fmt: skip
 
     def ask(self, *argv: str) -> str:
-        """The output of a SLURM command."""
+        """Return the output of a SLURM command, or an empty string if it fails."""
         done = subprocess.run(argv, env=self.environ, text=True, capture_output=True, timeout=30)
         return done.stdout if done.returncode == 0 else ""
 
@@ -219,33 +219,33 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE DefaultTime=10 St
             time.sleep(0.2)
 
     def submit(self, folder: Path, *argv: str, **environ: str) -> Job:
-        """`sbatch argv`, in a folder."""
+        """Run `sbatch argv` in a folder."""
         done = self.call(folder, "sbatch", "--parsable", *argv, **environ)
         assert done.returncode == 0, done.stderr
         return Job(self, folder, done.stdout.strip())
 
     def call(self, folder: Path, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """A command of a user on the login node."""
+        """Run a command as a user does on the login node."""
         return subprocess.run(
             argv, cwd=folder, env=self.environ | environ, text=True, capture_output=True, timeout=60
         )
 
     def run(self, folder: Path, *argv: str, **environ: str) -> tuple[str, int, str]:
-        """Submits a job and waits for its end: its state, its exit code and its output."""
+        """Submit a job, wait for its end, and return its state, exit code and output."""
         return self.submit(folder, *argv, **environ).end()
 
     def start_slurmd(self, name: str) -> None:
-        """Again, after it was killed."""
+        """Start slurmd again after it was killed."""
         self._start_node(name)
 
     def kill_slurmd(self, name: str) -> None:
         os.kill(int((self.root / "run" / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
 
     def cut(self, name: str) -> None:
-        """The node's link goes down; mend() brings it up again."""
+        """Take the node's link down. reconnect() brings it up again."""
         _call("ip", "link", "set", self._link(name), "down")
 
-    def mend(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
         _call("ip", "link", "set", self._link(name), "up")
 
     def _link(self, name: str) -> str:

@@ -1,7 +1,7 @@
-"""A hub on the loopback: as much of its HTTP interface as creating a repository and a commit needs.
+"""A fake hub on loopback, with the part of the HTTP interface that creating a repository and a commit needs.
 
-What a real client sends is kept: each request, each repository, and the bytes of each committed file. Xet,
-the hub's newer storage, is not spoken: clients set HF_HUB_DISABLE_XET=1.
+It keeps what a real client sends: each request, each repository, and the bytes of each committed file. It
+does not support Xet, the hub's newer storage: clients set HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-LARGE = (".safetensors", "tokenizer.json")  # go the way of large files; the rest lies in the commit itself
+LARGE = (".safetensors", "tokenizer.json")  # uploaded as large files; other files are in the commit
 CREATE, COMMIT = "/api/repos/create", "/commit/main"
 
 
 @dataclass
 class Request:
-    """One request as it came in."""
+    """One request, as received."""
 
     method: str
     path: str
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """A repository: whether it is private, and the files of each of its commits; None: deleted."""
+    """A repository: whether it is private, and the files of each commit (None: deleted)."""
 
     private: bool
     commits: list[dict[str, bytes | None]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Repository:
 
 @dataclass
 class Failure:
-    """The next `times` requests whose path ends so get this answer."""
+    """The answer to the next `times` requests whose path has this ending."""
 
     ending: str
     status: int
@@ -59,25 +59,25 @@ class Failure:
 
 
 class FakeHub:
-    """The state of the hub; `fake_hub()` serves it."""
+    """The state of the fake hub. `fake_hub()` serves it."""
 
     def __init__(self) -> None:
         self.endpoint = ""
         self.requests: list[Request] = []
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # large files, by their sha256
+        self.objects: dict[str, bytes] = {}  # large files, by sha256
         self.failures: list[Failure] = []
         self.lock = threading.Lock()
 
     def fail(self, status: int, ending: str = "", times: int = 1_000, message: str = "no") -> None:
-        """From now on, requests whose path ends so fail; `times` of them."""
+        """Let the next `times` requests whose path has this ending fail."""
         self.failures.append(Failure(ending, status, times, message))
 
     def sent(self, ending: str) -> list[Request]:
         return [request for request in self.requests if request.path.endswith(ending)]
 
     def answer(self, request: Request) -> tuple[int, Any]:
-        """The status and the JSON of an answer."""
+        """Return the status and the JSON of an answer."""
         self.requests.append(request)
         for failure in self.failures:
             if failure.times and request.path.endswith(failure.ending):
@@ -155,7 +155,7 @@ class FakeHub:
 
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
-    """A hub at `hub.endpoint`, on a free port of 127.0.0.1, until the block ends."""
+    """Serve a fake hub at `hub.endpoint`, on a free port of 127.0.0.1, until the block ends."""
     hub = FakeHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -187,11 +187,11 @@ def fake_hub() -> Iterator[FakeHub]:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *where: Any) -> None:
-            """Silent where a client ended with its connection open, as a process that exits does."""
+            """Ignore clients that end without closing the connection, as a process that exits does."""
             if not isinstance(sys.exc_info()[1], ConnectionError):
                 super().handle_error(*where)
 

@@ -1,4 +1,4 @@
-"""What tests invent: hardware, a model folder and checkpoints that only look like some, rows; the command."""
+"""Fake hardware, model folders and checkpoints; rows; and running a command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GIB = 2**30
 def machine(
     gpus: int = 0, gib: int = 80, capability: tuple[int, int] = (9, 0), cpu_bf16: bool = True
 ) -> Hardware:
-    """Invented hardware; eight cores and 16 GiB of host memory."""
+    """Return fake hardware, with eight cores and 16 GiB of host memory."""
     cards = tuple(Gpu(f"card {index}", gib * GIB, capability) for index in range(gpus))
     return Hardware(gpus=cards, memory=16 * GIB, cores=8, cpu_bf16=cpu_bf16)
 
 
 def fake_model(folder: Path, parameters: int = 1000) -> Path:
-    """What the launcher reads of a model: a config, and the header of weights that claims `parameters`."""
+    """Write what the launcher reads from a model: a config, and a weights header with `parameters`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
     header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 0]}}).encode()
@@ -35,7 +35,7 @@ def fake_model(folder: Path, parameters: int = 1000) -> Path:
 
 
 def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
-    """A checkpoint that verifies, of two small files; unless told otherwise, of two ranks of ddp."""
+    """Write a checkpoint that verifies, with two small files. Default layout: two ranks of ddp."""
     folder = run / f"{CHECKPOINT_PREFIX}{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"the weights")
@@ -48,23 +48,23 @@ def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
 
 
 def write_rows(path: Path, *rows: object) -> Path:
-    """Writes JSONL, one row a line."""
+    """Write JSONL, one row in each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path under a folder, with its size and time of change."""
+    """Return every path under a folder, with its size and modification time."""
     paths = sorted(folder.rglob("*"))
     return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in paths}
 
 
 def run_command(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """`phalanx <argv>` in this process; its exit code. A run that would start ranks fails the test."""
+    """Run `phalanx <argv>` in this process; return its exit code. Starting ranks fails the test."""
 
     def started(*_: object) -> int:
-        pytest.fail("the ranks would have been started")
+        pytest.fail("the command would start ranks")
 
     monkeypatch.setattr(supervisor, "train", started)
     try:

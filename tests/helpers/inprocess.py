@@ -1,4 +1,4 @@
-"""A trainer of ours in this process: built from a config as a rank builds it, without launcher or group."""
+"""Build a trainer in this process, from a config as a rank does, without launcher or process group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def write_split(path: Path, rows: Any) -> None:
-    """Writes rows in the format of the suffix; text and bytes are the file itself."""
+    """Write rows in the format of the suffix. Text and bytes are written as they are."""
     if isinstance(rows, (str, bytes)):
         path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
     elif path.suffix == ".parquet":
@@ -47,7 +47,7 @@ def write_split(path: Path, rows: Any) -> None:
 
 @dataclass
 class Built:
-    """A trainer that has not taken a step, and what it was built from."""
+    """A trainer before its first step, its context and its settings."""
 
     trainer: Any
     context: Any
@@ -59,7 +59,7 @@ def settings_of(**values: Any) -> Settings:
 
 
 def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **values: Any) -> Built:
-    """Builds `values["trainer"]` on rows (ROWS) that it writes to `work`."""
+    """Build `values["trainer"]` with rows (default: ROWS), which are written to `work`."""
     from trainers.loop import life
 
     os.environ["PHALANX_CACHE"] = str(work / "cache")
@@ -88,6 +88,6 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
 
 
 def logged(built: Built) -> list[dict[str, Any]]:
-    """Trains, and returns what was logged at each step."""
+    """Train, and return what was logged at each step."""
     built.trainer.train()
     return [entry for entry in built.trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""A site: a folder from which jobs are submitted, and what its runs leave."""
+"""A site: a folder from which jobs are submitted, and the files of its runs."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ params:
 
 @dataclass
 class Site:
-    """Where jobs are submitted from. Its name has a space: no script may stumble over one."""
+    """The folder from which jobs are submitted. Its name has a space: scripts must handle it."""
 
     cluster: Cluster
     folder: Path
     model: Path
     environ: dict[str, str]
-    whole: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    # Runs without a fault, by their flags.
+    finished: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def config(self, name: str) -> str:
         path = self.folder / f"{name}.yaml"
@@ -54,33 +55,33 @@ class Site:
     def submit(
         self, name: str, *flags: str, nodes: int = 1, sbatch: tuple[str, ...] = (), **more: str
     ) -> Job:
-        """`sbatch slurm/train.sh name.yaml flags`: two ranks."""
+        """Submit `slurm/train.sh name.yaml flags` with two ranks."""
         ask = ("-N", str(nodes), "--cpus-per-task=1", *sbatch)
         argv = (*ask, SCRIPT, self.config(name), "--num-processes", "2", *flags)
         return self.cluster.submit(self.folder, *argv, **self.environ | more)
 
     def phalanx(self, *argv: str) -> tuple[int, str, str]:
-        """A command of a user on the login node: its exit code and what it prints."""
+        """Run a phalanx command on the login node; return its exit code, stdout and stderr."""
         command = (sys.executable, "-m", "launcher", *argv)
         done = self.cluster.call(self.folder, *command, **self.environ)
         return done.returncode, done.stdout, done.stderr
 
-    def unbroken(self, *flags: str, nodes: int = 1) -> Path:
-        """The folder of that run, to which nothing happened; made once."""
+    def uninterrupted(self, *flags: str, nodes: int = 1) -> Path:
+        """Return the folder of the run without a fault, which is made once."""
         key = (*flags, str(nodes))
-        if key not in self.whole:
-            name = f"whole-{len(self.whole)}"
+        if key not in self.finished:
+            name = f"uninterrupted-{len(self.finished)}"
             state, code, output = self.submit(name, *flags, nodes=nodes).end()
             assert (state, code) == ("COMPLETED", 0), output + self.cluster.logs()
-            self.whole[key] = self.folder / name
-        return self.whole[key]
+            self.finished[key] = self.folder / name
+        return self.finished[key]
 
     def same_end(self, name: str, *flags: str, nodes: int = 1) -> None:
-        """The final weights, bit for bit, and the loss of each step."""
-        run, whole = self.folder / name, self.unbroken(*flags, nodes=nodes)
-        assert losses(run) == losses(whole)
+        """Check that the final weights are equal, bit for bit, and the loss of each step."""
+        run, expected = self.folder / name, self.uninterrupted(*flags, nodes=nodes)
+        assert losses(run) == losses(expected)
         assert len(losses(run)) == STEPS
-        assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
     def step(self, name: str) -> int:
         path = self.folder / name / "metrics.jsonl"
@@ -94,5 +95,5 @@ def losses(folder: Path) -> list[float]:
 
 
 def slowly(pause: float = 0.3, **fault: object) -> dict[str, str]:
-    """A run whose steps take longer, so that something can happen to it; or with a fault of tests/faults."""
+    """Return variables that make each step longer, so that a test can act; or that plant a fault."""
     return {"PHALANX_FAULT": json.dumps({"pause": pause, "once": "fault.once", **fault})}

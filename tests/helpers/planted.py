@@ -1,4 +1,4 @@
-"""Faults in real ranks: where they are planted, and the run that they must not change the end of."""
+"""Faults in real ranks: how to plant them, and the uninterrupted run whose result they must not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LORA = ("--peft", "--quantization", "none", "--lora-dropout", "0.3", "--lora-r",
 
 @dataclass
 class Running:
-    """A run that a test acts on while it goes on."""
+    """A run that a test acts on while it runs."""
 
     folder: Path
     process: Any
@@ -49,10 +49,10 @@ class Running:
         return json.loads(lines[-1])["step"] if lines else 0
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """A limit, not a measurement."""
+        """Wait for a condition. PATIENCE is a limit, not a measurement."""
         end = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < end, "the run did not come so far"
+            assert time.monotonic() < end, "the run did not reach this point"
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.05)
 
@@ -69,18 +69,18 @@ class Running:
 
 @dataclass
 class Faults:
-    """Starts runs with a fault planted, and compares their ends."""
+    """Starts runs with a planted fault, and compares their results."""
 
     bench: Bench
-    warm: str  # PHALANX_WARM of a run with a fault
+    warm: str  # PHALANX_WARM for a run with a fault
     started: list[Any]
-    whole: dict[tuple[str, ...], Finished]
+    finished: dict[tuple[str, ...], Finished]  # runs without a fault, by their flags
 
     def _flags(self, backend: str, more: tuple[str, ...]) -> list[str]:
         return [*BACKENDS[backend], *FLAGS, *more]
 
     def environ(self, name: str, kept: bool = True, **fault: Any) -> dict[str, str]:
-        """`kept`: the run's ranks are forked by the process that the session keeps, not by one of its own."""
+        """Return the variables of a run. `kept`: the process that the session keeps forks its ranks."""
         once = self.bench.root / f"{name}.once"
         planted = {"PYTHONPATH": str(PLANT), "PHALANX_FAULT": json.dumps({"once": str(once), **fault})}
         return planted | {WARM: self.warm if kept else ""}
@@ -94,28 +94,28 @@ class Faults:
         return Running(self.bench.root / name, process)
 
     def uninterrupted(self, backend: str, *flags: str) -> Finished:
-        """The run without a fault, made once a session."""
+        """Return the run without a fault, which is made once a session."""
         key = (backend, *flags)
-        if key not in self.whole:
-            name = f"whole-{len(self.whole)}"
+        if key not in self.finished:
+            name = f"uninterrupted-{len(self.finished)}"
             done = self.bench.train(name, *self._flags(backend, flags))
             assert done.code == 0, done.out + done.err
-            self.whole[key] = done
-        return self.whole[key]
+            self.finished[key] = done
+        return self.finished[key]
 
     def same_end(self, run: Finished, backend: str, *flags: str) -> None:
-        """The final weights, bit for bit, and the loss of each step."""
-        whole = self.uninterrupted(backend, *flags)
+        """Check that the final weights are equal, bit for bit, and the loss of each step."""
+        expected = self.uninterrupted(backend, *flags)
         assert run.code == 0, run.out + run.err
         for name in ("model.safetensors", "adapter_model.safetensors"):
-            if (whole.folder / name).exists():
-                assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-        assert run.losses == whole.losses
+            if (expected.folder / name).exists():
+                assert (run.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+        assert run.losses == expected.losses
         assert [entry["step"] for entry in run.metrics if "loss" in entry] == list(range(1, STEPS + 1))
 
 
 def alive(folder: Path) -> list[str]:
-    """Processes that belong to a run: its folder stands in their command line or environment."""
+    """Return the processes of a run: their command line or environment has its folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""How tests start real ranks on the CPU, and look at what a run left."""
+"""Start real ranks on the CPU, and read what a run wrote."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ params:
   save_steps: 3
   save_total_limit: 5
 """
-# backend -> flags of the launcher; one process sees the same global batch as two ranks.
+# backend -> flags of the launcher. One process has the same global batch as two ranks.
 BACKENDS = {
     "one": ["--num-processes", "1", "--distributed-backend", "none", "--batch-size", "2"],
     "ddp": ["--num-processes", "2", "--distributed-backend", "ddp"],
@@ -49,7 +49,7 @@ BACKENDS = {
     "zero2": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "2"],
     "zero3": ["--num-processes", "2", "--distributed-backend", "deepspeed", "--zero-stage", "3"],
 }
-# trainer -> flags that make it of the config above; the rows have every column that one of them reads.
+# trainer -> flags that select it with the config above. The rows have all columns that the trainers read.
 PAIRS = ["--text-column", "chosen", "--rejected-text-column", "rejected"]
 TRAINERS = {
     "default": ["--trainer", "default", "--packing", "wrapped", "--block-size", "64"],
@@ -60,7 +60,7 @@ TRAINERS = {
     "kto": ["--trainer", "kto"],
     "mlm": ["--trainer", "mlm", "--model", "{masked}", "--chat-template", "none"],
 }
-# kto needs two rows of a micro-batch on each rank.
+# kto needs micro-batches of two rows on each rank. Key: whether there is one process.
 KTO_BATCH = {True: ["--batch-size", "4"], False: ["--batch-size", "2"]}
 MODES = {
     "full": [],
@@ -69,16 +69,17 @@ MODES = {
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """As in a shell with this Python's folder on the PATH; offline, and with a cache of its own."""
+    """Return an environment with this Python's folder on the PATH, offline, and with its own cache."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return dict(os.environ) | {"PATH": path, "PHALANX_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    return dict(os.environ) | {"PATH": path, "PHALANX_CACHE": str(cache), **offline}
 
 
 @contextmanager
 def kept_warm(
     folder: Path, environ: dict[str, str], modules: Sequence[str] = ("trainers.sft", "deepspeed")
 ) -> Iterator[str]:
-    """A process that imports the libraries once for many runs: what PHALANX_WARM of them must be."""
+    """Start a process that imports the libraries once for many runs; yield the value of PHALANX_WARM."""
     path = folder / "warm.socket"
     argv = [sys.executable, "-m", "trainers.warm", "--keep", str(path), *modules]
     process = subprocess.Popen(
@@ -134,7 +135,7 @@ class Bench:
         return [sys.executable, "-m", "launcher", "train", str(self.config(name)), *flags]
 
     def start(self, name: str, *flags: str, **environ: str) -> subprocess.Popen[str]:
-        """A run that the test itself stops; its output goes to pipes."""
+        """Start a run that the test itself stops. Its output goes to pipes."""
         return subprocess.Popen(
             self.command(name, *flags),
             cwd=self.root,
@@ -151,7 +152,7 @@ class Bench:
         return Finished(self.root / name, done.returncode, done.stdout, done.stderr)
 
     def flags(self, backend: str, mode: str, trainer: str) -> list[str]:
-        """The flags of one cell of the matrix."""
+        """Return the flags of one cell of the matrix."""
         flags = [*BACKENDS[backend], *MODES[mode], *TRAINERS[trainer]]
         flags += KTO_BATCH[backend == "one"] if trainer == "kto" else []
         return [flag.format(masked=self.masked) for flag in flags]

@@ -1,7 +1,4 @@
-"""A two-layer Llama with saved random weights and its own small tokenizer.
-
-Real files, built in a second, offline.
-"""
+"""Tiny models with random weights and small tokenizers: real files, built in a second, offline."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ SENTENCES = [
 
 
 def build_tiny_model(folder: Path, chat_template: bool = True, seed: int = 0) -> Path:
-    """Writes config, weights and tokenizer to `folder`; the same bytes at each call."""
+    """Write a two-layer Llama and its tokenizer to `folder`. Each call writes the same bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -65,7 +62,7 @@ def build_tiny_model(folder: Path, chat_template: bool = True, seed: int = 0) ->
 
 
 def build_tiny_masked_model(folder: Path) -> Path:
-    """A two-layer ModernBERT with saved random weights and a tokenizer that has a mask token."""
+    """Write a two-layer ModernBERT and a tokenizer with a mask token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
@@ -113,7 +110,7 @@ def build_tiny_masked_model(folder: Path) -> Path:
 
 
 def write_evaluation(folder: Path) -> Path:
-    """A task of lm-eval, `capitals`, whose two rows lie in the folder."""
+    """Write an lm-eval task, `capitals`, with two rows, to the folder."""
     folder.mkdir()
     rows = [
         {"question": "The capital of France is", "choices": ["Paris", "Rome"], "answer": 0},

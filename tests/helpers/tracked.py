@@ -1,4 +1,4 @@
-"""Reads back what a tracker wrote: wandb's offline file, a LevelDB log of records; TensorBoard's."""
+"""Read what a tracker wrote: wandb's offline file (a LevelDB log of records), and TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def forget_wandb() -> None:
-    """Ends its service, which writes the last of its files then; the next start reads the settings anew."""
+    """End wandb's service, which then writes the rest of its files. The next start rereads the settings."""
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
 
@@ -20,9 +20,9 @@ def wandb_files(folder: Path) -> list[Path]:
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """wandb's file: 7 bytes of its own, then LevelDB's log format, blocks of 32 KiB with parts of records.
+    """Return the records of a wandb file: 7 bytes, then LevelDB's log, blocks of 32 KiB with record parts.
 
-    Each part: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last), data.
+    Each part: checksum (4 bytes), length (2), kind (1: complete, 2: first, 3: middle, 4: last), data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -33,7 +33,7 @@ def wandb_records(path: Path) -> list[Any]:
     while position + head <= len(data):
         left = block - position % block
         if left < head:
-            position += left  # too short for another head: zeros
+            position += left  # too short for another header: zeros
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         parts += data[position + head : position + head + length]
@@ -54,7 +54,7 @@ def wandb_run(path: Path) -> Any:
 
 
 def wandb_history(path: Path) -> list[dict[str, Any]]:
-    """The rows, without what wandb counts for itself."""
+    """Return the rows, without wandb's own counters."""
     rows = [items(record.history.item) for record in wandb_records(path) if record.HasField("history")]
     return [{name: value for name, value in row.items() if name[0] != "_"} for row in rows]
 

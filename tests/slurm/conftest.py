@@ -1,4 +1,4 @@
-"""One cluster for the session, and a site: a folder that its nodes share, with rows and a site file."""
+"""One cluster for the session, and a site: a folder that the nodes share, with rows and a site file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, missing
 from jobsite import Site
-from places import REPO
+from planted import PLANT
 
 REASON = missing()
 
@@ -41,9 +41,8 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, tiny_model:
     rows = [{"prompt": f"What is {i}?", "completion": f"The answer is {i}."} for i in range(64)]
     (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = folder / "site.env"
-    plant = REPO / "tests" / "faults" / "plant"
     env.write_text(
         f"export PATH={Path(sys.executable).parent}:{os.environ['PATH']}\n"
-        f'export PHALANX_CACHE="{folder}/cache" HF_HUB_OFFLINE=1 PYTHONPATH={plant}\n'
+        f'export PHALANX_CACHE="{folder}/cache" HF_HUB_OFFLINE=1 PYTHONPATH={PLANT}\n'
     )
     return Site(cluster, folder, tiny_model, {"PHALANX_SITE_ENV": str(env)})

@@ -15,9 +15,9 @@ from launcher.cli import build_parser
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
-def test_two_nodes_train_as_one_does(site, backend):
-    one = site.unbroken("--distributed-backend", backend)
-    two = site.unbroken("--distributed-backend", backend, nodes=2)
+def test_two_nodes_have_the_losses_of_one(site, backend):
+    one = site.uninterrupted("--distributed-backend", backend)
+    two = site.uninterrupted("--distributed-backend", backend, nodes=2)
     record = json.loads((two / "run.json").read_text())
     assert record["world_size"] == 2
     logs = two / "launch" / "attempt-1"
@@ -33,7 +33,7 @@ def test_a_mistake_fails_the_job_with_its_line(site):
 
 
 def test_two_jobs_on_one_node_at_once(site):
-    """Each has its own port, and a name may have spaces."""
+    """Each job has its own port, and the job name has spaces."""
     where = (f"--nodelist={next(iter(site.cluster.nodes))}", "--job-name=my two jobs")
     jobs = [site.submit(f"side-{number}", sbatch=where, **slowly(0.1)) for number in (1, 2)]
     for number, job in enumerate(jobs, start=1):
@@ -51,8 +51,8 @@ def test_two_jobs_on_one_node_at_once(site):
         (("--cpus-per-task=2",), "", "2"),
     ],
 )
-def test_what_a_task_is_given(site, flags, gpus, cores):
-    """In place of phalanx a script says it. The GPUs are files: SLURM hands them out, and NVML sees none."""
+def test_gpus_and_cores_of_a_task(site, flags, gpus, cores):
+    """A script replaces phalanx and prints them. The GPUs are files that SLURM assigns; NVML sees none."""
     folder = site.folder / "instead"
     folder.mkdir(exist_ok=True)
     (folder / "phalanx").write_text(
@@ -65,7 +65,7 @@ def test_what_a_task_is_given(site, flags, gpus, cores):
     assert (state, output) == ("COMPLETED", f"train a b.yaml: GPUs {gpus}; cores {cores}\n")
 
 
-def test_an_array_of_three(site):
+def test_an_array_of_three_runs(site):
     config = site.config("swept")
     lines = [
         f"--lr {rate} --project-name swept-{n}" for n, rate in enumerate(("1e-4", "1e-3", "1e-2"), start=1)
@@ -86,8 +86,8 @@ def test_an_array_of_three(site):
     assert code == 0 and out.startswith("swept-2  "), out + err
 
 
-def test_nodes_with_disks_of_their_own_each_prepare_the_data(site):
-    """The cache has one name and is another on each node. Of two interfaces the right one is taken."""
+def test_nodes_without_a_shared_cache_each_prepare_the_data(site):
+    """The cache has one path, on another disk of each node. Of two interfaces the right one is used."""
     local = site.folder / "local.env"
     local.write_text(
         Path(site.environ["PHALANX_SITE_ENV"]).read_text() + f"export PHALANX_CACHE={site.cluster.disk}\n"
@@ -99,8 +99,8 @@ def test_nodes_with_disks_of_their_own_each_prepare_the_data(site):
     assert output.count("network: GLOO_SOCKET_IFNAME=eth0") == 2
 
 
-def test_the_commands_of_the_page(site):
-    """Each of docs/slurm.md is understood: by sbatch, by submit's checks, or by the command's parser."""
+def test_commands_of_the_slurm_page_are_accepted(site):
+    """sbatch, submit's checks or the command's parser accept each command of docs/slurm.md."""
     page = (REPO / "docs" / "slurm.md").read_text()
     lines = [line for block in page.split("```\n")[1::2] for line in block.splitlines()]
     commands = [
@@ -124,14 +124,14 @@ def test_the_commands_of_the_page(site):
             build_parser(command[1]).parse_args(command[1:])
 
 
-def block_after(page, words):
-    """The first block of a page after some words."""
-    return page.partition(words)[2].split("```\n")[1]
+def block_after(page, text):
+    """Return the first block of a page after some text."""
+    return page.partition(text)[2].split("```\n")[1]
 
 
 @pytest.mark.slow
-def test_a_cluster_with_ipv6_alone(site):
-    """The nodes' names and the controller have no other addresses."""
+def test_a_cluster_with_only_ipv6(site):
+    """The nodes and the controller have only IPv6 addresses."""
     other = Cluster(ipv6=True)
     try:
         other.up()
@@ -142,14 +142,14 @@ def test_a_cluster_with_ipv6_alone(site):
             state, _, output = job.end()
             assert state == "COMPLETED", output + other.logs()
             assert losses(site.folder / f"six-{backend}") == pytest.approx(
-                losses(site.unbroken("--distributed-backend", backend, nodes=2)), abs=1e-4
+                losses(site.uninterrupted("--distributed-backend", backend, nodes=2)), abs=1e-4
             )
     finally:
         other.down()
 
 
-def test_scripts_are_plain_bash():
-    """sbatch runs a copy of a script from elsewhere, so each has the lines that set the site up."""
+def test_scripts_have_the_same_lines_for_the_site():
+    """sbatch runs a copy of a script from its spool folder, so each has the same lines for the site."""
     preambles = set()
     for name in ("train.sh", "array.sh", "evaluate.sh"):
         text = (REPO / "slurm" / name).read_text()

@@ -1,9 +1,9 @@
-"""Activation checkpointing: it changes memory and time, never a loss or a gradient, and it really acts."""
+"""Activation checkpointing changes memory and time, but no loss and no gradient; and it has an effect."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,6 @@ LAYERS, STEPS = 2, 2
 RUN = {"max_steps": STEPS, "lr": 1e-2, "quantization": None, "lora_dropout": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only wait for each other, on models of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make(tmp_path: Path, tiny_model: Path, tiny_masked_model: Path) -> Callable[..., Any]:
     """`make(trainer, mode, **config)`: a trainer that has not taken a step."""
@@ -39,7 +30,7 @@ def make(tmp_path: Path, tiny_model: Path, tiny_masked_model: Path) -> Callable[
         set_seed(42)
         model = tiny_masked_model if trainer == "mlm" else tiny_model
         more = {**RUN, "trainer": trainer, "activation_checkpointing": mode, **config}
-        return build(tmp_path, model, **{"attention": "sdpa", **more}).trainer  # one call a layer
+        return build(tmp_path, model, **{"attention": "sdpa", **more}).trainer  # one call per layer
 
     return trainer_of
 
@@ -69,17 +60,17 @@ class Operations(TorchDispatchMode):
 
 @dataclass
 class Trained:
-    """What a run came to, and how often its parts ran."""
+    """The results of a run, and how often its parts ran."""
 
     losses: list[float]
     gradients: list[dict[str, torch.Tensor]]
-    layers: int  # of the forwards that a backward follows
+    layers: int  # calls in forwards with gradients
     attention: int
     backwards: int = field(default=0)
 
 
 def train(trainer: Any) -> Trained:
-    """Trains, and counts."""
+    """Train, and count the calls of layers and attention."""
     gradients, operations, layers = Gradients(), Operations(), 0
 
     def count(module: Any, inputs: Any) -> None:
@@ -88,7 +79,7 @@ def train(trainer: Any) -> Trained:
 
     for layer in trainer.model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.mlp.register_forward_pre_hook(count)  # hooks of the layer itself are outside of it
+            layer.mlp.register_forward_pre_hook(count)  # a hook of the layer itself would not run again
     trainer.add_callback(gradients)
     with operations:
         trainer.train()
@@ -107,10 +98,15 @@ def check_same(one: Trained, other: Trained) -> None:
             torch.testing.assert_close(after[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def some(names: tuple[str, ...]) -> list[Any]:
+    """Return all trainers; make test takes those of these names."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in KINDS]
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("trainer", KINDS)
-def test_every_way_gives_the_same_losses_and_gradients_and_acts(make, trainer, peft):
-    """dpo and kto ask their reference model between the steps, for which TRL switches it off and on again."""
+@pytest.mark.parametrize("trainer", some(("sft", "reward", "dpo", "mlm")))
+def test_every_mode_gives_the_same_losses_and_gradients_and_has_an_effect(make, trainer, peft):
+    """Between the steps, dpo and kto use a reference model. TRL switches checkpointing off for it, and on."""
     none, full, selective = (train(make(trainer, mode, peft=peft)) for mode in ("none", "full", "selective"))
     check_same(none, full)
     check_same(none, selective)
@@ -118,12 +114,12 @@ def test_every_way_gives_the_same_losses_and_gradients_and_acts(make, trainer, p
     assert none.backwards == full.backwards == selective.backwards == once
     assert (none.layers, full.layers, selective.layers) == (once, 2 * once, 2 * once)
     assert full.attention == none.attention + once, "attention runs again in the backward"
-    assert selective.attention == none.attention, "what attention came to is kept"
+    assert selective.attention == none.attention, "the output of attention is kept"
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
-def test_selective_goes_with_a_quantised_base(make, quantization):
-    """TRL prepares such a model itself, and switches checkpointing on while it does (orpo)."""
+def test_selective_works_with_a_quantised_base(make, quantization):
+    """TRL prepares such a model itself, and switches checkpointing on in this preparation (orpo)."""
     for trainer in ("sft", "orpo"):
         values = {"peft": True, "quantization": quantization}
         none, selective = (train(make(trainer, mode, **values)) for mode in ("none", "selective"))
@@ -141,9 +137,6 @@ def test_evaluation_is_not_checkpointed(make):
     assert sum(n for name, n in before.seen.items() if "scaled_dot_product" in name) == LAYERS
 
 
-# ------------------------------------------------------------------------------------------- offload
-
-
 def test_offload_without_a_gpu_is_refused_in_the_rank_too(make):
     with pytest.raises(ConfigError, match=r"no GPU, so activations are in host memory already\. Use full"):
         make("sft", "offload")
@@ -151,7 +144,7 @@ def test_offload_without_a_gpu_is_refused_in_the_rank_too(make):
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "mlm"])
 def test_offload_keeps_the_input_of_each_layer_and_nothing_else(make, trainer, monkeypatch):
-    """As on a GPU, but for the copy: whatever goes to host memory is counted."""
+    """The tensors that would go to host memory are counted. They are not copied, because there is no GPU."""
     from transformers import modeling_utils
 
     from trainers.loop import life
@@ -177,23 +170,20 @@ def test_offload_keeps_the_input_of_each_layer_and_nothing_else(make, trainer, m
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("trainer", KINDS)
-def test_offload_on_a_gpu(make, trainer):
+def test_offload_works_on_a_gpu(make, trainer):
     none, offloaded = (train(make(trainer, mode)) for mode in ("none", "offload"))
     assert offloaded.losses == pytest.approx(none.losses, abs=1e-4)
     assert offloaded.layers == 2 * none.layers
 
 
-# ------------------------------------------------------------------------------------------- reentrancy
-
-
-def ways(trainer: Any) -> list[Any]:
+def reentrancy_of(trainer: Any) -> list[Any]:
     layers = (m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer))
     return [layer._gradient_checkpointing_func.keywords["use_reentrant"] for layer in layers]
 
 
-@pytest.mark.parametrize("trainer", KINDS)
+@pytest.mark.parametrize("trainer", some(("sft", "dpo", "orpo", "mlm")))
 def test_zero_3_with_an_adapter_is_reentrant_for_every_trainer(make, trainer, monkeypatch):
-    """TRL sees to it in some of its trainers, and through arguments that transformers no longer reads."""
+    """TRL sets it only in some of its trainers, with arguments that transformers no longer reads."""
     from transformers.integrations import deepspeed
 
     def under_zero_3(mode: str, peft: bool) -> Any:
@@ -204,19 +194,16 @@ def test_zero_3_with_an_adapter_is_reentrant_for_every_trainer(make, trainer, mo
     expected = train(make(trainer, "none", peft=True))
     adapter = under_zero_3("full", peft=True)
     found = train(adapter)
-    assert ways(adapter) == [True] * LAYERS
+    assert reentrancy_of(adapter) == [True] * LAYERS
     check_same(expected, found)
     assert found.layers == expected.layers, "the first forward of a reentrant layer is without gradients"
     for other in (lambda: under_zero_3("full", peft=False), lambda: make(trainer, "full", peft=True)):
         built = other()
         built.train()
-        assert ways(built) == [False] * LAYERS
+        assert reentrancy_of(built) == [False] * LAYERS
 
 
-# ------------------------------------------------------------------------------------------- models
-
-
-def test_a_model_that_cannot_be_checkpointed_is_said(make, monkeypatch):
+def test_a_model_without_activation_checkpointing_is_refused(make, monkeypatch):
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
@@ -225,12 +212,12 @@ def test_a_model_that_cannot_be_checkpointed_is_said(make, monkeypatch):
     assert len(train(make("sft", "none")).losses) == STEPS
 
 
-def test_code_of_a_model_that_takes_no_way_is_not_passed_over(make, monkeypatch):
+def test_a_model_that_takes_no_options_refuses_selective(make, monkeypatch):
     from transformers import LlamaForCausalLM
 
     def old(self: Any, module: Any, value: bool = False) -> None:
         module.gradient_checkpointing = value
 
     monkeypatch.setattr(LlamaForCausalLM, "_set_gradient_checkpointing", old)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM knows full and none alone"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM supports only full and none"):
         make("sft", "selective")

@@ -1,4 +1,4 @@
-"""Packed documents give what they give alone: logits, losses and gradients, in every attention a CPU has."""
+"""Packed documents give the same logits, losses and gradients as single ones, in each attention of a CPU."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def gradients(model: Any) -> torch.Tensor:
 
 
 def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropy of a document."""
+    """Return the summed cross-entropy of a document."""
     return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_flat_sequence_equals_its_documents_alone(name, attention, rows):
+def test_a_flat_sequence_gives_the_same_as_its_single_documents(name, attention, rows):
     if attention == "sdpa" and "capped" in name:
         pytest.skip("transformers has no sdpa with capped scores")
     ids, mask = rows
-    alone, model = build_model(name), build_model(name, attention)
+    single, model = build_model(name), build_model(name, attention)
     loss = torch.zeros(())
     for row, length in zip(ids, LENGTHS, strict=True):
-        loss = loss + loss_of(alone(input_ids=row[None, :length]).logits[0], row[:length])
+        loss = loss + loss_of(single(input_ids=row[None, :length]).logits[0], row[:length])
     loss.backward()
     flat = model(**flat_inputs(ids, mask)).logits[0]
     found = torch.zeros(())
@@ -92,13 +92,13 @@ def test_a_flat_sequence_equals_its_documents_alone(name, attention, rows):
         found = found + loss_of(part, row[:length])
     found.backward()
     torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients(model), gradients(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model), gradients(single), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_rectangle_is_computed_without_its_padding(name, attention, rows):
-    """The body sees as many tokens as there are, and the rectangle that comes back is the padded one."""
+def test_a_padded_batch_is_computed_without_its_padding(name, attention, rows):
+    """The body sees only tokens that are not padding, and its output has the padded shape."""
     if attention == "sdpa" and "capped" in name:
         pytest.skip("transformers has no sdpa with capped scores")
     ids, mask = rows
@@ -116,7 +116,7 @@ def test_a_rectangle_is_computed_without_its_padding(name, attention, rows):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_is_computed_once_for_both_of_its_answers(name, rows):
+def test_a_prompt_is_computed_once_for_both_answers(name, rows):
     """Loss and gradients of pairs whose prompts have 12, 1 and 19 tokens, and of one without a prompt."""
     ids, mask = rows
     other, prompts = torch.randint(3, 100, ids.shape), torch.tensor([12, 1, 19])
@@ -151,14 +151,11 @@ def test_documents_need_no_mask_of_tokens_by_tokens(rows, monkeypatch):
 
     monkeypatch.setattr(trainers.model.document_attention, "scaled_dot_product_attention", spy)
     model(**flat_inputs(ids, mask))
-    assert sizes and max(sizes) <= 8 * 15, "a stretch of queries with the keys that its window holds"
-
-
-# ------------------------------------------------------------------------------------ the probe
+    assert sizes and max(sizes) <= 8 * 15, "a stretch of queries with the keys in its window"
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_probe_passes_what_isolates(attention):
+def test_the_probe_accepts_isolated_documents(attention):
     assert probe(build_model("llama", attention)) < 1e-5
 
 
@@ -180,7 +177,7 @@ def test_a_model_that_counts_positions_by_itself_is_refused():
         flatten_body(transformers.BloomForCausalLM(config))
 
 
-def test_a_packed_run_asks_the_probe_before_its_first_step(tmp_path, tiny_model, monkeypatch):
+def test_a_packed_run_is_probed_before_its_first_step(tmp_path, tiny_model, monkeypatch):
     import trainers.model.isolation_probe
 
     asked = []
@@ -191,20 +188,17 @@ def test_a_packed_run_asks_the_probe_before_its_first_step(tmp_path, tiny_model,
     assert len(asked) == 1
 
 
-# ------------------------------------------------------------------------------------ the choice
-
-
 def chosen(model: Any, **values: Any) -> tuple[str, str]:
     return choose_attention(settings_of(model="m", **values).train, model)
 
 
-def test_without_a_gpu_documents_are_taken_one_by_one():
+def test_without_a_gpu_documents_is_chosen():
     name, why = chosen(LlamaConfig(), trainer="sft")
     assert name == "documents"
     assert why == "flash_attention_2, varlen, flex_attention: there is no GPU"
 
 
-def test_what_was_asked_for_is_taken():
+def test_the_attention_of_the_config_is_chosen():
     assert chosen(LlamaConfig(), trainer="sft", attention="eager") == ("eager", "attention")
 
 
@@ -212,18 +206,18 @@ def test_what_was_asked_for_is_taken():
     ("values", "message"),
     [
         ({"use_flash_attention_2": True}, "use_flash_attention_2: flash_attention_2 cannot be used: there is "
-         "no GPU. Set use_flash_attention_2: false, which takes documents here."),
+         "no GPU. Set use_flash_attention_2: false, which selects documents here."),
         ({"attention": "varlen"}, "attention: varlen cannot be used: there is no GPU"),
         ({"attention": "flex_attention"}, "attention: flex_attention cannot be used: there is no GPU"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had_is_an_error_with_the_reason(values, message):
+def test_an_attention_that_is_not_available_is_an_error_with_the_reason(values, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         chosen(LlamaConfig(), trainer="sft", **values)
 
 
 class Ampere:
-    """A machine with such a GPU, as far as the choice looks."""
+    """A machine with such a GPU, as far as the choice of the attention checks."""
 
     def __init__(self, monkeypatch, packages=(), capability=(8, 0)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -234,12 +228,12 @@ class Ampere:
 HALF = {"trainer": "sft", "mixed_precision": "bf16"}
 
 
-def test_flash_attention_is_taken_where_the_package_and_the_gpu_allow(monkeypatch):
+def test_flash_attention_is_chosen_if_the_package_and_the_gpu_allow_it(monkeypatch):
     Ampere(monkeypatch, packages=("flash-attn",))
-    assert chosen(LlamaConfig(), **HALF) == ("flash_attention_2", "the fastest where documents are packed")
+    assert chosen(LlamaConfig(), **HALF) == ("flash_attention_2", "the fastest for packed documents")
 
 
-def test_else_torchs_own_varlen_attention(monkeypatch):
+def test_without_flash_attention_varlen_is_chosen(monkeypatch):
     Ampere(monkeypatch)
     name, why = chosen(LlamaConfig(), **HALF)
     assert (name, why) == (
@@ -248,7 +242,7 @@ def test_else_torchs_own_varlen_attention(monkeypatch):
     )
 
 
-def test_else_flex_attention(monkeypatch):
+def test_without_varlen_flex_attention_is_chosen(monkeypatch):
     Ampere(monkeypatch, capability=(7, 5))
     assert chosen(LlamaConfig(), **HALF)[0] == "flex_attention"
     Ampere(monkeypatch)
@@ -269,8 +263,6 @@ def test_a_masked_lm_keeps_its_own_attention():
     assert chosen(GPT2Config(), trainer="mlm")[0] == "sdpa"
 
 
-# ------------------------------------------------------------------------------------ trainers
-
 TRAINERS = {
     "default": {"packing": "bfd"},
     "sft": {"prompt_text_column": "prompt", "text_column": "completion"},
@@ -282,7 +274,7 @@ TRAINERS = {
 
 
 def step(work: Path, model: Path, **values: Any) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of a step over all rows."""
+    """Return the loss and the gradient of a step over all rows."""
     found: list[torch.Tensor] = []
     built = build(work, model, max_grad_norm=0.0, lr=0.0, **values)
 
@@ -295,23 +287,29 @@ def step(work: Path, model: Path, **values: Any) -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_packed_trains_as_unpacked(tmp_path, tiny_model, trainer):
+def test_a_packed_step_has_the_loss_and_gradient_of_an_unpacked_one(tmp_path, tiny_model, trainer):
     values = TRAINERS[trainer]
     plain = step(tmp_path / "plain", tiny_model, trainer=trainer, **{**values, "packing": "none"})
-    ways: dict[str, dict[str, Any]] = {a: {"attention": a} for a in ATTENTIONS}
+    variants: dict[str, dict[str, Any]] = {a: {"attention": a} for a in ATTENTIONS}
     if trainer != "kto":
-        ways["filled to a budget"] = {
+        variants["filled to a budget"] = {
             "tokens_per_batch": 260, "gradient_accumulation": 8, "attention": "documents"
         }  # fmt: skip
-    for name, way in ways.items():
-        loss, gradient = step(tmp_path / name.replace(" ", "-"), tiny_model, trainer=trainer, **values, **way)
+    for name, own in variants.items():
+        loss, gradient = step(tmp_path / name.replace(" ", "-"), tiny_model, trainer=trainer, **values, **own)
         assert loss == pytest.approx(plain[0], abs=1e-5), name
         torch.testing.assert_close(gradient, plain[1], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # Not kto: its loss is defined over a micro-batch (arXiv 2402.01306, section 4.1).
-@pytest.mark.parametrize("trainer", ["default", "sft", "reward", "dpo", "orpo", "mlm"])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("trainer", "size"),
+    [
+        pytest.param(trainer, size, marks=pytest.mark.slow if size == 1 and trainer != "sft" else [])
+        for trainer in ("default", "sft", "reward", "dpo", "orpo", "mlm")
+        for size in (1, 4)
+    ],
+)
 def test_evaluation_does_not_depend_on_how_it_is_batched(
     tmp_path, tiny_model, tiny_masked_model, trainer, size
 ):

@@ -1,4 +1,4 @@
-"""Saving and resuming in one process: what is in a checkpoint, when one is written, which are kept."""
+"""Saving and resuming in one process: the files of a checkpoint, when it is written, which ones are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainers.storage.manifest import checkpoint_folders, complaint, read_manife
 
 
 def train(built, checkpoint: Path | None = None):
-    """As run.py does it, with the callback that all runs have."""
+    """Train as a run does, with the callback of all runs."""
     built.trainer.add_callback(StepBoundary(built.trainer, checkpoint))
     built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return built
@@ -29,7 +29,7 @@ def names(work: Path) -> list[str]:
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "batch_size": 2}
 
 
-def test_a_checkpoint_is_named_in_full(tmp_path, tiny_model):
+def test_the_manifest_lists_every_file_of_a_checkpoint(tmp_path, tiny_model):
     train(build(tmp_path, tiny_model, trainer="sft", **SAVES))
     folder = tmp_path / "run" / "checkpoint-6"
     manifest = read_manifest(folder)
@@ -46,8 +46,8 @@ def test_a_checkpoint_is_named_in_full(tmp_path, tiny_model):
     assert not (tmp_path / "run" / "saving").exists()
 
 
-def test_nothing_in_it_needs_to_be_trusted(tmp_path, tiny_model):
-    """Every pickle in it opens with weights_only, but for numpy's random state, which transformers lists."""
+def test_the_pickles_of_a_checkpoint_open_with_weights_only(tmp_path, tiny_model):
+    """The exception is numpy's random state, which transformers lists as safe."""
     from transformers.trainer_pt_utils import safe_globals
 
     train(build(tmp_path, tiny_model, trainer="sft", **SAVES))
@@ -61,12 +61,12 @@ def test_nothing_in_it_needs_to_be_trusted(tmp_path, tiny_model):
     assert not list((tmp_path / "run").glob("checkpoint-*/training_args.bin"))
 
 
-def test_the_newest_are_kept(tmp_path, tiny_model):
+def test_the_newest_checkpoints_are_kept(tmp_path, tiny_model):
     train(build(tmp_path, tiny_model, trainer="sft", save_total_limit=2, **SAVES))
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path, tiny_model, monkeypatch):
+def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(tmp_path, tiny_model, monkeypatch):
     built = build(
         tmp_path, tiny_model, trainer="sft", valid_fraction=0.4, eval_strategy="steps", eval_steps=2, **SAVES
     )
@@ -85,8 +85,8 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, tiny_model, monkeypatch):
     assert state["best_model_checkpoint"] == str(best)
 
 
-def test_save_minutes_saves_whatever_the_step(tmp_path, tiny_model, monkeypatch):
-    minutes = iter(range(0, 1000, 60))  # a minute passes between two looks at the clock
+def test_save_minutes_saves_at_any_step(tmp_path, tiny_model, monkeypatch):
+    minutes = iter(range(0, 1000, 60))  # a minute passes between two calls
     clock = type("Clock", (), {"monotonic": staticmethod(lambda: next(minutes))})
     monkeypatch.setattr(step_boundary, "time", clock)
     values = {**SAVES, "save_strategy": "no", "save_minutes": 3, "save_total_limit": 9}
@@ -95,14 +95,15 @@ def test_save_minutes_saves_whatever_the_step(tmp_path, tiny_model, monkeypatch)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]
 
 
-def test_a_step_is_saved_anew_over_one_that_is_there(tmp_path, tiny_model):
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path, tiny_model):
     train(build(tmp_path, tiny_model, trainer="sft", save_total_limit=3, **SAVES))
     folder = tmp_path / "run" / "checkpoint-6"
     (folder / "optimizer.pt").write_bytes(b"damaged")
     again = build(tmp_path, tiny_model, trainer="sft", save_total_limit=3, resume=True, **SAVES)
-    found, passed = again.trainer.find_checkpoint()
+    found, skipped = again.trainer.find_checkpoint()
     assert found == tmp_path / "run" / "checkpoint-4"
-    assert passed == [f"passed over {folder}: optimizer.pt has 7 bytes instead of {passed[0].split()[-1]}"]
+    size = skipped[0].split()[-1]
+    assert skipped == [f"skipped {folder}: optimizer.pt has 7 bytes instead of {size}"]
     train(again, found)
     assert complaint(folder, content=True) is None
 
@@ -110,10 +111,10 @@ def test_a_step_is_saved_anew_over_one_that_is_there(tmp_path, tiny_model):
 @pytest.mark.parametrize("peft", [False, True])
 def test_a_resume_ends_with_the_same_weights(tmp_path, tiny_model, peft):
     values = {"trainer": "sft", "peft": peft, "quantization": None, "save_total_limit": 3, **SAVES}
-    whole = train(build(tmp_path, tiny_model, **values)).trainer
-    trained = {n: p.clone() for n, p in whole.model.named_parameters() if p.requires_grad}
+    complete = train(build(tmp_path, tiny_model, **values)).trainer
+    trained = {n: p.clone() for n, p in complete.model.named_parameters() if p.requires_grad}
     torch.manual_seed(7)
-    torch.rand(13)  # another random state than that of the first start
+    torch.rand(13)  # a random state other than that of the first start
     resumed = build(tmp_path, tiny_model, resume=str(tmp_path / "run" / "checkpoint-4"), **values)
     train(resumed, resumed.trainer.find_checkpoint()[0])
     for name, parameter in resumed.trainer.model.named_parameters():

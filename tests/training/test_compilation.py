@@ -1,4 +1,4 @@
-"""torch_compile: the layers alone, one compilation for all of them, and weights with their own names."""
+"""torch_compile compiles only the layers, once for all of them, and keeps the names of the weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_layers_are_compiled_and_keep_the_names_of_their_weights(
         assert not [m for m in plain.modules() if m._compiled_call_impl is not None]
 
 
-def test_what_cannot_be_compiled_is_said():
+def test_a_model_without_layers_is_refused():
     from trainers.model.compilation import compile_layers
 
     with pytest.raises(ConfigError, match="torch_compile: no layers were found in Linear"):
@@ -52,7 +52,7 @@ def test_what_cannot_be_compiled_is_said():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "mlm"])
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(
+def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(
     tmp_path, tiny_model, tiny_masked_model, trainer, mode
 ):
     from torch._dynamo.utils import counters
@@ -73,7 +73,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
         assert not [name for name in saved.keys() if "_orig_mod" in name]  # noqa: SIM118
 
 
-def test_layers_are_what_transformers_repeats(tiny_model):
+def test_the_layers_have_the_layer_class_of_transformers(tiny_model):
     from transformers import AutoModelForCausalLM
 
     layers = AutoModelForCausalLM.from_pretrained(tiny_model).model.layers

@@ -1,7 +1,7 @@
-"""The loss of the first step, computed a second time here from the logits, by the formulas of the papers.
+"""The loss of the first step equals the loss computed here from the logits, by the formulas of the papers.
 
-Six fixed rows, a fixed tiny model, float32. Nothing of trainers/ is used but the run itself (and, where it
-draws at random, what it drew).
+The data is six fixed rows, the model is tiny and fixed, in float32. The computation here uses nothing from
+trainers/ but the run itself, and what the run drew at random (the mask, the reward head, the order of kto).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def model(tiny_model: Path):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Another model with the same tokenizer, so that a log-ratio is not zero; its folder and itself."""
+    """Another model with the same tokenizer, so that log-ratios are not zero: (folder, model)."""
     folder = build_tiny_model(tmp_path_factory.mktemp("reference") / "model", seed=1)
     return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -43,7 +43,7 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 
 def token_logps(model, ids: list[int]) -> torch.Tensor:
-    """log p of each token but the first, alone in its batch: shape (len(ids) - 1,)."""
+    """Return log p of each token but the first, for a batch of one: shape (len(ids) - 1,)."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -55,7 +55,7 @@ def answer_logps(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
 
 @pytest.fixture
 def pairs(tokenizer):
-    """(prompt, chosen, rejected) ids of ROWS as plain text, each answer ended by EOS."""
+    """(prompt, chosen, rejected) ids of ROWS as plain text, with EOS at the end of each answer."""
     end = [tokenizer.eos_token_id]
     return [
         tuple(ids_of(tokenizer, row[name]) + ([] if name == "prompt" else end) for name in
@@ -66,9 +66,6 @@ def pairs(tokenizer):
 
 def first_loss(tmp_path, tiny_model, **config) -> float:
     return logged(build(tmp_path, tiny_model, **config))[0]["loss"]
-
-
-# ---------------------------------------------------------------------------------- language modelling
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd"])
@@ -98,12 +95,12 @@ def test_sft_on_messages_supervises_the_answer_and_the_end_of_its_turn(
     assert found == pytest.approx(-torch.cat(logps).mean().item(), abs=TOLERANCE)
 
 
-def test_default_joins_documents_and_cuts_full_blocks(tmp_path, tiny_model, model, tokenizer):
+def test_default_joins_documents_and_cuts_them_into_full_packs(tmp_path, tiny_model, model, tokenizer):
     block, logps, room = 32, [], 32
     texts = [ids_of(tokenizer, row["text"]) for row in ROWS]
     for ids in texts:
         document = [*ids, tokenizer.eos_token_id]
-        # Each piece sees its own document only, from where its block begins.
+        # A piece sees only itself: the part of the document in its pack.
         while document:
             piece, document = document[:room], document[room:]
             logps.append(token_logps(model, piece))
@@ -128,9 +125,6 @@ def test_mlm_is_the_cross_entropy_of_the_masked_tokens(tmp_path, tiny_masked_mod
     assert logged(built)[0]["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=TOLERANCE)
 
 
-# ---------------------------------------------------------------------------------- preferences
-
-
 def test_reward_is_the_bradley_terry_loss(tmp_path, tiny_model, model, pairs):
     """-log sigmoid(r_chosen - r_rejected), Bradley and Terry 1952; arXiv 2203.02155, eq. 1."""
     built = build(tmp_path, tiny_model, trainer="reward")
@@ -149,7 +143,7 @@ def test_reward_is_the_bradley_terry_loss(tmp_path, tiny_model, model, pairs):
 
 
 def ratios(model, other, pairs):
-    """Log-ratios of policy to reference without beta: (chosen, rejected), summed over an answer."""
+    """Return log-ratios of policy to reference without beta, summed over an answer: (chosen, rejected)."""
 
     def total(side):
         return torch.stack([
@@ -194,13 +188,13 @@ def test_dpo_against_itself_starts_at_log_two(tmp_path, tiny_model, more):
     assert found == pytest.approx(math.log(2), abs=TOLERANCE)
 
 
-def test_dpo_precomputed_log_probabilities_give_the_same_loss(tmp_path, tiny_model, reference):
+def test_precomputed_log_probabilities_give_the_same_dpo_loss(tmp_path, tiny_model, reference):
     config = {"trainer": "dpo", "model_ref": str(reference[0]), "dpo_beta": 0.3, "max_steps": 3}
     losses = []
     for precompute in (False, True):
         built = build(tmp_path, tiny_model, precompute_ref_log_probs=precompute, **config)
         losses.append([entry["loss"] for entry in logged(built)])
-        assert (built.trainer.ref_model is None) == precompute, "precomputed: its memory is free"
+        assert (built.trainer.ref_model is None) == precompute, "precomputed: its memory is freed"
     assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
 
 
@@ -220,7 +214,7 @@ def test_orpo_adds_the_odds_ratio_to_the_likelihood(tmp_path, tiny_model, model,
 
 
 def test_kto_weighs_gains_and_losses_against_the_divergence(tmp_path, tiny_model, model, reference):
-    """arXiv 2402.01306, eq. 7 and 8, with z0 from each prompt's answer to the prompt before it."""
+    """arXiv 2402.01306, eq. 7 and 8. z0 comes from each prompt with the answer of the sample before it."""
     folder, other = reference
     beta, wanted, unwanted = 0.3, 1.5, 0.7
     built = build(tmp_path, tiny_model, trainer="kto", model_ref=str(folder), kto_beta=beta,
@@ -245,8 +239,6 @@ def test_kto_weighs_gains_and_losses_against_the_divergence(tmp_path, tiny_model
     assert log["kl"] == pytest.approx(z0.item(), abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------- accumulation
-
 LONG_AND_SHORT = [
     {
         "prompt": f"What is {i}? ",
@@ -264,7 +256,7 @@ LONG_AND_SHORT = [
 def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(
     tmp_path, tiny_model, tiny_masked_model, reference, trainer
 ):
-    """Rows of very different length, as in transformers#35203."""
+    """The rows have very different lengths, as in transformers#35203."""
     small = 2 if trainer == "kto" else 1
     config = {"trainer": trainer, "block_size": 128, "max_grad_norm": 1e9}
     if trainer in ("default", "sft"):

@@ -1,4 +1,4 @@
-"""The model that a run builds and leaves: vocabulary, padding, quantisation, LoRA, and a checked merge."""
+"""The model that a run builds and saves: vocabulary, padding, quantisation, LoRA, and a checked merge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MERGES = {
 
 
 def finish(tmp_path: Path, model: Path, **config):
-    """Trains and saves, as the end of a run does; what was built, and the run's folder."""
+    """Train and save, as a run does at its end. Return what was built, and the run's folder."""
     from trainers.loop import finish
 
     built = build(tmp_path, model, **{**PEFT, **config})
@@ -52,7 +52,7 @@ def outputs(model, ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, capsys):
+def test_a_merged_model_has_the_outputs_of_the_adapter(tmp_path, tiny_model, name, capsys):
     from trainers.data.preview import first_tokens
     from trainers.model.source import model_class
 
@@ -67,23 +67,25 @@ def test_a_merged_model_answers_as_the_adapter_did(tmp_path, tiny_model, name, c
     merged = model_class(built.context.config).from_pretrained(folder, dtype=torch.float32, **more)
     assert merged.get_input_embeddings().num_embeddings >= len(built.context.tokenizer)
     scale = trained.abs().max()
-    # int8 rounds the activations, too: the dequantised model leaves that out.
+    # int8 also rounds the activations; the dequantised model does not.
     tolerance = 2e-2 if name == "int8" else 1e-3
     assert ((outputs(merged, ids) - trained).abs().max() / scale) < tolerance
     assert "merge: outputs differ by" in capsys.readouterr().out
 
 
-def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_kept(tmp_path, tiny_model, monkeypatch):
+def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_is_kept(
+    tmp_path, tiny_model, monkeypatch
+):
     from peft import LoraModel
 
     from trainers.output.merge import MergeRefused
 
     built, folder = finish(tmp_path, tiny_model, trainer="sft")
     before = (folder / "adapter_model.safetensors").read_bytes()
-    whole = LoraModel.merge_and_unload
+    merge_and_unload = LoraModel.merge_and_unload
 
     def spoil(self, **kwargs):
-        merged = whole(self, **kwargs)
+        merged = merge_and_unload(self, **kwargs)
         with torch.no_grad():
             merged.get_output_embeddings().weight.mul_(1.5)
         return merged
@@ -96,10 +98,8 @@ def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_kept(tmp_pa
 
 
 @pytest.mark.parametrize("trainer", ["default", "sft", "dpo", "orpo", "kto", "reward"])
-def test_rows_of_new_tokens_are_trained_where_the_model_reads_and_where_it_writes_them(
-    tmp_path, tiny_model, trainer
-):
-    """The output of this model is not tied to its embedding; the frozen reference stays as it was."""
+def test_new_tokens_are_trained_in_the_embedding_and_in_the_output(tmp_path, tiny_model, trainer):
+    """The output of this model is not tied to its embedding. The frozen reference must not change."""
     asked = (
         {"prompt_text_column": "prompt", "text_column": "completion"} if trainer in ("default", "sft") else {}
     )
@@ -125,7 +125,7 @@ def test_rows_of_new_tokens_are_trained_where_the_model_reads_and_where_it_write
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "kto"])
-def test_policy_and_reference_get_the_same_rows_for_new_tokens(tmp_path, tiny_model, trainer):
+def test_policy_and_reference_have_the_same_embeddings_of_new_tokens(tmp_path, tiny_model, trainer):
     built = build(tmp_path, tiny_model, trainer=trainer, chat_template="zephyr")
     policy, reference = built.trainer.model, built.trainer.ref_model
     assert len(built.context.new_tokens) == 3
@@ -134,14 +134,14 @@ def test_policy_and_reference_get_the_same_rows_for_new_tokens(tmp_path, tiny_mo
     assert logged(built)[0]["loss"] == pytest.approx({"dpo": 0.6931, "kto": 0.5}[trainer], abs=1e-3)
 
 
-def test_another_model_as_reference_is_used_with_an_adapter_too(tmp_path, tiny_model, tmp_path_factory):
-    """AutoTrain sets it to None there, in silence."""
+def test_model_ref_is_used_with_an_adapter_too(tmp_path, tiny_model, tmp_path_factory):
+    """AutoTrain sets it to None in this case, without a message."""
     other = build_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
     built = build(tmp_path, tiny_model, trainer="dpo", model_ref=str(other), **(PEFT | {"max_steps": 1}))
     assert logged(built)[0]["loss"] != pytest.approx(0.6931, abs=1e-3)
 
 
-def test_the_head_of_a_reward_model_depends_on_the_seed_alone(tmp_path, tiny_model):
+def test_the_head_of_a_reward_model_depends_only_on_the_seed(tmp_path, tiny_model):
     heads = []
     for seed, noise in ((1, 5), (1, 6), (2, 5)):
         torch.manual_seed(noise)
@@ -177,7 +177,7 @@ def test_target_modules_are_all_linear_a_list_or_a_regular_expression(tmp_path, 
 
 
 @pytest.mark.parametrize("quantization", [None, "int4", "int8"])
-def test_what_is_trained_is_float32(tmp_path, tiny_model, quantization):
+def test_trained_weights_are_float32(tmp_path, tiny_model, quantization):
     config = {**PEFT, "quantization": quantization}
     model = build(tmp_path, tiny_model, trainer="sft", **config).trainer.model
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -190,7 +190,7 @@ def test_int4_is_nf4_stored_in_the_compute_type():
         config = settings_of(trainer="sft", peft=True, quantization="int4", mixed_precision=name).train
         found = quantization_config(config)
         assert (found.bnb_4bit_quant_type, found.bnb_4bit_compute_dtype) == ("nf4", dtype)
-        assert found.bnb_4bit_quant_storage == dtype, "else FSDP cannot shard it"
+        assert found.bnb_4bit_quant_storage == dtype, "otherwise FSDP cannot shard it"
 
 
 def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
@@ -211,15 +211,17 @@ def test_padding_is_not_the_token_that_ends_an_answer(tmp_path, tiny_model):
     [
         ("sft", "q_prok,v_proj", "q_prok matches no module of .* q_proj"),
         ("sft", r".*\.layers\.9\..*", "matches no module"),
-        ("dpo", ".*", "it matches lm_head, whose weight the loss of dpo reads past the adapter"),
+        ("dpo", ".*", r"it matches lm_head\. The loss of dpo reads its weight without the adapter"),
     ],
 )
-def test_target_modules_that_are_not_there_or_would_not_train(tmp_path, tiny_model, trainer, targets, words):
+def test_target_modules_that_do_not_exist_or_would_not_train_are_refused(
+    tmp_path, tiny_model, trainer, targets, words
+):
     with pytest.raises(ConfigError, match=words):
         build(tmp_path, tiny_model, trainer=trainer, target_modules=targets, **PEFT)
 
 
-def test_preparing_rows_leaves_no_truncation_in_the_tokenizer_that_is_saved(tmp_path, tiny_masked_model):
+def test_preparing_rows_leaves_no_truncation_in_the_saved_tokenizer(tmp_path, tiny_masked_model):
     for _ in ("empty cache", "full cache"):
         built = build(tmp_path, tiny_masked_model, trainer="mlm", block_size=32)
         built.context.tokenizer.save_pretrained(tmp_path / "saved")

@@ -1,8 +1,8 @@
-"""Every parameter acts, or is said to have no effect: for each trainer and field, two runs are compared.
+"""Every field of the config has an effect, or a note says that it has none.
 
-What a run would be is read off a trainer that is built and not started: its arguments, rows, weights,
-adapter, tokenizer, reference and collator. Fields of the optimisation are compared by the weights after a few
-steps.
+For each trainer and field, two runs are compared. A snapshot of a run is taken from a trainer that is built
+but not started: its arguments, samples, weights, adapter, tokenizer, reference and collator. Fields of the
+optimisation are compared by the weights after a few steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def row(i: int) -> dict[str, Any]:
     }
 
 
-# Files of the data folder: (rows, the columns that are left out).
+# Files of the data folder: (rows, the columns that are missing).
 FILES = {
     "train": (range(6), ()),
     "more": (range(6, 12), ()),
@@ -60,7 +60,7 @@ FILES = {
 
 @dataclass
 class Place:
-    """Where the runs of this module lie: a folder with data, and two models of each kind."""
+    """The folder with the data and the runs of this module, and two models of each kind."""
 
     folder: Path
     models: dict[str, tuple[Path, Path]]
@@ -74,7 +74,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Iterator[Place]:
+def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Place:
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     folder = tmp_path_factory.mktemp("parameters")
@@ -92,13 +92,7 @@ def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Iterat
             rows = [row(i + shift) for i in numbers]
             lines = [json.dumps({k: v for k, v in r.items() if k not in without}) + "\n" for r in rows]
             (data / f"{name}.jsonl").write_text("".join(lines))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for each other, on models of this size
-    yield Place(folder, {"causal": (tiny_model, second), "masked": (tiny_masked_model, second_masked)})
-    torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------------------------------- samples
+    return Place(folder, {"causal": (tiny_model, second), "masked": (tiny_masked_model, second_masked)})
 
 
 @dataclass(frozen=True)
@@ -222,7 +216,7 @@ HAPPENED = (
     "save_minutes", "save_total_limit", "activation_checkpointing",
 )  # fmt: skip
 
-# Fields that act outside of what a trainer is built from -> the test that shows it.
+# Fields whose effect is not in a snapshot -> the test that proves the effect.
 RUN, HERE, TRACKERS = (
     "distributed/test_matrix.py",
     "training/test_parameters.py",
@@ -231,22 +225,22 @@ RUN, HERE, TRACKERS = (
 ELSEWHERE = {
     "trainer": f"{HERE}::test_trainers_differ",
     "project_name": f"{HERE}::test_project_name_is_the_folder",
-    "revision": f"{HERE}::test_how_a_model_is_asked_for",
-    "trust_remote_code": f"{HERE}::test_how_a_model_is_asked_for",
-    "token": f"{HERE}::test_how_a_model_is_asked_for",
-    "use_flash_attention_2": f"{HERE}::test_how_a_model_is_asked_for",
-    "use_kernels": f"{HERE}::test_how_a_model_is_asked_for",
-    "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_whole_model",
-    "auto_find_batch_size": "distributed/test_batch_search_runs.py::test_it_ends_as_the_smaller_batch_would",
+    "revision": f"{HERE}::test_the_arguments_of_from_pretrained",
+    "trust_remote_code": f"{HERE}::test_the_arguments_of_from_pretrained",
+    "token": f"{HERE}::test_the_arguments_of_from_pretrained",
+    "use_flash_attention_2": f"{HERE}::test_the_arguments_of_from_pretrained",
+    "use_kernels": f"{HERE}::test_the_arguments_of_from_pretrained",
+    "merge_adapter": f"{HERE}::test_merge_adapter_leaves_a_full_model",
+    "auto_find_batch_size": "faults/test_batch_search.py::test_it_trains_as_the_smaller_batch_does",
     "log": f"{RUN}::test_two_ranks_and_a_resume_are_one_run_in_the_tracker",
     "resume": f"{RUN}::test_resume_ends_with_the_weights_of_an_uninterrupted_run",
-    "overwrite": f"{RUN}::test_overwrite_starts_anew",
+    "overwrite": f"{RUN}::test_overwrite_replaces_the_earlier_run",
     "run_name": f"{TRACKERS}::test_wandb_is_named_by_the_config",
     "wandb_project": f"{TRACKERS}::test_wandb_is_named_by_the_config",
     "wandb_entity": f"{TRACKERS}::test_wandb_is_named_by_the_config",
-    "push_to_hub": "distributed/test_hub_run.py::test_two_ranks_push_once_and_the_token_stays_out",
-    "username": "test_hub.py::test_the_model_alone_is_uploaded_to_a_private_repository",
-    "distributed_backend": "test_backend.py::test_what_was_asked_for_is_taken",
+    "push_to_hub": "distributed/test_hub_run.py::test_two_ranks_push_once_without_leaking_the_token",
+    "username": "unit/trainers/output/test_hub.py::test_only_the_model_is_uploaded_to_a_private_repository",
+    "distributed_backend": "unit/launcher/plan/test_backend.py::test_what_was_asked_for_is_taken",
 }
 
 
@@ -255,7 +249,7 @@ def test_every_field_is_compared_once():
     assert {*TRAINED, *HAPPENED} <= set(SAMPLES)
 
 
-def test_the_tests_that_are_named_exist():
+def test_the_named_tests_exist():
     for field, named in ELSEWHERE.items():
         path, _, function = named.partition("::")
         tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
@@ -263,14 +257,12 @@ def test_the_tests_that_are_named_exist():
         assert function in found, f"{field}: {named}"
 
 
-# ---------------------------------------------------------------------------------------- snapshots
-
 NOT_PLAIN = object()
 SNAPSHOTS: dict[str, tuple[dict[str, Any], Settings]] = {}
 
 
 def plain(value: Any) -> Any:
-    """Numbers, words, and lists and mappings of them; NOT_PLAIN for anything else."""
+    """Return numbers, strings, and lists and mappings of them; NOT_PLAIN for anything else."""
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
@@ -310,13 +302,13 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def attributes(value: Any) -> Any:
-    """The plain attributes of an object; of a function those of what it closes over."""
+    """Return the plain attributes of an object; for a function, also those of what is in its closure."""
     closed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
     return [plain(vars(value)), [plain(vars(cell)) for cell in closed if hasattr(cell, "__dict__")]]
 
 
 def batches(trainer: Any) -> list[Any]:
-    """The pieces of each micro-batch of an epoch, where they are planned."""
+    """Return the pieces of each micro-batch of an epoch, or nothing if they are not planned."""
     if not isinstance(trainer, Balanced):
         return []
     planned = trainer.plan_batches(row_lengths(trainer.train_dataset), True)
@@ -324,7 +316,7 @@ def batches(trainer: Any) -> list[Any]:
 
 
 def facts(built: Built) -> dict[str, Any]:
-    """What a trainer that was not started says of its run."""
+    """Return a snapshot of a trainer that is built but not started."""
     trainer, tokenizer = built.trainer, built.context.tokenizer
     arguments = json.loads(trainer.args.to_json_string())
     parts = {part: built.context.data.get(part) for part in ("train", "valid", "test")}
@@ -348,7 +340,7 @@ def facts(built: Built) -> dict[str, Any]:
             for name in ("padding_side", "pad_token", "eos_token", "chat_template", "model_max_length")
         }
         | {"length": len(tokenizer)},
-        # data_key names the cache of the rows, which also depends on fields that do not act; they are above.
+        # data_key is a hash that also depends on fields without an effect. The samples are compared above.
         "trainer": [type(trainer).__name__, plain(vars(trainer) | {"data_key": None})],
         "collator": [type(trainer.data_collator).__name__, attributes(trainer.data_collator)],
     }
@@ -357,7 +349,7 @@ def facts(built: Built) -> dict[str, Any]:
 def snapshot(
     place: Place, trainer: str, trained: bool = False, **values: Any
 ) -> tuple[dict[str, Any], Settings]:
-    """What a run with these values would be, and its settings; `trained`: and what it came to."""
+    """Return the snapshot of a run with these values, and its settings. `trained`: with its results."""
     key = json.dumps([trainer, trained, values], sort_keys=True)
     if key not in SNAPSHOTS:
         built = small(place, trainer, **values)
@@ -371,7 +363,7 @@ def snapshot(
 def trained_facts(built: Built) -> dict[str, Any]:
     folder = built.context.folder
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)  # as the launcher does, which claims it
+    folder.mkdir(parents=True)  # as the launcher does when it claims the folder
     built.trainer.add_callback(StepBoundary(built.trainer, None))
     built.trainer.train()
     history = built.trainer.state.log_history
@@ -387,7 +379,7 @@ def trained_facts(built: Built) -> dict[str, Any]:
 
 
 def small(place: Place, trainer: str, **values: Any) -> Built:
-    """A trainer on few short rows, seeded as a rank seeds it."""
+    """Build a trainer on a few short rows, with the seed set as in a rank."""
     from transformers import set_seed
 
     defaults = {
@@ -405,7 +397,7 @@ def small(place: Place, trainer: str, **values: Any) -> Built:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """The paths at which two snapshots differ."""
+    """Return the paths at which two snapshots differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = [*one, *(name for name in other if name not in one)]
         return [
@@ -426,9 +418,20 @@ def idle(settings: Settings, field: str) -> bool:
     return any(note.startswith(f"{field}: has no effect") for note in settings.notes)
 
 
-@pytest.mark.parametrize("trainer", KINDS)
-@pytest.mark.parametrize("field", SAMPLES)
-def test_a_field_acts_or_is_said_to_have_no_effect(place, field, trainer):
+def fields_and_trainers() -> Iterator[Any]:
+    """Yield each field with each trainer.
+
+    In make test a field has one trainer for which it acts, taken in turn, and one for which it does not.
+    """
+    for number, field in enumerate(SAMPLES):
+        acting, others = acts_for(field), [name for name in KINDS if name not in acts_for(field)]
+        chosen = [names[number % len(names)] for names in (acting, others) if names]
+        for trainer in KINDS:
+            yield pytest.param(field, trainer, marks=[] if trainer in chosen else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("field", "trainer"), fields_and_trainers())
+def test_a_field_has_an_effect_or_a_note(place, field, trainer):
     sample = SAMPLES[field]
     acts = trainer in acts_for(field)
     compared = "after" if field in TRAINED else "happened" if field in HAPPENED else None
@@ -445,9 +448,7 @@ def test_a_field_acts_or_is_said_to_have_no_effect(place, field, trainer):
         assert before != after
 
 
-# ---------------------------------------------------------------------------------------- in this run
-
-# A condition of rules.py -> values under which it holds.
+# A condition of consistency.py -> values for which it is true.
 HOLDS = {
     "peft is off": {"peft": False},
     "quantization is not int4": {"quantization": None},
@@ -455,20 +456,20 @@ HOLDS = {
     "log is none": {"log": "none"},
     "eval_strategy is not steps": {**VALID, "eval_strategy": "epoch"},
     "tokens_per_batch is set": {"tokens_per_batch": 400},
-    "there is no valid_split": {"valid_split": None},
-    "nothing is held out by a fraction": {"valid_fraction": 0.0},
+    "there is no valid_split and no valid_fraction": {"valid_split": None},
+    "valid_fraction and test_fraction are 0": {"valid_fraction": 0.0},
     "save_strategy is not steps": {"save_strategy": "epoch"},
     "max_steps is set": {"max_steps": 2},
     "warmup_steps is set": {"warmup_steps": 1},
-    "nothing is evaluated": {"valid_split": None},
+    "no split is evaluated": {"valid_split": None},
     "save_strategy is no": {"save_strategy": "no", "eval_strategy": "no"},
-    "optimizer is not of Adam's kind": {"optimizer": "sgd"},
+    "optimizer is not a variant of Adam": {"optimizer": "sgd"},
     "scheduler has no warm-up": {"scheduler": "constant"},
-    "chat_template says how a turn ends": {**ASKED, "chat_template": "chatml"},
+    "chat_template decides how a turn ends": {**ASKED, "chat_template": "chatml"},
     "push_to_hub is off": {"push_to_hub": False},
     "model is a folder": {},
-    "loss_type is none of robust, exo_pair, aot, aot_unpaired": {},
-    "loss_type is sft alone": {},
+    "loss_type is not one of robust, exo_pair, aot, aot_unpaired": {},
+    "loss_type is only sft": {},
     next(why for why, fields, _ in consistency.CONDITIONS if "unsloth" in fields): {},
 }
 UNREAD = [
@@ -487,32 +488,32 @@ UNREAD = [
 ]  # fmt: skip
 
 
-def test_every_condition_is_tried():
+def test_every_condition_is_tested():
     assert {why for why, _, _ in consistency.CONDITIONS} <= set(HOLDS)
 
 
 @pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
-def test_a_field_that_this_run_leaves_unread_is_said(place, trainer, field, values):
+def test_a_field_that_this_run_does_not_read_has_a_note(place, trainer, field, values):
     given, changed = SAMPLES.get(field, Sample({}, "a-name")).runs(field, place, trainer)
     without = {name: value for name, value in values.items() if name != field}
-    runs = [snapshot(place, trainer, True, **run) for run in ({**given, **without}, {**changed, **values})]
-    # Its arguments may hold the value; what it reads and what it comes to do not.
-    parts = ("rows", "reference", "tokenizer", "after", "happened")
-    before, after = ({part: facts[part] for part in parts} for facts, _ in runs)
-    assert differences(before, after) == []
+    both = {**given, **without}, {**changed, **values}
+    runs = [snapshot(place, trainer, **run) for run in both]
+    if differences(runs[0][0], runs[1][0]):
+        # The arguments have the value. What the run reads, and what it comes to, must not.
+        runs = [snapshot(place, trainer, True, **run) for run in both]
+        parts = ("rows", "reference", "tokenizer", "after", "happened")
+        before, after = ({part: facts[part] for part in parts} for facts, _ in runs)
+        assert differences(before, after) == []
     assert idle(runs[1][1], field)
 
 
-def test_rows_of_the_test_split_are_evaluated_in_batches_of_their_own(place):
+def test_the_test_split_is_evaluated_with_its_own_batch_size(place):
     batches = []
     for size in (1, 3):
         built = small(place, "sft", test_split="test", per_device_eval_batch_size=size)
         batches.append(len(built.trainer.get_eval_dataloader(built.context.rows("test"))))
         assert not idle(built.settings, "per_device_eval_batch_size")
     assert batches == [3, 1]
-
-
-# ---------------------------------------------------------------------------------------- beyond a snapshot
 
 
 def test_trainers_differ(place):
@@ -528,8 +529,8 @@ def test_project_name_is_the_folder(place):
 
 
 @pytest.mark.parametrize("trainer", KINDS)
-def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
-    """token, revision, trust_remote_code, use_flash_attention_2, use_kernels: as transformers gets them."""
+def test_the_arguments_of_from_pretrained(place, trainer, monkeypatch):
+    """What transformers gets of token, revision, trust_remote_code, use_flash_attention_2, use_kernels."""
     import transformers
 
     from trainers.model import load
@@ -564,7 +565,9 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
     for kind, name, kwargs in asked:
         assert kwargs["token"] == "hf_secret"
         assert kwargs["revision"] == ("main" if name == other else "abc")
-        assert kwargs["trust_remote_code"] == (name != other), "code is run of the model that was read"
+        assert kwargs["trust_remote_code"] == (name != other), (
+            "remote code is only for base_model, which the user has read"
+        )
         assert kind == "tokenizer" or kwargs["attn_implementation"] == "flash_attention_2"
         assert kind == "tokenizer" or kwargs["use_kernels"] is True
     asked.clear()
@@ -577,7 +580,7 @@ def test_how_a_model_is_asked_for(place, trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", KINDS)
-def test_merge_adapter_leaves_a_whole_model(place, trainer):
+def test_merge_adapter_leaves_a_full_model(place, trainer):
     left = []
     for merge in (False, True):
         folder = place.work / f"merge-{trainer}-{merge}"

@@ -1,1 +1,1 @@
-"""Checkpoints: writing them, verifying them, and resuming from them."""
+"""Write checkpoints, verify them, and resume from them."""

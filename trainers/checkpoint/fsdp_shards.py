@@ -1,8 +1,8 @@
-"""FSDP's part of a checkpoint: each rank writes its own shards with torch.distributed.checkpoint.
+"""The shards of FSDP in a checkpoint: each rank writes its shards with torch.distributed.checkpoint (DCP).
 
-    checkpoint-N/shards/   {"model": {name: DTensor}, "optimizer": {...}}, under the names of the parameters
+    checkpoint-N/shards/   {"model": {name: DTensor}, "optimizer": {...}}, by the names of the parameters
 
-The names do not depend on the number of ranks, so DCP reads the shards on any number of them.
+The names do not depend on the number of ranks, so any number of ranks can read the shards.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from trainers.storage.manifest import SHARDS
 
 
 def make_stager() -> DefaultStager:
-    """What the state is copied to before a thread writes it: memory that all saves of a run use again.
+    """Return the stager: host memory to which the state is copied before a thread writes it.
 
-    Fresh memory is slow to touch: a copy to it took ten times as long (benchmarks/RESULTS.md, Recovery).
+    All saves of a run reuse this memory. A copy to new memory took ten times as long (benchmarks/RESULTS.md,
+    Recovery).
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 
@@ -39,7 +40,7 @@ def make_stager() -> DefaultStager:
 def save(
     model: Any, optimizer: Any, folder: Path, group: Any, stager: DefaultStager, trains_all: bool
 ) -> Future[Any]:
-    """Starts to write; returns when the state is copied, so that training may go on and change it."""
+    """Start to write. Returns once the state is copied, so that training can continue and change it."""
     weights, moments = get_state_dict(model, optimizer, options=_options(trains_all))
     writer = dcp.FileSystemWriter(folder / SHARDS, single_file_per_rank=True, sync_files=True)
     state = {"model": weights, "optimizer": moments}
@@ -48,19 +49,23 @@ def save(
 
 
 def finish(writing: Future[Any]) -> None:
-    """Waits until all ranks have written.
+    """Wait until all ranks have written their shards.
 
     Raises:
-        ShardError: one could not.
+        ShardError: a rank could not write.
     """
     with _as_errors():
         writing.result()
 
 
 def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
-    """Reads weights and the optimiser's state into what the ranks hold now."""
+    """Read the weights and the optimiser's state into the model and optimiser of this run.
+
+    Raises:
+        ShardError: a rank could not read its shards.
+    """
     options = _options(trains_all)
-    weights, moments = get_state_dict(model, optimizer, options=options)  # where each value shall go
+    weights, moments = get_state_dict(model, optimizer, options=options)  # the tensors to read into
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     with _as_errors():
         dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
@@ -74,7 +79,11 @@ def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
 
 
 def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
-    """Reads the weights alone."""
+    """Read only the weights.
+
+    Raises:
+        ShardError: a rank could not read its shards.
+    """
     weights = get_model_state_dict(model, options=_options(trains_all))
     with _as_errors():
         dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
@@ -82,12 +91,15 @@ def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
 
 
 class ShardError(RuntimeError):
-    """A rank could not write or read its shards; the cause is what its library said."""
+    """A rank could not write or read its shards. The cause is the error of the library."""
 
 
 @contextmanager
 def _as_errors() -> Iterator[None]:
-    """torch's CheckpointException, raised on every rank, is no Exception, so no handler would see it."""
+    """Turn torch's CheckpointException into ShardError.
+
+    torch raises it on every rank, but it is not a subclass of Exception, so no handler would catch it.
+    """
     try:
         yield
     except CheckpointException as error:

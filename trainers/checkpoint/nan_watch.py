@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed at the step where they come up, and the batch that did it is written down."""
+"""Find the step at which a loss or gradient norm becomes NaN or infinite, and write its batches to a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainers.rank.process import log_folder, rank
 
 @dataclass
 class StepRecord:
-    """What a rank saw in one optimiser step."""
+    """The batches, losses and gradient norm of one optimiser step on this rank."""
 
     step: int
     batches: list[tuple[dict[str, Any], torch.Tensor]] = field(default_factory=list)  # inputs, loss
     grad_norm: Any = None
 
     def flag(self, norms_count: bool) -> torch.Tensor:
-        """True where a loss or the gradient norm is not finite; a tensor, so that no GPU is waited for."""
+        """Return whether a loss or the gradient norm is not finite, as a tensor: no wait for the GPU."""
         values = [loss.detach().float().reshape(()) for _, loss in self.batches]
         if norms_count and self.grad_norm is not None:
             norm = self.grad_norm
@@ -31,29 +31,32 @@ class StepRecord:
 
 
 class FiniteWatch:
-    """Watches losses and gradient norms.
+    """A check of losses and gradient norms in each step.
 
-    On a GPU the answer for a step is read one step later, when it has long been computed, so that the GPU is
-    never waited for; settle() reads it at once, before anything is saved.
+    On a GPU the result of a step is read one step later, when it is ready, so that the rank never waits for
+    the GPU. settle() reads it at once, before anything is saved.
     """
 
     def __init__(self, fp16: bool) -> None:
-        self.norms_count = not fp16  # there the scaler skips a step whose gradients are infinite
+        self.norms_count = not fp16  # with fp16 the scaler skips a step whose gradients are infinite
         self.current = StepRecord(0)
         self.previous: tuple[StepRecord, torch.Tensor, Any] | None = None
         self.bad: StepRecord | None = None
 
     def begin(self, step: int) -> None:
+        """Start the record of a step."""
         self.current = StepRecord(step)
 
     def saw(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
+        """Record a micro-batch and its loss."""
         self.current.batches.append((dict(inputs), loss))
 
     def saw_norm(self, norm: Any) -> None:
+        """Record the gradient norm of the step."""
         self.current.grad_norm = norm
 
     def end(self) -> int:
-        """The step ended: 1 where a finished step was not finite, else 0."""
+        """End the step. Returns 1 if the values of a step are not finite, else 0 (on a GPU one step late)."""
         flag = self.current.flag(self.norms_count)
         if flag.device.type == "cpu":
             self.previous = (self.current, flag, None)
@@ -67,7 +70,7 @@ class FiniteWatch:
         return bad
 
     def settle(self) -> int:
-        """1 where the last step that ended was not finite, else 0; waits for the GPU."""
+        """Return 1 if the values of a step are not finite, else 0. Waits for the GPU."""
         if self.previous is not None:
             record, flag, done = self.previous
             if done is not None:
@@ -79,17 +82,20 @@ class FiniteWatch:
 
     @property
     def bad_step(self) -> int:
-        """The step that was not finite; on every rank, since all end the same steps."""
+        """The step that was not finite. It is the same on every rank, since all ranks end the same steps."""
         return (self.bad or self.current).step
 
     def write(self, folder: Path, tokenizer: Any) -> Path | None:
-        """Writes the batches of this rank that did it; None where another rank's did."""
+        """Write the batches of this rank that caused it.
+
+        Returns the path of the file, or None if another rank caused it.
+        """
         record = self.bad
         if record is None:
             return None
         bad = [(inputs, loss) for inputs, loss in record.batches if not torch.isfinite(loss).all()]
         lines = []
-        for inputs, loss in bad or record.batches:  # finite losses, and gradients that are not
+        for inputs, loss in bad or record.batches:  # all batches, if only the gradients are not finite
             ids = {n: t.tolist() for n, t in inputs.items() if n.endswith("ids") and hasattr(t, "tolist")}
             text = {n: [tokenizer.decode(row) for row in rows] for n, rows in ids.items() if n == "input_ids"}
             lines.append({"loss": repr(float(loss)), "text": text.get("input_ids"), **ids})

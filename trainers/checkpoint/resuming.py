@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and how its state is read. A mixin over transformers' Trainer."""
+"""Resume from a checkpoint: choose it, and load its state. A mixin for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ SCHEDULER = "scheduler.pt"
 
 
 class Resuming(Trainer):
-    """Durable's other half (saving.py)."""
+    """A mixin that finds and loads checkpoints. Durable (saving.py) adds saving."""
 
     def __init__(self, *arguments: Any, config: TrainConfig, data_key: str, **named: Any) -> None:
-        """`data_key` names the rows and how they are tokenized, so that a resume can compare them."""
+        """`data_key` is a hash of the rows and of how they are tokenized, which a resume compares."""
         self.config, self.data_key = config, data_key
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
 
     @property
     def run_folder(self) -> Path:
+        """The folder of the run."""
         return Path(self.args.output_dir or ".")
 
     @property
@@ -39,7 +40,7 @@ class Resuming(Trainer):
         return not self.config.peft
 
     def layout(self) -> Layout:
-        """How this run is spread."""
+        """Return how this run is distributed."""
         kind = self.accelerator.distributed_type
         name = "ddp" if world_size() > 1 else "none"
         stage = None
@@ -50,35 +51,47 @@ class Resuming(Trainer):
         return Layout(name, stage, world_size(), self.config.batch_size, self.config.gradient_accumulation)
 
     def find_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, and why newer ones were passed over; each rank reads a share."""
+        """Return the checkpoint to resume from, and why newer ones are skipped.
+
+        Each rank reads a share of the files.
+
+        Raises:
+            ConfigError: the named checkpoint cannot be used, or the layout of this run does not fit.
+        """
         config = self.config
         if not config.resume:
             return None, []
         if isinstance(config.resume, str):
-            named = self._fitting(resume_checkpoint(self.run_folder, config)[0])
+            named = self._check_layout(resume_checkpoint(self.run_folder, config)[0])
             return named, self._other_rows(named) if named else []
-        passed: list[str] = []
+        skipped: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
             if why is None:
-                return self._fitting(folder), passed + self._other_rows(folder)
-            passed.append(f"passed over {folder}: {why}")
-        return None, [*passed, "no checkpoint can be used; it begins anew"]
+                return self._check_layout(folder), skipped + self._other_rows(folder)
+            skipped.append(f"skipped {folder}: {why}")
+        return None, [*skipped, "no checkpoint can be used; the run starts from the beginning"]
 
     def _other_rows(self, folder: Path) -> list[str]:
-        """A line where the rows are not those that the run was trained on until there."""
+        """Return a line if the rows are not those of the checkpoint."""
         if read_manifest(folder).data == self.data_key:
             return []
-        return [f"the rows, or how they are tokenized, are not those that {folder} was written with"]
+        return [f"the rows, or how they are tokenized, have changed since {folder} was written"]
 
-    def _fitting(self, folder: Path | None) -> Path | None:
-        """The launcher has seen to it that a checkpoint fits; ranks started by hand may not."""
+    def _check_layout(self, folder: Path | None) -> Path | None:
+        """Return the checkpoint if this run can load it.
+
+        The launcher has already checked this. Ranks that a user starts without it have not.
+
+        Raises:
+            ConfigError: the layout of this run does not fit.
+        """
         if folder is not None and (why := misfit(read_manifest(folder).layout, self.layout())):
             raise ConfigError(f"resume: {folder}: {why}")
         return folder
 
     def _complaint(self, folder: Path) -> str | None:
-        """Why a checkpoint cannot be used, found by all ranks together."""
+        """Return why a checkpoint cannot be used, or None. All ranks check it together."""
         why = self.agreement.first(complaint(folder, content=False))
         if why is not None:
             return why
@@ -87,7 +100,7 @@ class Resuming(Trainer):
         return found[0] if found else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:  # FSDP's weights come with the optimiser's state, below
+        if not self.is_fsdp_enabled:  # FSDP's weights are loaded with the optimiser's state, below
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or not there: a mixin over transformers' Trainer (resuming.py reads them).
+"""Write checkpoints that are always complete: a mixin for transformers' Trainer (resuming.py reads them).
 
-    saving/checkpoint-N/   written here by all ranks, then hashed, then named in a manifest,
-    checkpoint-N/          then renamed to this
+    saving/checkpoint-N/   all ranks write here, then hash the files; then rank 0 lists them in a manifest
+    checkpoint-N/          and renames the folder to this
 
-What is in it is transformers' own: DDP one model.safetensors and optimizer.pt, DeepSpeed its shards. FSDP's
-shards are torch.distributed.checkpoint's (fsdp_shards.py), which a thread writes while training goes on.
+The files are those of transformers: with DDP one model.safetensors and optimizer.pt, with DeepSpeed its
+shards. With FSDP they are shards of torch.distributed.checkpoint (fsdp_shards.py), which a thread writes
+while training continues.
 """
 
 from __future__ import annotations
@@ -47,38 +48,38 @@ UNREAD = "training_args.bin"  # a pickle that nothing reads
 
 
 class StopTraining(Exception):
-    """All ranks agreed to stop; the last checkpoint may still have to be written."""
+    """All ranks have agreed to stop. The last checkpoint may not be written yet."""
 
 
-Hashed = tuple[list[FileEntry], Exception | None]  # a rank's share of the files, or why there is none
+Hashed = tuple[list[FileEntry], Exception | None]  # a rank's share of the files, or the error
 
 
 @dataclass
 class Save:
-    """One checkpoint on its way."""
+    """A checkpoint that is being written."""
 
     step: int
-    position: dict[str, Any]  # in the data
-    part: Path  # where it is written, until it gets its name
+    position: dict[str, Any]  # position in the data
+    part: Path  # the folder in saving/
     began: float = field(default_factory=time.monotonic)
-    shards: Future[Any] | None = None  # FSDP's, which a thread writes
-    failure: Exception | None = None  # the disk is full
-    pending: Future[Hashed] | None = None  # set when this rank has written, or a thread goes on to
+    shards: Future[Any] | None = None  # FSDP's shards, which a thread writes
+    failure: Exception | None = None  # set if the disk is full
+    pending: Future[Hashed] | None = None  # set once this rank has written, or its thread continues
 
 
 class Durable(Resuming):
-    """A mixin, named before the trainer of TRL."""
+    """A mixin that saves checkpoints. In a class definition it comes before TRL's trainer."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.watch = FiniteWatch(self.config.mixed_precision == "fp16")
-        self.due_evaluation = False  # at the step that is saved next; a resume makes up for it
-        self.saved_step = 0  # of the last checkpoint of this start
-        self.save_seconds = 30.0  # that the last save took; before one, a guess
+        self.due_evaluation = False  # whether an evaluation is due at the next saved step; a resume does it
+        self.saved_step = 0  # step of the last checkpoint of this start
+        self.save_seconds = 30.0  # duration of the last save; before the first one, a guess
         self._saving = Save(0, self._position, self.run_folder)
         self._stager = fsdp_shards.make_stager()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # torch's own checksums of what it pickles cost as much as the rest; the manifest has better ones.
+        # torch's checksums cost as much time as the rest of a save. The manifest has better ones.
         torch.serialization.set_crc32_options(False)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
@@ -90,7 +91,7 @@ class Durable(Resuming):
             if step and self.saved_step != step:
                 self._save_checkpoint(self.model_wrapped, None)
                 self.conclude()
-            # Without a checkpoint of this step (a full disk) the newest one is what a resume finds.
+            # Without a checkpoint of this step (the disk is full), a resume uses the newest one.
             stop.saved = f"saved at step {step}" if self.saved_step == step and step else ""
             return None
 
@@ -110,11 +111,11 @@ class Durable(Resuming):
             return super().evaluation_loop(*arguments, **named)
 
     def _load_best_model(self) -> None:
-        self.conclude()  # it may be the one that is being written
+        self.conclude()  # the best model may be in the checkpoint that is being written
         super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where transformers writes checkpoint-N; nothing else asks for it but the end of train()."""
+        """Return the folder for checkpoint-N. transformers uses it for saves and at the end of train()."""
         return str(self.run_folder / SAVING)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -146,14 +147,15 @@ class Durable(Resuming):
 
     @property
     def saving_waits(self) -> bool:
-        """Whether a checkpoint was written or is being written, and has not got its name yet."""
+        """Whether a checkpoint is written or being written, and is not renamed yet."""
         return self._saving.pending is not None
 
     @contextmanager
     def _tolerating(self) -> Iterator[None]:
-        """A full disk costs this save, not the run; the ranks hear of it when they conclude.
+        """Record a full disk in the block instead of raising. conclude() informs the other ranks.
 
-        Each step of a save is in one of its own, since what follows may wait for the other ranks.
+        A full disk ends this save, but not the run. Each part of a save has its own block, since the next
+        part may wait for the other ranks.
         """
         try:
             yield
@@ -163,10 +165,10 @@ class Durable(Resuming):
             self._saving.failure = error
 
     def create_model_card(self, *arguments: Any, **named: Any) -> None:
-        """TRL's, before each save, on rank 0 alone; ours is written once, at the end (model_card.py)."""
+        """Do nothing. TRL calls this on rank 0 before each save; model_card.py writes the card at the end."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:  # the final model, which all of run.py is about
+        if not _internal_call:  # the final model
             super().save_model(output_dir, _internal_call)
             return
         assert output_dir is not None
@@ -175,11 +177,11 @@ class Durable(Resuming):
                 self._save_shape(output_dir)
             else:
                 super().save_model(output_dir, _internal_call)
-                if rank() == 0 and self.config.peft:  # peft writes the adapter alone
+                if rank() == 0 and self.config.peft:  # peft writes only the adapter
                     self._save_config(output_dir)
 
     def _save_shape(self, folder: str) -> None:
-        """What beside the shards makes a model of them: its config, the adapter's, the tokenizer."""
+        """Write what a model needs in addition to the shards: its config, the adapter's, the tokenizer."""
         if rank() != 0:
             return
         if self.config.peft:
@@ -190,7 +192,7 @@ class Durable(Resuming):
             self.processing_class.save_pretrained(folder)
 
     def _save_config(self, folder: str) -> None:
-        """Of the model, under an adapter too: it tells which weights there are (trainers/consolidate.py)."""
+        """Write the model's config, also with an adapter: consolidate.py needs it to know the weights."""
         model: Any = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if self.config.peft else model
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # as save_pretrained does
@@ -223,22 +225,26 @@ class Durable(Resuming):
             super()._save_rng_state(output_dir)
 
     def _name_best(self) -> None:
-        """transformers asks each rank whether the folder of the best step exists; rank 0 says it for all.
+        """Let all ranks use the best checkpoint that rank 0 names.
 
-        One rank may see it and another not, and at the end some would load the best model and some not.
+        transformers checks on each rank whether the folder of the best step exists. One rank may see it and
+        another may not. At the end some ranks would load the best model, and others would not.
         """
         state, best = self.state, self.state.best_global_step
         if best:
             folder = self.run_folder / f"{CHECKPOINT_PREFIX}{best}"
-            there = best == self._saving.step or folder.exists()
+            exists = best == self._saving.step or folder.exists()
             state.best_model_checkpoint = self.agreement.first(
-                str(folder) if there else state.best_model_checkpoint
+                str(folder) if exists else state.best_model_checkpoint
             )
             if rank() == 0 and self._saving.failure is None:
                 state.save_to_json(str(self._saving.part / "trainer_state.json"))
 
     def _settle(self, save: Save) -> Hashed:
-        """After all ranks have written: this rank's share of the hashes. Runs in a thread under FSDP."""
+        """Wait until all ranks have written, then hash this rank's share of the files.
+
+        With FSDP this runs in a thread.
+        """
         if save.shards is not None:
             try:
                 fsdp_shards.finish(save.shards)
@@ -257,7 +263,7 @@ class Durable(Resuming):
             return [], error
 
     def conclude(self) -> None:
-        """Waits for the save that goes on, if one does: the checkpoint gets its name, or is given up."""
+        """Wait for a save in progress, if there is one. Publish its checkpoint, or remove it on failure."""
         if self._saving.pending is not None:
             with heart.during("save"):
                 self._conclude(self._saving.pending)
@@ -278,7 +284,7 @@ class Durable(Resuming):
             self.due_evaluation = False
 
     def _publish(self, entries: list[FileEntry]) -> str | None:
-        """Names the files in a manifest, renames the folder, and deletes what is kept no longer."""
+        """Write the manifest, rename the folder, delete old checkpoints. Returns the error of a full disk."""
         manifest = Manifest(
             step=self._saving.step,
             layout=self.layout(),
@@ -307,25 +313,25 @@ class Durable(Resuming):
         }
 
     def _has_room(self) -> bool:
-        """Whether the file system has room for a checkpoint, as rank 0 sees it; else says so."""
+        """Return whether rank 0 finds enough space for a checkpoint. If not, print a warning."""
         needed, free = self._predicted_bytes(), shutil.disk_usage(self.run_folder).free
         enough = self.agreement.first(needed <= free)
         if not enough:
-            self._say(f"it needs about {in_words(needed)}, and {self.run_folder} has {in_words(free)} left")
+            self._say(f"it needs about {in_words(needed)}, but {self.run_folder} has {in_words(free)} left")
         return enough
 
     def _say(self, why: str) -> None:
         if rank() == 0:
             kept = checkpoint_folders(self.run_folder)
-            newest = f"the newest is {kept[-1]}" if kept else "there is none yet"
+            newest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             say(
                 "warning",
-                f"no checkpoint at step {self._saving.step}: {why}. Training goes on; {newest}. "
-                "Make room, lower save_total_limit, or save less often.",
+                f"no checkpoint at step {self._saving.step}: {why}. Training continues; {newest}. "
+                "Free disk space, lower save_total_limit, or save less often.",
             )
 
     def _predicted_bytes(self) -> int:
-        """The size of the last checkpoint; before there is one, what weights and Adam's moments take."""
+        """Return the size of the last checkpoint; if there is none, that of weights and Adam's moments."""
         for folder in reversed(checkpoint_folders(self.run_folder)):
             if (folder / MANIFEST).exists() and complaint(folder, content=False) is None:
                 return read_manifest(folder).bytes
@@ -333,7 +339,7 @@ class Durable(Resuming):
         parameters = [(_numel(p), p.element_size(), p.requires_grad) for p in model.parameters()]
         trained = sum(count for count, _, trained in parameters if trained)
         kept = sum(count * size for count, size, trained in parameters if trained or self._trains_all)
-        copy = FLOAT32_BYTES if self.is_deepspeed_enabled else 0  # ZeRO keeps the weights in float32 too
+        copy = FLOAT32_BYTES if self.is_deepspeed_enabled else 0  # ZeRO also keeps the weights in float32
         return int(kept + trained * (ADAM_BYTES + copy))
 
 
@@ -343,5 +349,5 @@ def _plain(result: Hashed) -> tuple[list[FileEntry], str | None]:
 
 
 def _numel(parameter: Any) -> int:
-    """Numbers in the whole parameter; ZeRO-3 leaves an empty stand-in, a DTensor counts as a whole."""
+    """Return the size of the full parameter. ZeRO-3 has an empty placeholder, a DTensor the full size."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

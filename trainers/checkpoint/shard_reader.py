@@ -1,4 +1,4 @@
-"""A checkpoint's shards as one model: its tensors by name, whose values are read when they are asked for."""
+"""Read the shards of a checkpoint as one model: tensors by name, whose values are read on demand."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Source:
-    """What a checkpoint stores: a tensor without values (on `meta`) by name, and how values are read."""
+    """The tensors of a checkpoint: their names and shapes (on `meta`), and a function that reads values."""
 
     stored: Tensors
-    fill: Callable[[Tensors], None]  # writes the stored values into tensors of that name, in their own type
+    fill: Callable[[Tensors], None]  # copies the stored values into tensors, by name; casts to their types
 
 
 def open_shards(checkpoint: Path) -> Source | None:
-    """The shards of a checkpoint; None where its weights are ordinary files already.
+    """Open the shards of a checkpoint. Returns None if its weights are ordinary files.
 
     Raises:
-        ConfigError: some are missing or cut short, or hold what no checkpoint holds.
+        ConfigError: a shard is missing or truncated, or contains a class that no checkpoint has.
     """
     try:
         if (checkpoint / SHARDS).is_dir():
@@ -52,7 +52,7 @@ def open_shards(checkpoint: Path) -> Source | None:
 
 
 def _fsdp(folder: Path) -> Source:
-    """DCP's shards: the pieces of all ranks are read into one tensor, and cast as they are copied."""
+    """Open DCP's shards. The parts of all ranks are read into one tensor, and cast while they are copied."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -63,13 +63,13 @@ def _fsdp(folder: Path) -> Source:
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in ends.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size < end:
-            raise ConfigError(f"{folder / name} is missing or cut short: {end} bytes of it are indexed.")
+            raise ConfigError(f"{folder / name} is missing or truncated: the index needs {end} bytes of it.")
 
     def fill(wanted: Tensors) -> None:
         keyed: dict[str, Any] = {f"model.{name}": tensor for name, tensor in wanted.items()}
         try:
             load(keyed, storage_reader=SafeReader(folder), no_dist=True)
-        except CheckpointException as error:  # no Exception: torch derives it from BaseException
+        except CheckpointException as error:  # torch derives it from BaseException, not from Exception
             failure = next(iter(error.failures.values()))[0]
             raise ConfigError(f"{folder} cannot be read: {first_line(failure)}") from error
 
@@ -82,12 +82,12 @@ def _fsdp(folder: Path) -> Source:
 
 
 def _zero(folder: Path) -> Source:
-    """DeepSpeed's float32 weights, which lie in pieces in the ranks' optimiser files.
+    """Open DeepSpeed's float32 weights, whose parts are in the optimiser files of the ranks.
 
-    Its own zero_to_fp32 joins all pieces of ZeRO 1 and 2 in memory; here the files are mapped, and a weight
-    is copied out of them when it is asked for.
+    DeepSpeed's zero_to_fp32 joins all parts of ZeRO 1 and 2 in memory. Here the files are memory-mapped, and
+    a weight is copied out of them on demand.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for a GPU, and complains where there is none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for a GPU, and warns if there is none
     allow_deepspeed()
     from deepspeed.checkpoint import constants as key
 
@@ -96,55 +96,53 @@ def _zero(folder: Path) -> Source:
     count = ranks[0][key.PARTITION_COUNT]
     if (expected := max(count) if isinstance(count, list) else count) != len(ranks):
         raise ConfigError(
-            f"{folder} has the optimiser's files of {len(ranks)} ranks, and {expected} wrote it."
+            f"{folder} has the optimiser files of {len(ranks)} ranks, but {expected} ranks wrote it."
         )
-    pieces = dict(
-        _zero3_pieces(ranks, states[0])
-        if key.FP32_FLAT_GROUPS in ranks[0]
-        else _zero2_pieces(ranks, states[0])
+    parts = dict(
+        _zero3_parts(ranks, states[0]) if key.FP32_FLAT_GROUPS in ranks[0] else _zero2_parts(ranks, states[0])
     )
     shapes = {name: shape for group in states[0][key.PARAM_SHAPES] for name, shape in group.items()}
     for name in states[0][key.BUFFER_NAMES]:
-        pieces[name], shapes[name] = [states[0]["module"][name].flatten()], states[0]["module"][name].shape
+        parts[name], shapes[name] = [states[0]["module"][name].flatten()], states[0]["module"][name].shape
     for alias, name in states[0]["shared_params"].items():
-        if name in pieces:
-            pieces[alias], shapes[alias] = pieces[name], shapes[name]
+        if name in parts:
+            parts[alias], shapes[alias] = parts[name], shapes[name]
 
     def fill(wanted: Tensors) -> None:
         for name, tensor in wanted.items():
             flat, at = tensor.view(-1), 0
-            for piece in pieces[name]:
-                taken = piece[: flat.numel() - at]  # the last one is padded
+            for part in parts[name]:
+                taken = part[: flat.numel() - at]  # the last part is padded
                 flat[at : at + taken.numel()].copy_(taken)
                 at += taken.numel()
 
-    return Source({n: torch.empty(shapes[n], dtype=pieces[n][0].dtype, device="meta") for n in pieces}, fill)
+    return Source({n: torch.empty(shapes[n], dtype=parts[n][0].dtype, device="meta") for n in parts}, fill)
 
 
 def _mapped(folder: Path, kind: str) -> list[Any]:
-    """What DeepSpeed wrote of a kind, a rank after another, without reading the tensors yet."""
+    """Open the files of one kind (model, optim) in the order of the ranks, without reading the tensors."""
     files = {path: re.findall(r"rank_(\d+)", path.name) for path in folder.glob(f"*_{kind}_states.pt")}
     if not files:
-        raise ConfigError(f"{folder} has no *_{kind}_states.pt.")
+        raise ConfigError(f"{folder} has no file *_{kind}_states.pt.")
     ordered = sorted(files, key=lambda path: [int(number) for number in files[path]])
     return [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in ordered]
 
 
 def _cut(flats: Sequence[torch.Tensor], start: int, length: int) -> Iterator[torch.Tensor]:
-    """Views of `length` values from `start` on, where the flat tensors lie end to end."""
+    """Yield views of `length` values from `start` on, in the concatenation of the flat tensors."""
     for flat in flats:
         size = flat.numel()
         if start < size and length > 0:
-            piece = flat.detach()[start : start + length]
-            length -= piece.numel()
-            yield piece
+            part = flat.detach()[start : start + length]
+            length -= part.numel()
+            yield part
         start = max(start - size, 0)
     if length > 0:
-        raise ConfigError("DeepSpeed's checkpoint holds fewer values than its list of weights names.")
+        raise ConfigError("DeepSpeed's checkpoint has fewer values than its list of weights requires.")
 
 
-def _zero2_pieces(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """ZeRO 1 and 2: of each group the weights lie end to end, and the ranks hold a stretch each."""
+def _zero2_parts(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yield each weight of ZeRO 1 and 2 with its parts: each rank has a range of a flat tensor per group."""
     from deepspeed.checkpoint import constants as key
 
     paddings = ranks[0].get(key.PARAM_ALIGNMENT_PADDINGS)
@@ -155,13 +153,13 @@ def _zero2_pieces(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torc
             at += math.prod(shape) + (paddings[group][number] if paddings else 0)
 
 
-def _zero3_pieces(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """ZeRO 3: of each weight every rank holds an equal part, at the same place of its own values."""
+def _zero3_parts(ranks: list[Any], state: Any) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yield each weight of ZeRO 3 with its parts: one of equal size per rank, at the same offset in each."""
     from deepspeed.checkpoint import constants as key
 
     at = 0
     for shapes in state[key.PARAM_SHAPES]:
         for name, shape in shapes.items():
-            part = math.ceil(math.prod(shape) / len(ranks))
-            yield name, [piece for rank in ranks for piece in _cut(rank[key.FP32_FLAT_GROUPS], at, part)]
-            at += part
+            size = math.ceil(math.prod(shape) / len(ranks))
+            yield name, [part for rank in ranks for part in _cut(rank[key.FP32_FLAT_GROUPS], at, size)]
+            at += size

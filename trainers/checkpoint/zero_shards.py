@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a checkpoint: its shards, as its engine writes them."""
+"""The shards of DeepSpeed in a checkpoint, as its engine writes them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Tolerating = Callable[[], AbstractContextManager[None]]
 
 
 def save(engine: Any, folder: Path, step: int, tolerating: Tolerating, trains_all: bool) -> None:
-    """Writes the shards of this rank.
+    """Write the shards of this rank.
 
-    DeepSpeed waits for all ranks after it has written, so no rank may leave it before. That is why a full
-    disk is borne in each of its writes, and what rank 0 alone writes comes after: `latest`, which a load
-    looks for. The scripts that it copies are what `phalanx consolidate` does.
+    DeepSpeed waits for all ranks after its writes, so no rank may leave save_checkpoint early. Therefore each
+    of its writes tolerates a full disk, and `latest`, which only rank 0 writes and a load needs, is written
+    afterwards. DeepSpeed's recovery script is not copied, since `phalanx consolidate` does the same.
     """
     engine.checkpoint_engine = _tolerant(engine, tolerating)
     engine._copy_recovery_script = lambda _: None
@@ -28,7 +28,7 @@ def save(engine: Any, folder: Path, step: int, tolerating: Tolerating, trains_al
 
 
 def _tolerant(engine: Any, tolerating: Tolerating) -> Any:
-    """DeepSpeed's writer of files, within `tolerating`."""
+    """Return DeepSpeed's writer of files, with each write inside `tolerating`."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
     class Tolerant(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types

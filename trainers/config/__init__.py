@@ -1,1 +1,1 @@
-"""The config of a run: its fields, its file, and what contradicts what. Light: pydantic and yaml only."""
+"""The config of a run: its fields, its file, and the rules between fields. Imports only pydantic and yaml."""

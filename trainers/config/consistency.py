@@ -1,4 +1,4 @@
-"""Rules across the fields of a config: what contradicts what, and what does nothing in this run."""
+"""Rules across the fields of a config: which values contradict each other, and which have no effect."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from trainers.config.schema import (
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
 HELD_OUT_FIELDS = ("eval_steps", "eval_on_start")
 ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
-NOT_ADAM = ("sgd", "adagrad", "adafactor", "rmsprop")  # how their names in transformers begin
+NOT_ADAM = ("sgd", "adagrad", "adafactor", "rmsprop")  # how their names in transformers start
 NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.16: sigmoid does not read label_smoothing
 
-# What a run leaves unread: (why, fields, when). Where several hold for a field, the last one says why.
+# Fields that a run does not read: (why, fields, when). If several conditions hold for a field, the last one
+# is reported.
 CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = (
     ("peft is off", LORA_FIELDS, lambda c: not c.peft),
     ("quantization is not int4", ("double_quantization",), lambda c: c.quantization != "int4"),
@@ -28,36 +29,37 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
     ("log is none", ("run_name",), lambda c: c.log == "none"),
     ("eval_strategy is not steps", ("eval_steps",), lambda c: c.eval_strategy != "steps"),
     ("tokens_per_batch is set", ("batch_size",), lambda c: c.token_budget is not None),
-    ("there is no valid_split", HELD_OUT_FIELDS, lambda c: not c.validates),
-    ("nothing is evaluated", ("per_device_eval_batch_size", "eval_packing"),
+    ("there is no valid_split and no valid_fraction", HELD_OUT_FIELDS, lambda c: not c.validates),
+    ("no split is evaluated", ("per_device_eval_batch_size", "eval_packing"),
      lambda c: not (c.validates or c.tests)),
-    ("nothing is held out by a fraction", ("split_seed",), lambda c: c.valid_fraction + c.test_fraction == 0),
+    ("valid_fraction and test_fraction are 0", ("split_seed",),
+     lambda c: c.valid_fraction + c.test_fraction == 0),
     ("save_strategy is not steps", ("save_steps",), lambda c: c.save_strategy not in (None, "steps")),
     ("save_strategy is no", ("load_best_model_at_end",), lambda c: c.save_strategy == "no"),
     ("save_strategy is no", ("save_total_limit",),
      lambda c: c.save_strategy == "no" and c.save_minutes is None),
-    ("optimizer is not of Adam's kind", ADAM_FIELDS, lambda c: c.optimizer.startswith(NOT_ADAM)),
+    ("optimizer is not a variant of Adam", ADAM_FIELDS, lambda c: c.optimizer.startswith(NOT_ADAM)),
     ("scheduler has no warm-up", ("warmup_ratio", "warmup_steps"), lambda c: c.scheduler in NO_WARM_UP),
-    ("chat_template says how a turn ends", ("add_eos_token",), lambda c: c.chat_template is not None),
+    ("chat_template decides how a turn ends", ("add_eos_token",), lambda c: c.chat_template is not None),
     ("push_to_hub is off", ("username",), lambda c: not c.push_to_hub),
     ("model is a folder", ("revision",), lambda c: Path(c.model).is_dir()),
-    (f"loss_type is none of {', '.join(SMOOTHED)}", ("label_smoothing",),
+    (f"loss_type is not one of {', '.join(SMOOTHED)}", ("label_smoothing",),
      lambda c: not {*SMOOTHED} & {*c.loss_types}),
-    ("loss_type is sft alone", ("dpo_beta",), lambda c: c.loss_types == ["sft"]),
+    ("loss_type is only sft", ("dpo_beta",), lambda c: c.loss_types == ["sft"]),
     ("max_steps is set", ("epochs",), lambda c: c.max_steps > 0),
     ("warmup_steps is set", ("warmup_ratio",), lambda c: c.warmup_steps is not None),
-    ("its kernels and its loader are not used here; packing, activation checkpointing and quantised LoRA are "
+    ("its kernels and its loader are not used; packing, activation checkpointing and quantised LoRA are "
      "built in", ("unsloth",), lambda c: True),
 )  # fmt: skip
 
 
 def without_effect(config: TrainConfig) -> dict[str, str]:
-    """Fields that the user set and that do nothing in this run, with the reason."""
+    """Return the fields that the user set and that have no effect in this run: field -> reason."""
     idle: dict[str, str] = {}
     for name in TrainConfig.model_fields:
         acting = acts_for(name)
         if config.trainer not in acting:
-            idle[name] = f"it belongs to {', '.join(acting)}" if acting else "no trainer here reads it"
+            idle[name] = f"it belongs to {', '.join(acting)}" if acting else "no trainer reads it"
     for why, names, holds in CONDITIONS:
         if holds(config):
             idle |= dict.fromkeys(names, why)
@@ -65,7 +67,7 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
 
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
-    """Rules that fail: (field, message) each."""
+    """Return the rules that the config breaks, each as (field, message)."""
     found = [*_lengths(config), *_rows(config), *_packing(config), *_model(config), *_losses(config)]
     if config.save_strategy == "steps" and config.save_steps is None:
         found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
@@ -82,15 +84,15 @@ def _rows(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
     for split, fraction in (("valid_split", "valid_fraction"), ("test_split", "test_fraction")):
         if getattr(config, split) is not None and getattr(config, fraction):
-            found.append((fraction, f"{split} names the rows already. Keep one of the two."))
+            found.append((fraction, f"{split} already names the rows. Keep one of the two."))
     if config.valid_fraction + config.test_fraction >= 1:
         found.append(
-            ("valid_fraction", "with test_fraction it leaves nothing to train on. Their sum must be below 1.")
+            ("valid_fraction", "with test_fraction it leaves no row to train on. Their sum must be below 1.")
         )
     if config.prompt_format is not None:
         if config.prompt_text_column is not None:
             found.append(
-                ("prompt_format", "prompt_text_column names the prompt already. Keep one of the two.")
+                ("prompt_format", "prompt_text_column already names the prompt. Keep one of the two.")
             )
         try:
             named = [name for _, name, _, _ in Formatter().parse(config.prompt_format) if name is not None]
@@ -108,7 +110,7 @@ def _packing(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
     if not config.kind.packs and config.packing not in ("auto", "none"):
         found.append(
-            ("packing", "the attention of a masked LM sees the whole row, so documents cannot share one. "
+            ("packing", "in a masked LM each token sees the full sequence, so documents cannot share one. "
                         "Use packing: none."))  # fmt: skip
     if config.kind.packs and not config.kind.wraps and config.packing == "wrapped":
         found.append(
@@ -129,7 +131,7 @@ def _packing(config: TrainConfig) -> list[tuple[str, str]]:
         found.append(
             (
                 "auto_find_batch_size",
-                "tokens_per_batch says how much a micro-batch holds. Keep one of the two.",
+                "tokens_per_batch already sets the size of a micro-batch. Keep one of the two.",
             )
         )
     return found
@@ -139,22 +141,22 @@ def _model(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
     if config.quantization and not config.peft:
         found.append(
-            ("quantization", f"{config.quantization} weights cannot be trained themselves. "
+            ("quantization", f"{config.quantization} weights cannot be trained directly. "
                              "Set peft: true, or quantization: null."))  # fmt: skip
     if config.trust_remote_code and config.revision is None and not Path(config.model).is_dir():
         found.append(
             ("trust_remote_code", "code from the hub must be pinned. Set revision to the commit that you "
                                   "have read."))  # fmt: skip
     if config.use_flash_attention_2 and config.attention not in ("auto", "flash_attention_2"):
-        found.append(("attention", "use_flash_attention_2 asks for another one. Keep one of the two."))
+        found.append(("attention", "use_flash_attention_2 selects another one. Keep one of the two."))
     targets = config.lora_targets
     if config.peft and (config.kind.scores or config.kind.reads_head_weight) and targets != "all-linear":
         named = targets if isinstance(targets, list) else [targets or ""]
         if any("lm_head" in name for name in named):
             why = (
-                "a reward model has a score and no lm_head"
+                "a reward model has a score output and no lm_head"
                 if config.kind.scores
-                else "its loss reads the weights of lm_head past the adapter, which would never train"
+                else "its loss reads the weights of lm_head directly, so an adapter there would never train"
             )
             found.append(("target_modules", f"lm_head: {why}. Remove it, or use all-linear."))
     return found
@@ -169,21 +171,23 @@ def _losses(config: TrainConfig) -> list[tuple[str, str]]:
     if config.trainer == "kto" and len(config.loss_types) > 1:
         found.append(("loss_type", "kto takes one loss."))
     if "exo_pair" in config.loss_types and not config.label_smoothing:
-        found.append(("label_smoothing", "exo_pair needs it above 0. The paper (2402.00856) takes 0.001."))
+        found.append(
+            ("label_smoothing", "exo_pair needs a value above 0. The paper (arXiv 2402.00856) uses 0.001.")
+        )
     if config.batch_size < smallest_batch(config):
         found.append(
-            ("batch_size", "kto estimates a divergence from the rows of a micro-batch and needs 2 or more "
-                           "of them. Raise batch_size and lower gradient_accumulation."))  # fmt: skip
+            ("batch_size", "kto estimates a divergence from the samples of a micro-batch and needs at least "
+                           "2 of them. Raise batch_size and lower gradient_accumulation."))  # fmt: skip
     return found
 
 
 def smallest_batch(config: TrainConfig) -> int:
-    """The smallest batch_size that the loss allows."""
+    """Return the smallest batch_size that the loss allows."""
     return 2 if set(config.loss_types) & set(config.kind.batch_losses) else 1
 
 
 def _lengths(config: TrainConfig) -> list[tuple[str, str]]:
-    """AutoTrain's five length rules (its documentation, "Task specific parameters")."""
+    """Check AutoTrain's five length rules (its documentation, "Task specific parameters")."""
     block, limit = config.sequence_length, config.model_max_length
     found = []
     if isinstance(config.block_size, list) and len(config.block_size) > 1:
@@ -206,7 +210,7 @@ def _lengths(config: TrainConfig) -> list[tuple[str, str]]:
         ("max_completion_length", config.max_completion_length, "block_size", block),
     )
     for name, value, other, bound in rules:
-        # A prompt length that nobody set does not forbid a short block_size.
+        # The default of a prompt length does not forbid a short block_size.
         if name != "block_size" and name not in config.model_fields_set:
             continue
         if value is not None and bound > 0 and value > bound:

@@ -1,24 +1,27 @@
-"""The user's mistakes, and the exit codes of every kind of failure (docs/exit-codes.md)."""
+"""ConfigError, and the exit code of each kind of failure (docs/exit-codes.md)."""
 
 from __future__ import annotations
 
-# A run that was stopped before it could save ends with 128 + the signal.
+# A run that a signal stops before it can save ends with 128 + the number of the signal.
 RUN_FAILED = 1  # an error in the code
 USAGE_ERROR = 2  # a mistake in the config, the flags or the rows
 OUT_OF_MEMORY = 3
-KILLED = 4  # by the system, or by hand
-PEER_LOST = 5  # the connection between ranks broke, and no rank of this machine is to blame
+KILLED = 4  # by the system or by a person
+PEER_LOST = 5  # the connection between ranks broke, and no rank of this machine caused it
 NOT_FINITE = 6  # NaN or infinite loss or gradient
-DATA_FAILED = 7  # an error while rows were read or collated
-DISK_FAILED = 8  # no space, or an error of input or output
+DATA_FAILED = 7  # an error while rows were read or a batch was collated
+DISK_FAILED = 8  # no space left, or an I/O error
 HUNG = 9
-SAVED = 75  # stopped by a signal, and saved: run me again (sysexits' EX_TEMPFAIL)
+SAVED = 75  # stopped by a signal after a save: start it again (EX_TEMPFAIL of sysexits.h)
 
 
 class ConfigError(ValueError):
-    """A mistake that the user can mend: what is wrong, where, what is allowed. Exit code 2, no traceback."""
+    """A mistake that the user can fix. Exit code 2, without a traceback.
+
+    The message says what is wrong, where, and what is allowed.
+    """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class where it has no message."""
+    """Return the first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The types of config fields: how a word from a flag or from YAML becomes a value."""
+"""The types of config fields: how the text of a flag, or a YAML value, becomes the value of a field."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydantic import BeforeValidator, Field
 
 
 def none_word(value: Any) -> Any:
-    """`none`, `null` and `no` as words (a flag has no other way to say null)."""
+    """Return None for the words `none`, `null` and `no`: a flag has no other way to give null."""
     return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "no", "") else value
 
 
 def int_or_list(value: Any) -> Any:
-    """`1024` or `1024,512` from a flag, as AutoTrain's --block-size takes it."""
+    """Split a flag such as `1024` or `1024,512`, as AutoTrain's --block-size accepts it."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.strip("[]").split(",")]
         return parts[0] if len(parts) == 1 else parts
@@ -21,31 +21,35 @@ def int_or_list(value: Any) -> Any:
 
 
 def no_bool(value: Any) -> Any:
-    """YAML's `true` is not the number 1."""
+    """Refuse true and false where a number is needed; pydantic would read them as 1 and 0.
+
+    Raises:
+        ValueError: the value is a bool.
+    """
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     return value
 
 
 def names(value: Any) -> Any:
-    """`sigmoid,sft` from a flag as a list; one name alone stays a word."""
+    """Return a flag such as `sigmoid,sft` as a list; a single name stays a string."""
     if isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",")]
     return none_word(value)
 
 
 def flag_word(value: Any) -> Any:
-    """`true` and `false` from a flag, where the field may be a path as well."""
+    """Return the flags `true` and `false` as bools, for a field that may also be a path."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def checkpointing_word(value: Any) -> Any:
-    """transformers' field of this name is true or false; YAML 1.1 reads a bare `no` as false."""
+    """Accept true and false, as in transformers' field of this name; YAML 1.1 reads a bare `no` as false."""
     return {"true": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
 
 
 def strategy_word(value: Any) -> Any:
-    """Return `no` for YAML 1.1's reading of a bare `no`, which is false."""
+    """Return `no` for false, which is how YAML 1.1 reads a bare `no`."""
     return "no" if value is False else value
 
 

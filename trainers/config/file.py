@@ -1,7 +1,7 @@
-"""Reading a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, the source of each value.
+"""Read a config file: YAML with line numbers, AutoTrain's sections, `${VAR}`, the source of each value.
 
 Both packages read the same file: the launcher for `phalanx train`, a rank for
-`accelerate launch ... -m trainers.sft config.yaml`. Light on purpose: yaml and pydantic, nothing else.
+`accelerate launch ... -m trainers.sft config.yaml`. So this module imports only yaml and pydantic.
 
     task: llm-sft            -> trainer: sft          data.path          -> data_path
     base_model: gpt2         -> model: gpt2           column_mapping.*   -> text_column, ...
@@ -37,7 +37,7 @@ from trainers.config.yaml_file import expand, load_yaml
 
 @dataclass
 class FileValues:
-    """What a config file says: fields of TrainConfig, and the sections that only the launcher reads."""
+    """The values of a config file: fields of TrainConfig, and the sections that only the launcher reads."""
 
     train: dict[str, Value] = field(default_factory=dict)
     launcher: dict[str, dict[str, Value]] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class FileValues:
 
 
 def read_config_file(path: Path, environ: Mapping[str, str] = os.environ) -> FileValues:
-    """Reads a config in AutoTrain's form into flat fields.
+    """Read a config in AutoTrain's form into flat fields.
 
     Raises:
-        ConfigError: anything in the file that is not allowed, with its line.
+        ConfigError: something in the file is not allowed; the message has its line.
     """
     tree, lines = load_yaml(path)
     if set(tree) == {"config", "sources", "notes"}:  # an effective config that the launcher wrote
@@ -60,7 +60,7 @@ def read_config_file(path: Path, environ: Mapping[str, str] = os.environ) -> Fil
 
 
 class _Reader:
-    """Walks one config file; keeps the path and line numbers for messages."""
+    """A reader of one config file, which keeps the path and the line numbers for messages."""
 
     def __init__(self, path: Path, lines: dict[tuple[str, ...], int], environ: Mapping[str, str]) -> None:
         self.path, self.lines, self.environ = path, lines, environ
@@ -80,7 +80,7 @@ class _Reader:
         return value
 
     def put(self, name: str, value: Any, *keys: str, optional: bool = False) -> None:
-        """Stores one field; the same field by two names with two values is an error."""
+        """Store one field. It is an error if two names set one field to different values."""
         where = self.where(*keys)
         value, read = expand(value, where, self.environ, optional)
         put(self.out.train, name, Value(value, where + read, ".".join(keys)))
@@ -88,7 +88,7 @@ class _Reader:
     def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:
         valid = list(valid)
         hint = nearest(keys[-1], valid)
-        # A parameter that stands one level too high is the most common slip.
+        # The most common mistake is a parameter that is one level too high.
         if len(keys) == 1 and keys[0] in (*TrainConfig.model_fields, *ALIASES, *SWITCHES):
             hint = "It belongs under 'params:'."
         return ConfigError(f"{self.where(*keys)}: unknown key '{'.'.join(keys)}'. {hint}")
@@ -101,8 +101,8 @@ class _Reader:
         backend = tree.get("backend", "local")
         if not str(backend).startswith("local"):
             raise ConfigError(
-                f"{self.where('backend')}: backend: {backend} is a service of AutoTrain's that this project "
-                "does not offer. Allowed: local. Clusters: sbatch slurm/train.sh config.yaml."
+                f"{self.where('backend')}: backend: {backend} is a service of AutoTrain, which Phalanx "
+                "does not have. Allowed: local. On a cluster: sbatch slurm/train.sh config.yaml."
             )
         for key, name in TOP_KEYS.items():
             if key in tree:
@@ -132,8 +132,7 @@ class _Reader:
         task = str(tree["task"]).replace("llm:", "llm-")
         if task not in TASKS:
             raise ConfigError(
-                f"{self.where('task')}: task '{tree['task']}' does not exist here. Allowed: "
-                f"{', '.join(TASKS)}."
+                f"{self.where('task')}: task '{tree['task']}' does not exist. Allowed: {', '.join(TASKS)}."
             )
         if "-" in task:
             trainer = task.split("-", 1)[1].replace("generic", "default")
@@ -153,7 +152,7 @@ class _Reader:
 
 
 def load_settings(path: Path) -> Settings:
-    """What a rank started by hand does: file -> effective config."""
+    """Read a config file and resolve it to the effective config, in a rank."""
     read = read_config_file(path)
     settings = resolve(read.train)
     settings.notes = list(dict.fromkeys(read.notes + settings.notes))
@@ -161,6 +160,6 @@ def load_settings(path: Path) -> Settings:
 
 
 def write_effective(settings: Settings, path: Path) -> None:
-    """Writes the effective config, without secrets, as a file that load_settings reads back."""
+    """Write the effective config, without secrets, to a file that load_settings can read."""
     record = {"config": settings.public(), "sources": settings.sources, "notes": settings.notes}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where the hub's libraries keep their files on this machine (huggingface_hub: constants.py)."""
+"""The folders where huggingface_hub keeps its files on this machine (its constants.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each trainer is: one record holds all that the rest of the project asks about it.
+"""The trainers: one record for each, with everything that other modules need to know about it.
 
 To add a trainer, add its record here and its module to trainers/ (CONTRIBUTING.md has the steps).
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 TrainerName = Literal["default", "sft", "reward", "dpo", "orpo", "kto", "mlm"]
-# What a row becomes, and the columns that it then has.
+# The kind of sample that a row becomes, and the columns of such a sample.
 RowKind = Literal["text", "masked", "scored_pair", "prompted_pair", "labelled"]
 ROW_COLUMNS: dict[RowKind, tuple[str, ...]] = {
     "text": ("input_ids", "labels"),
     "masked": ("input_ids",),
-    "scored_pair": ("chosen_ids", "rejected_ids"),  # each with its prompt
+    "scored_pair": ("chosen_ids", "rejected_ids"),  # each includes the prompt
     "prompted_pair": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "labelled": ("prompt_ids", "completion_ids", "label"),
 }
@@ -23,32 +23,32 @@ ROW_COLUMNS: dict[RowKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerKind:
-    """One trainer."""
+    """The properties of one trainer."""
 
     name: TrainerName
     module: str  # `-m trainers.MODULE`
     summary: str  # for the model card
     rows: RowKind
-    default_packing: Literal["bfd", "wrapped", "none"] = "bfd"  # what packing: auto is; none: it cannot pack
-    wraps: bool = False  # packing: wrapped may cut its rows
-    planned: bool = True  # its micro-batches may be filled to tokens_per_batch
-    chooses_tokens: bool = False  # train_on says which tokens its loss sees
-    trains_on_all: bool = False  # train_on: auto is all
-    reference: bool = False  # its loss compares with a frozen reference model
-    losses: tuple[str, ...] = ()  # loss_type's values, the default first (TRL 1.16); (): it has one loss
-    batch_losses: tuple[str, ...] = ()  # those that need two rows in a micro-batch
-    auto_class: str = "AutoModelForCausalLM"  # of transformers
-    peft_task: str | None = "CAUSAL_LM"  # peft's name for it
-    pipeline: str = "text-generation"  # the hub's name for it
+    default_packing: Literal["bfd", "wrapped", "none"] = "bfd"  # packing: auto; none: it never packs
+    wraps: bool = False  # whether packing: wrapped may cut its samples
+    planned: bool = True  # whether tokens_per_batch may fill its micro-batches
+    chooses_tokens: bool = False  # whether train_on selects the tokens of its loss
+    trains_on_all: bool = False  # whether train_on: auto means all
+    reference: bool = False  # whether its loss compares with a frozen reference model
+    losses: tuple[str, ...] = ()  # values of loss_type, the default first (TRL 1.16); (): one loss
+    batch_losses: tuple[str, ...] = ()  # losses that need two samples in a micro-batch
+    auto_class: str = "AutoModelForCausalLM"  # its class in transformers
+    peft_task: str | None = "CAUSAL_LM"  # its name in peft
+    pipeline: str = "text-generation"  # its name on the hub
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a prepared row."""
+        """The columns of a sample."""
         return ROW_COLUMNS[self.rows]
 
     @property
     def packs(self) -> bool:
-        """Whether rows can share a sequence."""
+        """Whether samples can share a sequence."""
         return self.default_packing != "none"
 
     @property
@@ -58,27 +58,27 @@ class TrainerKind:
 
     @property
     def preference(self) -> bool:
-        """Whether its rows say which answer is better, or wanted."""
+        """Whether a row states which answer is better, or whether an answer is wanted."""
         return self.pairs or self.rows == "labelled"
 
     @property
     def prompted(self) -> bool:
-        """Whether a row has its prompt apart from the answers."""
+        """Whether a sample has its prompt in a column of its own."""
         return "prompt_ids" in self.columns
 
     @property
     def scores(self) -> bool:
-        """Whether its model has one output, a score, in place of logits."""
+        """Whether its model has one output, a score, instead of logits."""
         return self.auto_class == "AutoModelForSequenceClassification"
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only those before it."""
+        """Whether a token sees only the tokens before it."""
         return self.rows != "masked"
 
     @property
     def reads_head_weight(self) -> bool:
-        """Whether the loss reads the weight of lm_head itself, so that an adapter on it would never train."""
+        """Whether the loss reads the weight of lm_head directly, so an adapter there would never train."""
         return self.reference
 
 
@@ -154,5 +154,5 @@ KINDS: dict[str, TrainerKind] = {kind.name: kind for kind in _ALL}
 
 
 def trainers(which: Callable[[TrainerKind], bool] = lambda kind: True) -> tuple[str, ...]:
-    """Return the names of the trainers of which this holds, in the order of the documentation."""
+    """Return the names of the trainers for which `which` is true, in the order of the documentation."""
     return tuple(kind.name for kind in KINDS.values() if which(kind))

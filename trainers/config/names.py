@@ -1,10 +1,10 @@
-"""What users call the fields: the sections of a config file, and the names that other tools use."""
+"""The names of fields for users: the sections of a config file, and the names that other tools use."""
 
 from __future__ import annotations
 
 from trainers.config.kinds import KINDS
 
-# Names that mean the same thing elsewhere (Hugging Face's TrainingArguments, TRL) -> our field.
+# The name of a field in other tools (AutoTrain, Hugging Face's TrainingArguments, TRL) -> our field.
 ALIASES = {
     "model_name_or_path": "model",
     "base_model": "model",
@@ -26,7 +26,7 @@ ALIASES = {
     "ref_model": "model_ref",
     "use_liger_kernel": "use_kernels",
 }
-# Names that switch one of our choices on or off: (field, its value at true, its value at false).
+# Names that switch a field on or off: (field, its value for true, its value for false).
 SWITCHES = {
     "gradient_checkpointing": ("activation_checkpointing", "full", "none"),
     "disable_gradient_checkpointing": ("activation_checkpointing", "none", "full"),  # AutoTrain's

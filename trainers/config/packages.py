@@ -1,17 +1,17 @@
-"""Which distributions are installed, and at what version. Imports none of them."""
+"""The installed distributions and their versions, read without an import of them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
-# Those that decide a run's numbers.
+# The packages whose version can change the numbers of a run.
 RECORDED = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes", "phalanx",
 )  # fmt: skip
 
 
 def version_of(distribution: str) -> str | None:
-    """Return the installed version of a distribution; None where it is not installed."""
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -24,5 +24,5 @@ def installed(distribution: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide a run's numbers; those that are installed."""
+    """Return the versions of the packages of RECORDED that are installed."""
     return {name: version for name in RECORDED if (version := version_of(name)) is not None}

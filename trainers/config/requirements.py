@@ -1,7 +1,7 @@
-"""What a choice of the config needs: a GPU, a package, a backend, another choice. One table.
+"""What each choice in the config needs: a GPU, a package, a backend, another choice. One table.
 
-The launcher checks it before a rank starts, with what NVML says of the machine. A rank checks it too, with
-what torch sees, so that ranks which were started by hand refuse the same.
+The launcher checks the table before a rank starts, with what NVML reports about the machine. A rank checks it
+again with what torch reports, so that ranks which a user starts without the launcher refuse the same configs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainers.config.schema import TrainConfig
 
 AMPERE = (8, 0)  # compute capability
 
-# Optimisers that are not in torch or transformers: (their names, the package, how pip gets it).
+# Optimisers that are not in torch or transformers: (their names, the package, the argument of pip install).
 BITSANDBYTES = r"(paged_)?(adamw|ademamix|lion)_\d+bit|ademamix|\w+_bnb\w*"
 OPTIMIZER_PACKAGES = (
     (BITSANDBYTES, "bitsandbytes", "'phalanx[quantization]'"),
@@ -37,15 +37,15 @@ OPTIMIZER_PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run computes, and how it is spread."""
+    """The hardware of a run, and how the run is distributed over it."""
 
     backend: str  # ddp, fsdp, deepspeed or none
     processes: int
     on_gpu: bool
-    capability: tuple[int, int] = AMPERE  # the lowest of its GPUs
-    cpu_bf16: bool = False  # whether the CPU has instructions for it
+    capability: tuple[int, int] = AMPERE  # the lowest of all GPUs
+    cpu_bf16: bool = False  # whether the CPU has instructions for bf16
     zero_stage: int | None = None
-    # What the section `launch` asks for; ranks that were started by hand do not know it.
+    # From the section `launch`; ranks that a user starts without the launcher do not know these values.
     machines: int = 1
     sharding: str | None = None
     offload: str = "none"
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """A pair that does not go together: the key to blame, why, and the nearest right choice."""
+    """A combination that does not work: the key to change, the reason, and the nearest valid choice."""
 
     key: str
     refuses: Callable[[TrainConfig, Place], bool]
@@ -66,10 +66,10 @@ class Rule:
 
 
 def check_requirements(config: TrainConfig, place: Place) -> None:
-    """Check what the config asks for against RULES and the attention table.
+    """Check a config against RULES and the attention table.
 
     Raises:
-        ConfigError: a pair that does not go together, with the reason and the nearest right choice.
+        ConfigError: a combination that does not work, with the reason and the nearest valid choice.
     """
     for rule in RULES:
         if rule.refuses(config, place):
@@ -78,17 +78,18 @@ def check_requirements(config: TrainConfig, place: Place) -> None:
 
 
 def reentrancy(zero3: bool, peft: bool) -> tuple[bool, str]:
-    """Whether activation checkpointing is reentrant for a run, and why."""
+    """Return whether activation checkpointing is reentrant for a run, and why."""
     if zero3 and peft:
-        # What runs again finds parameters that DeepSpeed has put away, of another shape than in the forward.
-        return True, "ZeRO-3 with an adapter must be (trl#2514)"
-    # Reentrant under DDP, an adapter's parameter is ready twice in a backward, which DDP refuses.
+        # The recomputation finds parameters that DeepSpeed has partitioned again, so their shapes differ from
+        # those in the forward.
+        return True, "ZeRO-3 with an adapter needs reentrant checkpointing (trl#2514)"
+    # With reentrant checkpointing an adapter's parameter is ready twice in a backward, which DDP refuses.
     return False, "torch recommends it, and DDP with an adapter needs it"
 
 
 @dataclass(frozen=True)
 class Need:
-    """Something that an attention needs, and why it cannot be used without."""
+    """A condition of an attention, and the reason why it cannot be used without it."""
 
     met: Callable[[TrainConfig, Place], bool]
     without: str
@@ -104,7 +105,7 @@ FLASH_ATTN = Need(
     lambda c, p: packages.installed("flash-attn"),
     "the package flash-attn is not installed (pip install 'phalanx[flash-attn]')",
 )
-# The fastest first; each keeps packed documents apart (docs/packing.md). sdpa and eager need nothing.
+# The fastest first; each keeps packed documents separate (docs/packing.md). sdpa and eager need nothing.
 ATTENTIONS: dict[str, tuple[Need, ...]] = {
     "flash_attention_2": (CAUSAL, GPU, HALF, NEW_GPU, FLASH_ATTN),
     "varlen": (CAUSAL, GPU, HALF, NEW_GPU),
@@ -116,12 +117,12 @@ ATTENTIONS: dict[str, tuple[Need, ...]] = {
 def choose_attention(
     config: TrainConfig, place: Place, unfit: Callable[[str], str | None] = lambda name: None
 ) -> tuple[str, str]:
-    """Return the attention of a run, and why it was chosen.
+    """Return the attention of a run, and why it is chosen.
 
-    `unfit` says why an attention does not fit the model, which only a rank knows.
+    `unfit` returns why an attention does not work with the model, or None. Only a rank knows this.
 
     Raises:
-        ConfigError: the one that was asked for cannot be used: why, and which would be used in its place.
+        ConfigError: the attention in the config cannot be used; the message has the reason and another one.
     """
     refused: dict[str, str | None] = {}
     for name, needs in ATTENTIONS.items():
@@ -135,29 +136,31 @@ def choose_attention(
         reasons = [
             f"{', '.join(names)}: {why}" for why, names in groupby(passed, key=lambda name: refused[name])
         ]
-        return best, "; ".join(reasons) or "the fastest where documents are packed"
+        return best, "; ".join(reasons) or "the fastest for packed documents"
     if why := refused.get(asked):
         off = "false" if config.use_flash_attention_2 else "auto"
-        raise ConfigError(f"{key}: {asked} cannot be used: {why}. Set {key}: {off}, which takes {best} here.")
+        raise ConfigError(
+            f"{key}: {asked} cannot be used: {why}. Set {key}: {off}, which selects {best} here."
+        )
     return asked, key
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether this machine's CPU has instructions for bf16 (avx512_bf16 or amx_bf16)."""
+    """Return whether this machine's CPU has instructions for bf16 (avx512_bf16 or amx_bf16)."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8") if info.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _optimizer(names: str, without: str = "") -> Callable[[TrainConfig, Place], bool]:
-    """Whether the optimiser has one of these names, and the package that has it is not installed."""
+    """Return a check: the optimiser has one of these names, and the package `without` is not installed."""
     return lambda c, p: (
         bool(re.fullmatch(names, c.optimizer)) and not (without and packages.installed(without))
     )
 
 
 def _no_compiler(config: TrainConfig, place: Place) -> bool:
-    """inductor writes C++ for a CPU; Triton writes a little C around its kernels."""
+    """Return whether no compiler is installed: inductor writes C++ for a CPU, Triton C around its kernels."""
     found = ("cc", "gcc", "clang", os.environ.get("CC")) if place.on_gpu else (os.environ.get("CXX", "g++"),)
     return not any(name and shutil.which(name) for name in found)
 
@@ -165,7 +168,7 @@ def _no_compiler(config: TrainConfig, place: Place) -> bool:
 # fmt: off
 RULES = (
     Rule("distributed_backend", lambda c, p: p.backend == "none" and p.several,
-         "none runs one process, and num_processes asks for more.", "Use ddp, or num_processes: 1."),
+         "none runs one process, but num_processes is higher.", "Use ddp, or num_processes: 1."),
     Rule("distributed_backend", lambda c, p: p.several and c.distributed_backend not in ("auto", p.backend),
          "the ranks were started with another backend.",
          "Start them with the file of accelerate_configs/ that it names, or use auto."),
@@ -176,15 +179,15 @@ RULES = (
     Rule("launch.sharding", lambda c, p: p.sharding is not None and p.backend != "fsdp",
          "sharding belongs to distributed_backend: fsdp.", "Set that, or remove sharding."),
     Rule("launch.sharding", lambda c, p: p.sharding == "hybrid_shard" and p.machines < 2,
-         "hybrid_shard replicates across machines, and there is one.", "Use full_shard."),
+         "hybrid_shard replicates across machines, but there is only one.", "Use full_shard."),
     Rule("launch.sharding", lambda c, p: p.sharding == "hybrid_shard" and not p.on_gpu,
-         "accelerate's device mesh needs GPUs, and there is none.", "Use full_shard."),
+         "accelerate's device mesh needs GPUs, but there is none.", "Use full_shard."),
     Rule("launch.offload", lambda c, p: p.offload == "cpu" and p.backend not in ("fsdp", "deepspeed"),
          "only fsdp and deepspeed can offload.", "Use distributed_backend: fsdp, or offload: none."),
     Rule("launch.offload", lambda c, p: p.offload == "cpu" and p.backend == "fsdp" and not p.on_gpu,
          "there is no GPU, so the parameters are in host memory already.", "Use offload: none."),
     Rule("launch.offload", lambda c, p: p.offload == "cpu" and p.zero_stage == 1,
-         "ZeRO-1 is not shipped with offload.", "Use zero_stage: 2."),
+         "there is no template for ZeRO-1 with offload.", "Use zero_stage: 2."),
     Rule("quantization", lambda c, p: c.quantization is not None and not packages.installed("bitsandbytes"),
          "bitsandbytes is not installed.", "pip install 'phalanx[quantization]', or quantization: null."),
     Rule("quantization", lambda c, p: c.quantization == "int8"
@@ -194,7 +197,7 @@ RULES = (
          "int8 on CPU runs in one process only.", "Use int4, or num_processes: 1."),
     Rule("precompute_ref_log_probs", lambda c, p: c.precompute_ref_log_probs and p.backend == "fsdp"
          and c.peft and c.model_ref is None and p.on_gpu,
-         "with an adapter the base model is the reference already, and under fsdp it is not on the GPU yet.",
+         "with an adapter the base model is the reference, and under fsdp it is not on the GPU yet.",
          "Use precompute_ref_log_probs: false; it costs no memory."),
     *(Rule("optimizer", _optimizer(names, without=package),
            f"it is part of {package}, which is not installed.", f"pip install {pip}, or use adamw_torch.")
@@ -206,13 +209,13 @@ RULES = (
          "it cannot update weights that fsdp has sharded.",
          "Use adamw_torch_fused, or another distributed_backend."),
     Rule("optimizer", lambda c, p: p.backend == "deepspeed" and c.optimizer == "adafactor",
-         "DeepSpeed joins the weights to one row, of which Adafactor has no rows and columns to keep: it "
-         "would train otherwise than on one process.", "Use adamw_torch, or distributed_backend: ddp."),
+         "DeepSpeed flattens the weights into one vector, but Adafactor needs their rows and columns: it "
+         "would train differently than on one process.", "Use adamw_torch, or distributed_backend: ddp."),
     Rule("optimizer", lambda c, p: p.backend == "deepspeed" and c.optimizer == "adagrad",
-         "it makes its state before DeepSpeed has split the weights, and fails.",
+         "it creates its state before DeepSpeed partitions the weights, and fails.",
          "Use adamw_torch, or distributed_backend: ddp."),
     Rule("optimizer", lambda c, p: c.optimizer.startswith("paged_") and not p.on_gpu,
-         "a paged optimiser moves its state out of a full GPU, and there is none.",
+         "a paged optimiser moves its state out of a full GPU, but there is no GPU.",
          "Use adamw_torch, or the name without paged_."),
     Rule("activation_checkpointing", lambda c, p: c.activation_checkpointing == "offload"
          and not p.on_gpu,
@@ -222,17 +225,17 @@ RULES = (
          f"selective is not reentrant, and {reentrancy(True, True)[1]}.",
          "Use full, launch.zero_stage: 2, or distributed_backend: fsdp."),
     Rule("torch_compile", lambda c, p: c.torch_compile and p.zero_stage == 3,
-         "DeepSpeed's hooks cut each layer into pieces, which torch compiles anew for every layer until it "
-         "gives up.", "Use torch_compile: false, launch.zero_stage: 2, or distributed_backend: fsdp."),
+         "DeepSpeed's hooks cut each layer into pieces, which torch compiles again for every layer, up to "
+         "its limit.", "Use torch_compile: false, launch.zero_stage: 2, or distributed_backend: fsdp."),
     Rule("torch_compile", lambda c, p: c.torch_compile and _no_compiler(c, p),
-         "there is no compiler: it needs g++ on a CPU, and gcc or clang beside a GPU.",
+         "there is no compiler: it needs g++ on a CPU, and gcc or clang with a GPU.",
          "Install one, or use torch_compile: false."),
     Rule("use_kernels", lambda c, p: c.use_kernels and not p.on_gpu,
-         "the hub's kernels are for GPUs, and there is none.", "Use use_kernels: false."),
+         "the hub's kernels are for GPUs, but there is none.", "Use use_kernels: false."),
     Rule("use_kernels", lambda c, p: c.use_kernels and not packages.installed("kernels"),
          "the package kernels is not installed.", "pip install kernels, or use_kernels: false."),
     Rule("mixed_precision", lambda c, p: c.mixed_precision == "fp16" and not p.on_gpu,
-         "a CPU has no fp16 training.", "Use mixed_precision: null."),
+         "a CPU cannot train with fp16.", "Use mixed_precision: null."),
     Rule("mixed_precision", lambda c, p: c.mixed_precision == "bf16" and not p.on_gpu
          and not p.cpu_bf16,
          "this CPU has no bf16 instructions (avx512_bf16 or amx_bf16).", "Use mixed_precision: null."),

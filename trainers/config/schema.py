@@ -1,8 +1,8 @@
-"""The schema of model, data, optimisation and each trainer: AutoTrain Advanced's LLM parameters, and ours.
+"""The schema of model, data, optimisation and each trainer: AutoTrain Advanced's LLM parameters, and more.
 
-Pydantic only: the launcher imports this module to check a run without importing torch. One schema gives the
-errors of a config file, the command-line flags, the JSON schema and the table in docs/config.md.
-Defaults are AutoTrain's, so that its configs mean here what they meant there.
+This module imports only pydantic, so the launcher can check a run without importing torch. The errors of
+a config file, the command-line flags, the JSON schema and the table in docs/config.md all come from it. The
+defaults are AutoTrain's, so that its configs keep their meaning.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from trainers.config.field_types import (
 )
 from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
 
-BLOCK_SIZE_LIMIT = 1024  # what AutoTrain makes of block_size: -1
+BLOCK_SIZE_LIMIT = 1024  # AutoTrain's value for block_size: -1, unless model_max_length is lower
 
-# Sections of --help and of docs/config.md: the title, and the field that it begins with.
+# Sections of --help and of docs/config.md: the title, and the first field of the section.
 SECTIONS = {
     "Run": "project_name",
     "Model": "model",
@@ -37,7 +37,7 @@ SECTIONS = {
     "Memory and speed": "mixed_precision",
     "Evaluation and saving": "eval_strategy",
     "LoRA and quantisation": "peft",
-    "One trainer's own": "model_ref",
+    "Trainer-specific parameters": "model_ref",
     "Logging and tracking": "log",
     "Hub": "push_to_hub",
     "Backend": "distributed_backend",
@@ -46,67 +46,71 @@ SECRET_FIELDS = frozenset({"token"})
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:
-    """Mark a field that acts only for the trainers of which this holds; acts_for() reads it."""
+    """Mark a field that has an effect only for some trainers; acts_for() reads the mark."""
     return {"trainers": list(trainers(which))}
 
 
 def _named(*names: TrainerName) -> dict[str, Any]:
-    """Mark a field that belongs to these trainers."""
+    """Mark a field that has an effect only for these trainers."""
     return _only(lambda kind: kind.name in names)
 
 
 class TrainConfig(BaseModel):
-    """Everything a rank needs to know. Field order is the order of the documentation."""
+    """All settings that a rank needs. The order of the fields is the order of the documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
 
     # Run
     project_name: str = Field(
-        "project-name", min_length=1, description="Folder of the run, inside the working folder."
+        "project-name", min_length=1, description="Folder of the run, inside the working directory."
     )
     trainer: TrainerName = Field(
-        "default", description="What is trained (docs/trainers.md). `task: llm-sft` sets it too."
+        "default", description="Trainer (docs/trainers.md). `task: llm-sft` also sets it."
     )
     resume: Annotated[bool | str, BeforeValidator(flag_word)] = Field(
         False,
-        description="true: go on from the newest checkpoint of the run that verifies, or from the start "
-        "where it wrote none. A path: from that checkpoint.",
+        description="true: resume from the newest checkpoint that verifies, or from the start if there is "
+        "none. A path: resume from that checkpoint.",
     )
-    overwrite: bool = Field(False, description="Delete the run that project_name holds and start anew.")
-    seed: Int = Field(42, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
-    data_seed: Int | None = Field(
-        None, ge=0, lt=2**32, description="Seed of the data order alone. Default: seed."
-    )
+    overwrite: bool = Field(False, description="Delete the run in project_name and start from the beginning.")
+    seed: Int = Field(42, ge=0, lt=2**32, description="Seed for new weights, dropout and data order.")
+    data_seed: Int | None = Field(None, ge=0, lt=2**32, description="Seed for the data order. Default: seed.")
 
     # Model
-    model: str = Field("gpt2", min_length=1, description="Model folder, or id on the hub.")
+    model: str = Field("gpt2", min_length=1, description="Model folder, or an id on the hub.")
     revision: str | None = Field(None, description="Commit, tag or branch of the model on the hub.")
     trust_remote_code: bool = Field(
-        False, description="Run Python code that lies beside the model; needs revision, so that it is pinned."
+        False,
+        description="Run Python code from the model's folder or repository. A hub model then needs revision.",
     )
 
     # Data
     data_path: str = Field(
-        "data", min_length=1, description="Folder or file (CSV, JSONL, JSON, Parquet), or hub id."
+        "data",
+        min_length=1,
+        description="Folder or file (CSV, JSONL, JSON, Parquet), or an id on the hub.",
     )
     train_split: str = Field(
-        "train", min_length=1, description="Split to train on; `config:split` on the hub."
+        "train", min_length=1, description="Split to train on. On the hub also `config:split`."
     )
-    valid_split: Word = Field(None, description="Split to evaluate on. null: no evaluation.")
+    valid_split: Word = Field(None, description="Split to evaluate on during the run. null: none.")
     test_split: Word = Field(None, description="Split to evaluate on once, at the end of the run.")
     chat_template: Annotated[
         Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(none_word)
     ] = Field(
         None,
-        description="How turns become text: tokenizer (its own), chatml, zephyr, phi3, alpaca, or null.",
+        description="Format of conversations: tokenizer (its own template), chatml, zephyr, phi3, alpaca, or "
+        "null.",
     )
-    text_column: str = Field("text", description="Column with the text, the messages, or the completion.")
+    text_column: str = Field(
+        "text", description="Column with the text, the messages, the completion, or the better answer."
+    )
     prompt_text_column: str | None = Field(
-        None, description="Column with the prompt; text_column is its completion."
+        None, description="Column with the prompt. text_column then has its completion."
     )
     prompt_format: str | None = Field(
         None,
-        description="Prompt made of several columns, such as 'Q: {question} {context}'. Default: one column.",
+        description="Build the prompt from several columns: 'Q: {question} {context}'. Default: one column.",
     )
     rejected_text_column: str | None = Field(
         None,
@@ -115,306 +119,342 @@ class TrainConfig(BaseModel):
     )
     label_column: str = Field(
         "label",
-        description="Column that says whether a completion is wanted (true, 1) or not (false, 0).",
+        description="Column with the label of a completion: wanted (true, 1) or not (false, 0).",
         json_schema_extra=_named("kto"),
     )
     train_on: Literal["auto", "all", "completion"] = Field(
         "auto",
-        description="What the loss sees. auto: completions and assistant turns, where rows have them; all "
-        "with the default trainer.",
+        description="Tokens in the loss: all, or completion (completions and assistant turns). auto: "
+        "completion if the rows separate it, else all; for the default trainer always all.",
         json_schema_extra=_only(lambda kind: kind.chooses_tokens),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(int_or_list)] = (
         Field(
             -1,
-            description="Longest sequence in tokens. -1: model_max_length, at most 1024. With dpo, orpo and "
-            "kto a list sets max_prompt_length and max_completion_length too.",
+            description="Maximum length of a sequence, in tokens. -1: model_max_length, but at most 1024. "
+            "For dpo, orpo and kto, a list also sets max_prompt_length and max_completion_length.",
         )
     )
     model_max_length: Int = Field(
-        2048, gt=0, description="Longest sequence, in tokens, that the model may see."
+        2048,
+        gt=0,
+        description="Maximum sequence length of the model, in tokens. Also saved in the tokenizer.",
     )
     max_prompt_length: Int = Field(
         128,
         gt=0,
-        description="Longest prompt in tokens; its end is kept.",
+        description="Maximum length of a prompt, in tokens. The end is kept.",
         json_schema_extra=_only(lambda kind: kind.prompted),
     )
     max_completion_length: Int | None = Field(
         None,
         gt=0,
-        description="Longest completion in tokens; its start is kept.",
+        description="Maximum length of a completion, in tokens. The start is kept.",
         json_schema_extra=_only(lambda kind: kind.prompted),
     )
     packing: Literal["auto", "bfd", "wrapped", "none"] = Field(
         "auto",
-        description="bfd: documents share a sequence. wrapped: they are joined and cut into full blocks "
-        "(default, sft). none: one a row, padded. They never see each other. auto: wrapped with the default "
-        "trainer, else bfd.",
+        description="How samples share a sequence. bfd: complete samples. wrapped: samples are joined and "
+        "cut at block_size (default, sft). none: one sample per sequence, padded. auto: wrapped for the "
+        "default trainer, else bfd. Samples never see each other.",
         json_schema_extra=_only(lambda kind: kind.packs),
     )
     add_eos_token: bool = Field(
         True,
-        description="End each document with the EOS token, and train on it.",
+        description="End each text with the EOS token, and train on this token.",
         json_schema_extra=_only(lambda kind: kind.packs),
     )
     padding: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = Field(
-        "right", description="Padding side of the saved tokenizer; batches in training are padded right."
+        "right", description="Padding side of the saved tokenizer. Training always pads on the right."
     )
     valid_fraction: Float = Field(
-        0.0, ge=0, lt=1, description="Part of the training rows held out to evaluate on; no valid_split then."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training rows to hold out for evaluation (no valid_split).",
     )
     test_fraction: Float = Field(
-        0.0, ge=0, lt=1, description="Part of the training rows held out for the end of the run."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the training rows to hold out for the end of the run (no test_split).",
     )
     split_seed: Int = Field(
-        42, ge=0, lt=2**32, description="Seed of what is held out; apart from seed, so that runs compare."
+        42,
+        ge=0,
+        lt=2**32,
+        description="Seed for the choice of the held-out rows. It does not depend on seed.",
     )
 
     # Optimisation
     lr: Float = Field(3e-5, ge=0, description="Peak learning rate.")
-    epochs: Float = Field(1, gt=0, description="Passes over the training data.")
-    max_steps: Int = Field(-1, ge=-1, description="Optimiser steps; overrides epochs. -1: by epochs.")
+    epochs: Float = Field(1, gt=0, description="Number of passes over the training split.")
+    max_steps: Int = Field(-1, ge=-1, description="Optimiser steps. Overrides epochs. -1: use epochs.")
     batch_size: Int = Field(
-        2, gt=0, description="Micro-batch: rows (blocks, when packed) a rank takes at a time."
+        2, gt=0, description="Size of a micro-batch on each rank: packs, or samples if nothing is packed."
     )
     gradient_accumulation: Int = Field(
-        4, gt=0, description="Micro-batches a rank sums before an optimiser step."
+        4, gt=0, description="Micro-batches on each rank in an optimiser step."
     )
     tokens_per_batch: Int | None = Field(
         None,
         gt=0,
-        description="Micro-batch by tokens: documents or pairs that have at most this many together. "
-        "Replaces batch_size.",
+        description="Size of a micro-batch in tokens: as many samples (pairs) as fit. Replaces batch_size.",
         json_schema_extra=_only(lambda kind: kind.planned),
     )
     auto_find_batch_size: bool = Field(
         False,
-        description="When memory runs out, start again with half the batch_size and twice the "
-        "gradient_accumulation, from the newest checkpoint.",
+        description="If memory runs out, restart from the newest checkpoint with half the batch_size and "
+        "twice the gradient_accumulation.",
     )
     optimizer: str = Field(
-        "adamw_torch", description="Any optimiser name of transformers' TrainingArguments.optim."
+        "adamw_torch", description="Optimiser: any name of transformers' TrainingArguments.optim."
     )
-    scheduler: str = Field("linear", description="Any scheduler name of transformers.")
+    scheduler: str = Field("linear", description="Learning rate scheduler: any name of transformers.")
     warmup_ratio: Float = Field(
-        0.1, ge=0, le=1, description="Part of the steps that warms up the learning rate."
+        0.1, ge=0, le=1, description="Fraction of the steps for the warm-up of the learning rate."
     )
-    warmup_steps: Int | None = Field(None, ge=0, description="Steps of warm-up; overrides warmup_ratio.")
+    warmup_steps: Int | None = Field(None, ge=0, description="Warm-up steps. Overrides warmup_ratio.")
     weight_decay: Float = Field(0.0, ge=0, description="Weight decay.")
-    max_grad_norm: Float = Field(1.0, ge=0, description="Gradient norm is clipped to this; 0: not clipped.")
+    max_grad_norm: Float = Field(1.0, ge=0, description="Maximum gradient norm (clipping). 0: no clipping.")
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="Adam's first beta.")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="Adam's second beta.")
     adam_epsilon: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
 
     # Memory and speed
     mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(none_word)] = Field(
-        None, description="Compute type over float32 master weights; null: float32 throughout."
+        None,
+        description="Type of the matrix products. Trained weights stay float32. null: all float32.",
     )
     activation_checkpointing: Annotated[
         Literal["none", "full", "selective", "offload"], BeforeValidator(checkpointing_word)
     ] = Field(
         "full",
-        description="What is kept for the backward. none: every activation (fastest, most memory). full: a "
-        "layer's input. selective: that and what attention came to. offload: as full, in host memory (GPUs).",
+        description="What a layer keeps for its backward. none: all activations (fastest, most memory). "
+        "full: its input. selective: its input and the output of attention. offload: as full, in host "
+        "memory (GPUs).",
     )
     attention: Literal[
         "auto", "flash_attention_2", "varlen", "flex_attention", "documents", "sdpa", "eager"
-    ] = Field("auto", description="How attention is computed (docs/packing.md). auto: the fastest there is.")
-    use_flash_attention_2: bool = Field(False, description="Use the flash-attn package (CUDA, fp16 or bf16).")
+    ] = Field(
+        "auto", description="Implementation of attention (docs/packing.md). auto: the fastest that works."
+    )
+    use_flash_attention_2: bool = Field(False, description="Use the package flash-attn (CUDA, fp16 or bf16).")
     torch_compile: bool = Field(False, description="Compile the repeated layers with torch.compile.")
     use_kernels: bool = Field(
-        False, description="Compute with the hub's kernels where there are some (package kernels, GPUs)."
+        False, description="Use kernels from the hub for layers that have one (package kernels, GPUs)."
     )
-    dataloader_num_workers: Int = Field(0, ge=0, description="Processes a rank uses to collate batches.")
+    dataloader_num_workers: Int = Field(0, ge=0, description="Processes on each rank that collate batches.")
 
     # Evaluation and saving
     eval_strategy: Annotated[Strategy, BeforeValidator(strategy_word)] = Field(
-        "epoch", description="When to evaluate, if there is a valid_split."
+        "epoch", description="When to evaluate. Needs valid_split or valid_fraction."
     )
     eval_steps: Int | None = Field(
         None, gt=0, description="Steps between evaluations (eval_strategy: steps)."
     )
-    eval_on_start: bool = Field(False, description="Evaluate before the first step too.")
+    eval_on_start: bool = Field(False, description="Also evaluate before the first step.")
     per_device_eval_batch_size: Int | None = Field(
-        None, gt=0, description="Evaluation rows a rank. Default: batch_size."
+        None, gt=0, description="batch_size of an evaluation. Default: batch_size."
     )
     eval_packing: bool | None = Field(
         None,
-        description="Evaluate packed (true) or padded (false); the loss is the same. Default: as packing.",
+        description="Evaluate packed (true) or padded (false). The loss is the same. Default: as packing.",
         json_schema_extra=_only(lambda kind: kind.packs),
     )
     save_strategy: Annotated[Strategy | None, BeforeValidator(strategy_word)] = Field(
-        None, description="When to write a checkpoint. Default: steps where save_steps is given, else epoch."
+        None, description="When to write a checkpoint. Default: steps if save_steps is set, else epoch."
     )
     save_steps: Int | None = Field(
         None, gt=0, description="Steps between checkpoints (save_strategy: steps)."
     )
     save_minutes: Float | None = Field(
-        None, gt=0, description="Minutes between checkpoints, next to those of save_strategy."
+        None, gt=0, description="Minutes between checkpoints, in addition to save_strategy."
     )
     save_total_limit: Int = Field(
         1,
         gt=0,
-        description="Checkpoints kept; the best one is kept beside them, and one that verifies always.",
+        description="Number of checkpoints to keep: the newest ones. The best one is kept in addition.",
     )
     load_best_model_at_end: bool | None = Field(
         None,
-        description="End with the lowest eval_loss. Default: true where every save has its loss.",
+        description="End with the weights of the lowest eval_loss. Default: true if every checkpoint has an "
+        "eval_loss.",
     )
 
     # LoRA and quantisation
-    peft: bool = Field(False, description="Train LoRA adapters instead of the whole model.")
+    peft: bool = Field(False, description="Train LoRA adapters instead of the full model.")
     lora_r: Int = Field(16, gt=0, description="Rank of the LoRA matrices.")
-    lora_alpha: Int = Field(32, gt=0, description="LoRA's alpha; the update is scaled by alpha / r.")
-    lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout inside the adapters.")
+    lora_alpha: Int = Field(32, gt=0, description="LoRA's alpha. The update is scaled by alpha / r.")
+    lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout in the adapters.")
     target_modules: Word | list[str] = Field(
         "all-linear",
-        description="all-linear; names (a list, or comma-separated); or a regular expression of whole names.",
+        description="Layers that get an adapter: all-linear; names (a list, or comma-separated); or a "
+        "regular expression that matches full names.",
     )
-    use_dora: bool = Field(False, description="DoRA: a magnitude beside LoRA's direction (arXiv 2402.09353).")
+    use_dora: bool = Field(False, description="DoRA: also learn a magnitude (arXiv 2402.09353).")
     use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
     quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(none_word)] = Field(
         "int4",
-        description="Quantise the frozen base model with bitsandbytes; needs peft. null: not quantised.",
+        description="Quantise the frozen base model with bitsandbytes. Needs peft. null: no quantisation.",
     )
     double_quantization: bool = Field(
-        False, description="int4: quantise the quantisation constants too (0.4 bits a weight less)."
+        False, description="With int4, also quantise the quantisation constants (saves 0.4 bits per weight)."
     )
     merge_adapter: bool = Field(
-        False, description="Merge the adapter into the base model at the end, if the logits stay the same."
+        False, description="Merge the adapter into the base model at the end. Refused if the outputs change."
     )
 
-    # One trainer's own
+    # Trainer-specific parameters
     model_ref: str | None = Field(
         None,
-        description="Reference model. Default: the base model as it was.",
+        description="Reference model. Default: the base model before training.",
         json_schema_extra=_only(lambda kind: kind.reference),
     )
     precompute_ref_log_probs: bool = Field(
         False,
-        description="Ask the reference model once, before training, and free its memory.",
+        description="Run the reference model once, before training, and free its memory.",
         json_schema_extra=_only(lambda kind: kind.reference),
     )
     loss_type: Annotated[str | list[str] | None, BeforeValidator(names)] = Field(
         None,
-        description="Loss of dpo (sigmoid, or several added up) and kto (kto).",
+        description="Loss of dpo (a name, or a list to add up; default: sigmoid) or kto (default: kto).",
         json_schema_extra=_only(lambda kind: kind.reference),
     )
     label_smoothing: Float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="Part of the pairs taken to be labelled the wrong way round (robust, exo_pair, aot).",
+        description="Fraction of pairs that are assumed to have swapped labels (robust, exo_pair, aot, "
+        "aot_unpaired).",
         json_schema_extra=_named("dpo"),
     )
     dpo_beta: Float = Field(
-        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_named("dpo")
+        0.1,
+        gt=0,
+        description="Higher values keep dpo closer to the reference.",
+        json_schema_extra=_named("dpo"),
     )
     orpo_beta: Float = Field(
         0.1,
         gt=0,
-        description="Weight of the odds ratio (the paper's lambda).",
+        description="Weight of the odds ratio loss (lambda in the paper).",
         json_schema_extra=_named("orpo"),
     )
     kto_beta: Float = Field(
-        0.1, gt=0, description="How close the policy stays to the reference.", json_schema_extra=_named("kto")
+        0.1,
+        gt=0,
+        description="Higher values keep kto closer to the reference.",
+        json_schema_extra=_named("kto"),
     )
     desirable_weight: Float = Field(
-        1.0, gt=0, description="Weight of the wanted completions.", json_schema_extra=_named("kto")
+        1.0, gt=0, description="Weight of wanted completions.", json_schema_extra=_named("kto")
     )
     undesirable_weight: Float = Field(
-        1.0, gt=0, description="Weight of the unwanted completions.", json_schema_extra=_named("kto")
+        1.0, gt=0, description="Weight of unwanted completions.", json_schema_extra=_named("kto")
     )
     center_rewards_coefficient: Float | None = Field(
         None,
         gt=0,
-        description="Pulls the sum of each pair's rewards to zero, with this weight (arXiv 2312.09244).",
+        description="Weight of a penalty that keeps the sum of a pair's rewards near 0 (arXiv 2312.09244).",
         json_schema_extra=_named("reward"),
     )
     mlm_probability: Float = Field(
-        0.15, gt=0, lt=1, description="Part of the tokens that is masked.", json_schema_extra=_named("mlm")
+        0.15,
+        gt=0,
+        lt=1,
+        description="Fraction of the tokens to hide and predict.",
+        json_schema_extra=_named("mlm"),
     )
 
     # Logging and tracking
     log: Literal["none", "tensorboard", "wandb"] = Field("none", description="Experiment tracker.")
-    logging_steps: Int = Field(-1, ge=-1, description="Steps between logs. -1: a fifth of the data, 1 to 25.")
-    run_name: str | None = Field(None, description="Name of the run in the tracker. Default: project_name.")
-    wandb_project: str | None = Field(
-        None, description="Project in wandb. Default: WANDB_PROJECT, else project_name."
+    logging_steps: Int = Field(
+        -1,
+        ge=-1,
+        description="Optimiser steps between logs. -1: a fifth of the batches of the evaluation split (else "
+        "of the training split), from 1 to 25.",
     )
-    wandb_entity: str | None = Field(None, description="Team or account in wandb. Default: WANDB_ENTITY.")
+    run_name: str | None = Field(
+        None, description="Name of the run in the tracker. Default: WANDB_NAME (wandb), else project_name."
+    )
+    wandb_project: str | None = Field(
+        None, description="wandb project. Default: WANDB_PROJECT, else project_name."
+    )
+    wandb_entity: str | None = Field(None, description="wandb team or account. Default: WANDB_ENTITY.")
 
     # Hub
-    push_to_hub: bool = Field(False, description="Upload the final model to username/project_name, private.")
+    push_to_hub: bool = Field(
+        False, description="Upload the final model to username/project_name. A new repository is private."
+    )
     username: str | None = Field(None, description="Account on the hub.")
     token: str | None = Field(
         None,
         repr=False,
-        description="Hub token. Default: HF_TOKEN, else the file that the hub's own login wrote.",
+        description="Hub token. Default: HF_TOKEN, else the file that `hf auth login` wrote.",
     )
 
     # Backend
     distributed_backend: Annotated[
         Literal["auto", "ddp", "fsdp", "deepspeed", "none"],
         BeforeValidator(lambda v: "auto" if v is None else v),
-    ] = Field("auto", description="auto, ddp, fsdp, deepspeed, or none for one process.")
+    ] = Field("auto", description="auto, ddp, fsdp, deepspeed, or none (one process).")
     unsloth: bool = Field(
-        False, description="AutoTrain's switch; has no effect here.", json_schema_extra=_named()
+        False, description="A parameter of AutoTrain, without effect.", json_schema_extra=_named()
     )
 
     @property
     def kind(self) -> TrainerKind:
-        """What the trainer is."""
+        """The properties of the trainer."""
         return KINDS[self.trainer]
 
     @property
     def sequence_length(self) -> int:
-        """The longest sequence in tokens: block_size, its first entry where it is a list."""
+        """The maximum length of a sequence, in tokens: block_size, or its first entry if it is a list."""
         return self.block_size[0] if isinstance(self.block_size, list) else self.block_size
 
     @property
     def packed(self) -> Literal["bfd", "wrapped", "none"]:
-        """How documents share a sequence in this run."""
+        """How samples share a sequence in this run."""
         if self.packing == "auto" or not self.kind.packs:
             return self.kind.default_packing
         return self.packing
 
     @property
     def token_budget(self) -> int | None:
-        """tokens_per_batch, where the trainer fills its micro-batches so."""
+        """tokens_per_batch, or None if the trainer does not use it."""
         return self.tokens_per_batch if self.kind.planned else None
 
     @property
     def evaluates_packed(self) -> bool:
-        """Whether evaluation, too, computes no padding."""
+        """Whether evaluation is packed, so that it computes no padding."""
         return self.packed != "none" if self.eval_packing is None else self.eval_packing
 
     @property
     def validates(self) -> bool:
-        """Whether there are rows to evaluate on during the run."""
+        """Whether a split is evaluated during the run."""
         return self.valid_split is not None or self.valid_fraction > 0
 
     @property
     def tests(self) -> bool:
-        """Whether there are rows to evaluate on at its end."""
+        """Whether a split is evaluated at the end of the run."""
         return self.test_split is not None or self.test_fraction > 0
 
     @property
     def loss_types(self) -> list[str]:
-        """The losses that are added up (dpo, kto)."""
+        """The losses to add up (dpo, kto)."""
         if self.loss_type is None:
             return list(self.kind.losses[:1])
         return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
 
     @property
     def trains_on_all(self) -> bool:
-        """Whether the loss sees every token, though rows may tell prompt and completion."""
+        """Whether the loss is on every token, even if rows separate prompt and completion."""
         return self.train_on == "all" or (self.train_on == "auto" and self.kind.trains_on_all)
 
     @property
     def lora_targets(self) -> str | list[str] | None:
-        """What peft calls target_modules: a list matches ends of names, a string is a regular expression."""
+        """target_modules for peft: a list matches the ends of names, a string is a regular expression."""
         asked = self.target_modules
         if asked is None or isinstance(asked, list) or asked == "all-linear":
             return asked
@@ -424,13 +464,13 @@ class TrainConfig(BaseModel):
 
 
 def acts_for(field: str) -> tuple[str, ...]:
-    """The trainers for which a field does something."""
+    """Return the trainers for which a field has an effect."""
     extra: Any = TrainConfig.model_fields[field].json_schema_extra
     return tuple(extra["trainers"]) if extra else trainers()
 
 
 def sections() -> list[tuple[str, list[str]]]:
-    """Return the fields in the order of the documentation, by section: (title, names)."""
+    """Return the sections in the order of the documentation, each as (title, names of its fields)."""
     titles = {first: title for title, first in SECTIONS.items()}
     found: list[tuple[str, list[str]]] = []
     for name in TrainConfig.model_fields:

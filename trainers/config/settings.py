@@ -1,4 +1,4 @@
-"""The effective config of a run: validated, each value with where it came from, decisions taken aloud."""
+"""The effective config of a run: validated values, the source of each, and notes on what was derived."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from trainers.config.hub_paths import token_file
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.schema import BLOCK_SIZE_LIMIT, SECRET_FIELDS, TrainConfig
 
-MANY = 20  # more names than a message can list
+MANY = 20  # a message lists at most this many names
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value and its origin, such as `config.yaml:12` or `flag --lr`; name is how the user spelled it."""
+    """A value and its source, such as `config.yaml:12` or `flag --lr`. `name` is the user's spelling."""
 
     value: Any
     source: str
     name: str
-    switch: str = ""  # true or false, where the name is one of SWITCHES
+    switch: str = ""  # true or false, if the name is one of SWITCHES
 
     @property
     def written(self) -> Any:
@@ -38,19 +38,19 @@ class Value:
 
 @dataclass
 class Settings:
-    """The effective config of a run: the values, where each came from, and what was decided for the user."""
+    """The effective config of a run: the values, the source of each, and notes on what was derived."""
 
     train: TrainConfig
     sources: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def public(self) -> dict[str, Any]:
-        """The values as JSON types, without secrets."""
+        """Return the values as JSON types, without secrets."""
         return {k: v for k, v in self.train.model_dump(mode="json").items() if k not in SECRET_FIELDS}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint that names the closest valid word, or lists them where they are few."""
+    """Return a hint: the closest valid name, else all valid names if there are at most MANY."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
@@ -61,7 +61,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def put(values: dict[str, Value], name: str, new: Value) -> None:
-    """Stores a value under the field that `name` stands for; two spellings must agree."""
+    """Store a value under the field that `name` stands for.
+
+    Raises:
+        ConfigError: another spelling of the field has a different value.
+    """
     if name in SWITCHES:
         name, new = _switched(name, new)
     name = ALIASES.get(name, name)
@@ -72,12 +76,12 @@ def put(values: dict[str, Value], name: str, new: Value) -> None:
             f"{new.source}: {new.name}: {this} contradicts {old.name}: {other} ({old.source}); "
             f"both set {name}. Keep one."
         )
-    if old is None or not new.switch:  # a switch that is on leaves open which way
+    if old is None or not new.switch:  # a switch that is on does not say which choice
         values[name] = new
 
 
 def _switched(name: str, new: Value) -> tuple[str, Value]:
-    """The field that a switch sets, and the value that it stands for."""
+    """Return the field that a switch sets, and the value that it stands for."""
     field, on, off = SWITCHES[name]
     word = str(new.value).lower()
     if word not in ("true", "false"):
@@ -86,7 +90,7 @@ def _switched(name: str, new: Value) -> tuple[str, Value]:
 
 
 def _agree(one: Value, other: Value) -> bool:
-    """Whether two spellings say the same; to a switch, every choice but none is on."""
+    """Return whether two spellings agree. For a switch, every choice except none is on."""
     if one.switch or other.switch:
         one_off, other_off = (str(entry.value).lower() in ("none", "no", "false") for entry in (one, other))
         return one_off == other_off
@@ -94,7 +98,11 @@ def _agree(one: Value, other: Value) -> bool:
 
 
 def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
-    """Validates values; each mistake becomes a line with its source, its name, and what is allowed."""
+    """Validate values against a schema.
+
+    Raises:
+        ConfigError: one line for each mistake, with its source, its name, and what is allowed.
+    """
     try:
         return schema.model_validate({name: entry.value for name, entry in values.items()})
     except ValidationError as error:
@@ -124,9 +132,7 @@ def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
         return f"{given} is not text. Put it in quotes."
     if kind == "string_pattern_mismatch":
         signs = item["ctx"]["pattern"].removeprefix("^[A-Za-z0-9").removesuffix("]+$").replace("\\", "")
-        return (
-            f"{given} holds a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
-        )
+        return f"{given} has a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
     if kind == "literal_error":
         return f"{given} does not exist. Allowed: {item['ctx']['expected']}."
     if item["msg"].startswith("Input should be "):
@@ -135,13 +141,15 @@ def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
 
 
 def resolve(values: Mapping[str, Value]) -> Settings:
-    """The effective config: validated, with what AutoTrain would decide silently decided aloud.
+    """Return the effective config: validate the values, and derive those that the user left open.
+
+    A note states each value that AutoTrain would derive silently.
 
     Raises:
-        ConfigError: with one line for each mistake.
+        ConfigError: one line for each mistake.
     """
     if "token" not in values or values["token"].value is None:
-        values = {**values, **_token_of_the_site()}
+        values = {**values, **_default_token()}
     config = validate(TrainConfig, values)
     sources = {
         name: values[name].source if name in values else "default" for name in TrainConfig.model_fields
@@ -154,9 +162,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         sources[name] = f"derived: {why}"
 
     if config.quantization and not config.peft and "quantization" not in values:
-        derive("quantization", None, "AutoTrain's default int4 cannot train without peft")
+        derive("quantization", None, "AutoTrain's default int4 needs peft")
         notes.append(
-            "quantization: AutoTrain's default int4 is dropped, since peft is off and all weights are "
+            "quantization: AutoTrain's default int4 is not used, since peft is off and all weights are "
             "trained."
         )
     if config.merge_adapter and not config.peft:
@@ -167,14 +175,14 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("block_size", length, f"block_size -1 is model_max_length, at most {BLOCK_SIZE_LIMIT}")
         if config.model_max_length > length:
             notes.append(
-                f"block_size: {length}, as AutoTrain picks it from -1; longer documents are cut there. "
-                f"Set block_size up to model_max_length ({config.model_max_length}) to keep more."
+                f"block_size: {length}, AutoTrain's value for -1; longer documents are cut. "
+                f"To keep more, set block_size up to model_max_length ({config.model_max_length})."
             )
     if config.save_strategy is None:
         derive(
             "save_strategy",
             "steps" if config.save_steps else "epoch",
-            "steps where save_steps is given, else epoch",
+            "steps if save_steps is set, else epoch",
         )
     if isinstance(config.block_size, list):
         parts = zip(("max_prompt_length", "max_completion_length"), config.block_size[1:], strict=False)
@@ -182,9 +190,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
             if name not in values:
                 derive(name, length, "block_size is a list")
     if not config.validates and config.eval_strategy != "no":
-        derive("eval_strategy", "no", "there is no valid_split")
+        derive("eval_strategy", "no", "there is no valid_split and no valid_fraction")
         if "eval_strategy" in values:
-            notes.append("eval_strategy: has no effect, since there is no valid_split.")
+            notes.append("eval_strategy: has no effect, since there is no valid_split and no valid_fraction.")
     if config.per_device_eval_batch_size is None:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
     if config.data_seed is None:
@@ -197,7 +205,7 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         if not sources[name].startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")
 
-    # model_copy keeps model_fields_set, which tells what the user chose.
+    # model_copy keeps model_fields_set, which has the fields that the user set.
     effective = config.model_copy(update=changes)
     save, evaluate = effective.save_strategy, effective.eval_strategy
     if effective.load_best_model_at_end is None:
@@ -211,7 +219,7 @@ def resolve(values: Mapping[str, Value]) -> Settings:
 
 
 def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
-    """The settings with other values for some fields; what was derived is derived anew."""
+    """Return the settings with other values for some fields; derived values are derived again."""
     chosen = {
         name: Value(getattr(settings.train, name), source, name)
         for name, source in settings.sources.items()
@@ -222,8 +230,8 @@ def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
     return new
 
 
-def _token_of_the_site() -> dict[str, Value]:
-    """The hub's token as its own library looks for it: HF_TOKEN, else the file that a login wrote."""
+def _default_token() -> dict[str, Value]:
+    """Find the hub token where huggingface_hub does: HF_TOKEN, else the file that `hf auth login` wrote."""
     if token := os.environ.get("HF_TOKEN"):
         return {"token": Value(token, "environment HF_TOKEN", "token")}
     file = token_file()

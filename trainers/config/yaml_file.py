@@ -1,4 +1,4 @@
-"""Reading YAML with the line of each key, and `${VAR}` in its strings."""
+"""Read YAML with the line of each key, and replace `${VAR}` in its strings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import yaml
 
 from trainers.config.errors import ConfigError
 
-DEEPEST = 5  # levels of a config, lists counted; an effective config has the most
+DEEPEST = 5  # levels of nesting that are allowed, lists included; a valid config has at most 4
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Reads a YAML mapping.
+    """Read a YAML mapping.
 
-    Returns the tree and the line (from 1) of each key, by its path, such as ("data", "path").
+    Returns the tree, and the line (from 1) of each key by its path, such as ("data", "path").
 
     Raises:
-        ConfigError: no such file, not YAML, empty, not a mapping, or a key given twice.
+        ConfigError: the file is missing, empty, not YAML or not a mapping, or it has a key twice.
     """
     if str(path).startswith(("http://", "https://", "http:/", "https:/")):
-        raise ConfigError(f"{path}: a remote config is not read. Download it, look at it, and give its path.")
+        raise ConfigError(f"{path}: a remote config is not read. Download it, check it, and give its path.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -32,7 +32,7 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
             f"{path}: no such file. Give the path of a config, for example examples/demo.yaml."
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder. Give the path of a config file in it.") from None
+        raise ConfigError(f"{path} is a folder. Give the path of a config file in it.") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
@@ -47,7 +47,7 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
             )
         if not isinstance(node, yaml.MappingNode):
             kind, line = type(node).__name__.removesuffix("Node").lower(), node.start_mark.line + 1
-            raise ConfigError(f"{path}:{line}: a mapping of keys is needed, not a {kind}.")
+            raise ConfigError(f"{path}:{line}: the file must be a mapping of keys, not a {kind}.")
         lines: dict[tuple[str, ...], int] = {}
         tree = _build(loader, node, (), lines, path)
     except yaml.YAMLError as error:
@@ -68,14 +68,14 @@ def _build(
     depth: int = 0,
 ) -> Any:
     line = node.start_mark.line + 1
-    if depth == DEEPEST:  # an alias of itself has no end
-        raise ConfigError(f"{path}:{line}: nested deeper than any key of a config.")
+    if depth == DEEPEST:  # an alias that contains itself never ends
+        raise ConfigError(f"{path}:{line}: nested deeper than a config allows.")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{path}:{line}: a key must be a word, not a {key_node.id}.")
+                raise ConfigError(f"{path}:{line}: a key must be text, not a {key_node.id}.")
             if key_node.tag == "tag:yaml.org,2002:merge":
                 raise ConfigError(f"{path}:{line}: merge keys (<<) are not read. Write the keys out.")
             if key in result:
@@ -88,14 +88,20 @@ def _build(
         return [_build(loader, item, keys, lines, path, depth + 1) for item in node.value]
     try:
         return loader.construct_object(node)
-    except ValueError as error:  # a date or a number that is none, such as 2024-13-45
-        raise ConfigError(f"{path}:{line}: {node.value} is not a value: {error}. Put it in quotes.") from None
+    except ValueError as error:  # an invalid date or number, such as 2024-13-45
+        raise ConfigError(
+            f"{path}:{line}: {node.value} is not a valid value: {error}. Put it in quotes."
+        ) from None
 
 
 def expand(value: Any, where: str, environ: Mapping[str, str], optional: bool = False) -> tuple[Any, str]:
-    """Replaces `${VAR}` in a string, and tells which variables were read.
+    """Replace `${VAR}` in a string or a list.
 
-    `optional`: a string that is one unset variable becomes None (AutoTrain's hub section works so).
+    Returns the new value, and the variables of a string as text for its source, such as " (${HOME})". With
+    `optional`, a string that is only an unset variable becomes None, as in AutoTrain's section `hub`.
+
+    Raises:
+        ConfigError: a variable is not set.
     """
     if isinstance(value, list):
         return [expand(item, where, environ)[0] for item in value], ""

@@ -1,1 +1,1 @@
-"""From the rows of a file to micro-batches: files, columns, templates, encoders, packing, sampling."""
+"""Turn the rows of a file into micro-batches: files, columns, templates, encoders, packing, sampling."""

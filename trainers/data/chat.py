@@ -1,4 +1,4 @@
-"""Turns a row into token ids and labels: templates, masks, EOS. Labels of -100 are not trained on.
+"""Turn a row into token ids and labels: templates, masks, EOS. The loss ignores labels of -100.
 
 ids     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello<|im_end|>  \\n
 labels  ...................... -100 ......................... ^^^^^^^^^^^^^^^^^  -100
@@ -26,27 +26,32 @@ Turns = list[dict[str, str]]
 
 @dataclass
 class Encoded:
-    """Token ids and labels of one row, of equal length."""
+    """The token ids and labels of one row, of equal length."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def forget_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A call that truncates or pads leaves that in the tokenizer, and it would be saved with the model."""
+    """Remove truncation and padding from the settings of the tokenizer.
+
+    A call that truncates or pads leaves these settings in the tokenizer. They would be saved with the model.
+    """
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
 
 
 def parse_messages(value: Any) -> Turns | None:
-    """Messages from a list, a JSON string or a Python literal (CSV files hold both); None for plain text.
+    """Return the messages in a list, a JSON string or a Python literal (CSV files contain both).
+
+    Returns None for plain text.
 
     Raises:
-        RowError: a list that is no conversation.
+        RowError: the value is a list, but not a conversation.
     """
     if isinstance(value, str):
         value = _parse_list(value.strip())
-        # Text that only begins like a list, such as "[1] A footnote", is text.
+        # Plain text may begin like a list, for example "[1] A footnote".
         if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
             return None
     if not isinstance(value, list):
@@ -57,13 +62,13 @@ def parse_messages(value: Any) -> Turns | None:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise RowError(
-                f'a message must be {{"role": "...", "content": "..."}}, text in both, not {_short(turn)}.'
+                f'a message must be {{"role": "...", "content": "..."}} (both text), not {_short(turn)}.'
             )
         role = _ROLE_NAMES.get(role, role)
         if role not in ROLES:
             raise RowError(f"there is no role '{role}'. Allowed: {', '.join(ROLES)}.")
         if role == "system" and turns:
-            raise RowError("a system turn must be the first of its conversation.")
+            raise RowError("a system turn must be the first turn of its conversation.")
         turns.append({"role": role, "content": content})
     if not turns:
         raise RowError("a conversation needs at least one message.")
@@ -87,65 +92,67 @@ def _short(value: Any) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, prompt: bool = False) -> str:
-    """The text of a conversation; with `prompt` up to where the assistant is to answer.
+    """Return the text of a conversation. With `prompt`, the text ends where the assistant must answer.
 
     Raises:
-        RowError: the template refuses these turns.
+        RowError: the template rejects these turns.
     """
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:
-        # A template is a program of the model's author: it may raise anything.
+        # A template is a program written by the model's author. It may raise any exception.
         roles = ", ".join(turn["role"] for turn in turns)
-        raise RowError(f"chat_template: it refuses the turns ({roles}): {error}") from error
+        raise RowError(f"chat_template: the template rejects the turns ({roles}): {error}") from error
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, turns: Turns, train_all: bool) -> Encoded:
-    """Renders a conversation; the loss sees the assistant's turns and their ends, or everything.
+    """Render and tokenize a conversation. The loss sees the assistant's turns and their ends, or everything.
 
-    The text is tokenized piece by piece, cut where the assistant begins and ends: those are the pieces that
-    the model meets when it answers.
+    The text is cut where each turn of the assistant begins and ends, and each part is tokenized separately.
+    The model sees the same parts when it generates an answer.
 
     Raises:
-        RowError: the template rewrites earlier turns, so that the assistant's part cannot be told.
+        RowError: the template rewrites earlier turns, so the assistant's turns cannot be located.
     """
-    whole = render(tokenizer, turns)
+    full = render(tokenizer, turns)
     out = Encoded([], [])
     if train_all:
-        _append(out, tokenizer, whole, True)
+        _append(out, tokenizer, full, True)
         return out
     position = 0
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         before, after = render(tokenizer, turns[:index], prompt=True), render(tokenizer, turns[: index + 1])
-        if not (whole.startswith(before) and whole.startswith(after)):
+        if not (full.startswith(before) and full.startswith(after)):
             raise RowError(
-                "chat_template: this template changes earlier turns, so the assistant's part cannot be told. "
-                "Set train_on: all."
+                "chat_template: this template changes earlier turns, so the assistant's turns cannot be "
+                "located. Set train_on: all."
             )
-        _append(out, tokenizer, whole[position : len(before)], False)
-        _append(out, tokenizer, whole[len(before) : len(after)], True)
+        _append(out, tokenizer, full[position : len(before)], False)
+        _append(out, tokenizer, full[len(before) : len(after)], True)
         position = len(after)
-    _append(out, tokenizer, whole[position:], False)
+    _append(out, tokenizer, full[position:], False)
     return out
 
 
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Ids of a conversation up to the answer, and of the answer with the end of its turn.
+    """Return the ids of a conversation up to the answer, and the ids of the answer with the end of its turn.
 
     Raises:
-        RowError: the template writes the prompt in another way once there is an answer.
+        RowError: the template renders the prompt differently when an answer follows it.
     """
     before = render(tokenizer, turns, prompt=True)
-    whole = render(tokenizer, [*turns, {"role": "assistant", "content": answer}])
-    if not whole.startswith(before):
-        raise RowError("chat_template: this template changes the prompt when an answer follows it.")
-    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
+    full = render(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+    if not full.startswith(before):
+        raise RowError(
+            "chat_template: this template changes the prompt when an answer follows it. Use another template."
+        )
+    ids = list(tokenizer(full[len(before) :], add_special_tokens=False)["input_ids"])
     end = tokenizer.eos_token_id
-    if end in ids:  # what a template writes after the end of a turn is never generated
+    if end in ids:  # the model never generates what the template writes after the end of a turn
         ids = ids[: len(ids) - ids[::-1].index(end)]
     return list(tokenizer(before, add_special_tokens=False)["input_ids"]), ids
 
@@ -153,7 +160,10 @@ def encode_answer(
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, train_all: bool, eos: bool
 ) -> Encoded:
-    """A prompt and its completion as plain text; the loss sees the completion and EOS, or everything."""
+    """Encode a prompt and its completion as plain text.
+
+    The loss sees the completion and EOS, or everything.
+    """
     out = encode_text(tokenizer, prompt, eos=False)
     if not train_all:
         out.labels = [IGNORED] * len(out.input_ids)
@@ -163,7 +173,7 @@ def encode_completion(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, eos: bool) -> Encoded:
-    """Plain text, with the tokenizer's own BOS (once) and, if asked, EOS (once)."""
+    """Encode plain text with the tokenizer's BOS (once) and, with `eos`, with EOS (once)."""
     ids = list(tokenizer(text)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
@@ -179,7 +189,7 @@ def _append(out: Encoded, tokenizer: PreTrainedTokenizerBase, text: str, supervi
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     labels = list(ids) if supervised else [IGNORED] * len(ids)
     if supervised and tokenizer.eos_token_id in ids:
-        # What a template writes after the end of the turn (a newline) is never generated.
+        # The model never generates what the template writes after the end of the turn (a newline).
         end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
         labels[end:] = [IGNORED] * (len(ids) - end)
     out.input_ids += ids

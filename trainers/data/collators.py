@@ -1,4 +1,4 @@
-"""From rows to tensors: the pieces of a data set, and the flat micro-batch that holds them."""
+"""Turn samples into tensors: the pieces of a split, and the flat micro-batch that contains them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class PieceRows:
-    """The pieces of a dataset as a torch dataset: an index is a piece, not a row."""
+    """A torch dataset of the pieces of a split: an index is a piece, not a sample."""
 
     def __init__(self, dataset: Dataset, pieces: Pieces) -> None:
         self.pieces = pieces
-        self.flat = "labels" in dataset.column_names  # documents, for FlatCollator; pairs are lists to TRL
+        self.flat = "labels" in dataset.column_names  # FlatCollator takes arrays; other collators take lists
         self.dataset = dataset.with_format("numpy") if self.flat else dataset
 
     def __len__(self) -> int:
@@ -39,23 +39,23 @@ class PieceRows:
 
 
 class FlatCollator:
-    """Pieces of `input_ids` and `labels` (arrays) -> one flat sequence, without padding and without a mask.
+    """A collator that joins pieces into one flat sequence, without padding and without a mask.
 
-    Gives input_ids, labels and position_ids of shape (1, tokens), and the boundaries of the documents in the
-    words of transformers' flash attention: cu_seq_lens_q and cu_seq_lens_k (int32, documents + 1),
-    max_length_q and max_length_k.
+    A piece has the arrays `input_ids` and `labels`. The micro-batch has input_ids, labels and position_ids of
+    shape (1, tokens), and the bounds of the pieces under the names of transformers' flash attention:
+    cu_seq_lens_q and cu_seq_lens_k (int32, pieces + 1), max_length_q and max_length_k.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # like lengths side by side: fewer calls
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # equal lengths together: fewer calls
         ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
         labels = np.concatenate([row["labels"] for row in rows]).astype(np.int64)
         lengths = np.asarray([len(row["input_ids"]) for row in rows])
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        labels[begins] = IGNORED  # the first token of a document is predicted from nothing
+        labels[begins] = IGNORED  # nothing precedes the first token of a piece
         positions = np.arange(len(ids)) - np.repeat(begins, lengths)
         bounds = torch.from_numpy(np.append(begins, ends[-1]).astype(np.int32))
         longest = int(lengths.max())

@@ -1,4 +1,4 @@
-"""Which columns of a split hold what, and so which kind of row it is."""
+"""Find which columns of a split contain what, and from that the kind of its rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.files import Split, column_names, rows
 
-CHECK_BYTES = 64 * 2**20  # how much of a split the launcher reads before the ranks start
+CHECK_BYTES = 64 * 2**20  # how much of each file the launcher checks before the ranks start
 
 
 def check_split(split: Split, config: TrainConfig, key: str) -> None:
-    """Refuses an empty split, a missing column, and rows that cannot be read (as far as CHECK_BYTES).
+    """Check a local split: it has rows, the needed columns, and rows that can be read.
+
+    Reads about CHECK_BYTES of each CSV or JSON Lines file. Does not check a dataset on the hub.
 
     Raises:
-        ConfigError: what is wrong and where.
+        ConfigError: the split is empty, a column is missing, or a row cannot be read.
     """
     if not split.files:
         return
@@ -32,25 +34,25 @@ def check_split(split: Split, config: TrainConfig, key: str) -> None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, and so which kind of row it is.
+    """Which columns contain what, and the kind of the rows.
 
-    kind is tokens (ids already), text (plain, or messages), completion (of a prompt), pair (chosen and
-    rejected), or labelled (a completion that is wanted or not).
+    `kind` is tokens (token ids), text (plain text or messages), completion (of a prompt), pair (a chosen and
+    a rejected answer), or labelled (a completion with a label: wanted or not).
     """
 
     kind: str
     text: str  # the text, the messages, the completion, or the chosen answer
     prompt: str | None = None
-    instruction: bool = False  # the prompt is made of the columns instruction and input
+    instruction: bool = False  # the columns instruction and input form the prompt
     rejected: str | None = None
     label: str | None = None
 
 
 def find_columns(columns: list[str], config: TrainConfig) -> Columns:
-    """Tells the rows of a split by the names of its columns and by what the config says of them.
+    """Return which columns contain what, from the names of the columns and from the config.
 
     Raises:
-        ConfigError: a column that is named in the config, or needed, is not there.
+        ConfigError: a column that the config names, or that the trainer needs, is missing.
     """
     for name in prompt_fields(config):
         _need(columns, name, "data.prompt_format")
@@ -99,22 +101,25 @@ def _preference_columns(
 
 
 def completion_name(columns: list[str], config: TrainConfig) -> str:
-    """The column with the completion of a prompt; it may be left out where it has a usual name."""
+    """Return the name of the column with the completion of a prompt.
+
+    Without text_column in the config, `completion` or `output` is taken if the split has it.
+    """
     if "text_column" in config.model_fields_set:
         return config.text_column
     return next((name for name in ("completion", "output") if name in columns), config.text_column)
 
 
 def prompt_fields(config: TrainConfig) -> list[str]:
-    """The columns that prompt_format names.
+    """Return the names of the columns in prompt_format.
 
     Raises:
-        ConfigError: braces that hold more than a name.
+        ConfigError: braces contain more than a name.
     """
     names = []
     for _, name, form, conversion in Formatter().parse(config.prompt_format or ""):
         if form or conversion:
-            raise ConfigError(f"data.prompt_format: the braces hold a name alone. Write {{{name}}}.")
+            raise ConfigError(f"data.prompt_format: braces may contain only a column name. Write {{{name}}}.")
         names += [name] if name else []
     return names
 

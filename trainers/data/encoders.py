@@ -1,7 +1,7 @@
-"""Turns rows of the user's file into the tokens that a trainer takes, and counts what is dropped.
+"""Turn rows of the user's file into samples, and mark the rows that are dropped.
 
-The columns of each kind of row are in config/kinds.py. A malformed row is an error that names it; one that
-teaches nothing is dropped and counted.
+config/kinds.py has the columns of each kind of sample. A malformed row raises an error that names it. A row
+from which the model cannot learn is dropped and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Encoder:
-    """Batches of rows -> batches of samples, for `datasets.map`."""
+    """An encoder for `datasets.map`: a batch of rows becomes a batch of samples."""
 
     def __init__(self, columns: Columns, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         language = LanguageRows(columns, config, tokenizer)

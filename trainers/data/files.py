@@ -1,7 +1,8 @@
-"""Where the rows of a split lie on disk, and what can be known about them without reading them all.
+"""Find the files of a split, and check their rows without the heavy libraries.
 
-Light on purpose (standard library; pyarrow only for Parquet): the launcher uses it to refuse bad data before
-a rank starts, the ranks to load the same files.
+This module uses only the standard library (and pyarrow for Parquet), so that the launcher can reject bad data
+before a rank starts. The CSV and JSON readers here only check, count and list columns. The ranks load the
+rows of the same files with `datasets` (prepare.py), whose readers may differ in details.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from typing import Any
 from trainers.config.errors import ConfigError
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-FIRST_ROWS = 100  # a column that none of them has is taken to be missing
+FIRST_ROWS = 100  # a column that is in none of these rows counts as missing
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or a dataset lies on the hub: no such local path, and a name that the hub allows."""
+    """Return whether a name means a model or a dataset on the hub: the hub allows it and no path has it."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: local files of one format, or a dataset on the hub (`files` empty)."""
+    """One split: local files of one format, or a dataset on the hub (then `files` is empty)."""
 
     path: str
     name: str
@@ -40,28 +41,29 @@ class Split:
 
     @property
     def format(self) -> str:
-        """The builder's name in `datasets`: csv, json or parquet."""
+        """The name of the builder in `datasets`: csv, json or parquet."""
         return {".jsonl": "json"}.get(self.files[0].suffix, self.files[0].suffix[1:])
 
 
 def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
-    """Finds the files of a split: `<path>/<name>.<ext>`, `<path>/<name>-*.<ext>`, `<path>/<name>/*.<ext>`,
-    or the file `<path>` itself. A path that does not exist and could be a hub id is taken as one.
+    """Find the files of a split.
+
+    They are `<path>/<name>.<ext>`, `<path>/<name>-*.<ext>`, `<path>/<name>/*.<ext>`, or the file `<path>`
+    itself. A path that does not exist and could be a hub id is taken as a hub id.
 
     Raises:
-        ConfigError: nothing there; the message lists what is.
+        ConfigError: there are no such files. The message lists what the folder contains.
     """
-    root = Path(os.path.expanduser(data_path))  # pathlib's raises where there is no such user
+    root = Path(os.path.expanduser(data_path))  # Path.expanduser raises if the user does not exist
     if root.is_file():
         if root.suffix not in SUFFIXES:
             raise ConfigError(
-                f"data.path: {root} is not a file this project reads. Allowed: {', '.join(SUFFIXES)}."
+                f"data.path: {root} has a suffix that is not supported. Allowed: {', '.join(SUFFIXES)}."
             )
         if key != "train_split":
             raise ConfigError(
-                f"data.path: {root} is one file, so there is no split '{name}' beside it. Give the folder "
-                "that holds both files as data.path, or hold rows out: "
-                f"{key.replace('split', 'fraction')}: 0.1."
+                f"data.path: {root} is one file, so there is no split '{name}'. Set data.path to the folder "
+                f"that contains both files, or hold out rows with {key.replace('split', 'fraction')}: 0.1."
             )
         return Split(data_path, name, (root,))
     if not root.exists():
@@ -78,16 +80,18 @@ def find_split(data_path: str, name: str, key: str = "train_split") -> Split:
             return Split(data_path, name, tuple(found))
     present = sorted({p.name for p in root.iterdir() if p.suffix in SUFFIXES or p.is_dir()}) or ["nothing"]
     raise ConfigError(
-        f"data.{key}: there is no split '{name}' in {data_path}. There: {', '.join(present[:8])}. "
-        f"Expected for example {data_path}/{name}.jsonl."
+        f"data.{key}: there is no split '{name}' in {data_path}. Found: {', '.join(present[:8])}. "
+        f"Expected, for example: {data_path}/{name}.jsonl."
     )
 
 
 def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of local CSV and JSON files, in order, up to about `limit_bytes`.
+    """Yield the rows of local CSV and JSON files, in order. Parquet files yield nothing.
+
+    Reads up to about `limit_bytes` of each file, but a JSON array always to its end.
 
     Raises:
-        ConfigError: a row that cannot be read, with file and line.
+        ConfigError: a row cannot be read. The message has the file and the line.
     """
     for path in split.files:
         if path.suffix == ".jsonl" or (path.suffix == ".json" and not _is_array(path)):
@@ -118,12 +122,12 @@ def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
         if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is not a character
     except (json.JSONDecodeError, UnicodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
         reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else reason
         raise ConfigError(
-            f"{path}:{number}: the row is not valid JSON: {reason}. Mend or remove that line."
+            f"{path}:{number}: the row is not valid JSON: {reason}. Fix or remove that line."
         ) from None
     if not isinstance(row, dict):
         raise ConfigError(
@@ -137,7 +141,7 @@ def _json_array(path: Path) -> Iterator[dict[str, Any]]:
         data = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
-        raise ConfigError(f"{where}: not valid JSON. Mend the file.") from None
+        raise ConfigError(f"{where}: not valid JSON. Fix the file.") from None
     for number, row in enumerate(data, start=1):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}: row {number} must be an object, not {type(row).__name__}.")
@@ -159,14 +163,16 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
         try:
             reader.fieldnames = _header(path, reader.fieldnames or ())
             for row in reader:
-                if ended:  # the reader looked for the end of this row past the end of the file
-                    raise ConfigError(f"{path}:{start}: a quote opens in this row and is never closed.")
+                if ended:  # the file ended before this row did
+                    raise ConfigError(
+                        f"{path}:{start}: a quote opens in this row and is never closed. Close it."
+                    )
                 start = reader.line_num + 1
                 if None in row:
                     raise ConfigError(
                         f"{path}:{reader.line_num}: the row has more fields than the header "
                         f"({len(reader.fieldnames or [])}). "
-                        "Quote fields that hold a comma."
+                        "Quote fields that contain a comma."
                     )
                 read += sum(len(value or "") for value in row.values())
                 yield row
@@ -176,19 +182,22 @@ def _csv_rows(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]:
             raise ConfigError(f"{path}: not UTF-8. Save the file as UTF-8.") from None
         except csv.Error as error:
             where = f"{path}:{reader.line_num}"
-            raise ConfigError(f"{where}: the row is not valid CSV: {error}. Mend that line.") from None
+            raise ConfigError(f"{where}: the row is not valid CSV: {error}. Fix that line.") from None
 
 
 def _header(path: Path, names: Sequence[str]) -> list[str]:
-    """The names of the columns; one without a name, such as pandas' index, is called as pandas calls it."""
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise ConfigError(f"{path}:1: two columns are named '{twice[0]}'. Rename or remove one.")
+    """Return the names of the columns. One without a name (pandas' index) gets the name that pandas gives."""
+    duplicates = [name for name in names if name and names.count(name) > 1]
+    if duplicates:
+        raise ConfigError(f"{path}:1: two columns are named '{duplicates[0]}'. Rename or remove one.")
     return [name or f"Unnamed: {index}" for index, name in enumerate(names)]
 
 
 def column_names(split: Split) -> list[str]:
-    """The columns of a local split, from its first rows, header or schema. Empty: the split has no row."""
+    """Return the columns of a local split, from its first rows (CSV, JSON) or its schema (Parquet).
+
+    The list is empty if the split has no row.
+    """
     if split.format == "parquet":
         return _parquet_columns(split)
     return list(dict.fromkeys(name for row in islice(rows(split), FIRST_ROWS) for name in row))
@@ -208,11 +217,11 @@ def _parquet_rows(path: Path) -> int:
     try:
         return int(pq.read_metadata(path).num_rows)
     except pa.ArrowInvalid:
-        raise ConfigError(f"{path}: not a Parquet file, or not whole. Download it anew.") from None
+        raise ConfigError(f"{path}: not a Parquet file, or an incomplete one. Download it again.") from None
 
 
 def place_of(split: Split, number: int) -> str:
-    """`file: row N` of a row of the split, counted from 0 over all its files."""
+    """Return `file: row N` for row `number` of the split, which counts from 0 over all files."""
     for path in split.files:
         one = Split(split.path, split.name, (path,))
         count = _parquet_rows(path) if path.suffix == ".parquet" else sum(1 for _ in rows(one))

@@ -1,3 +1,3 @@
-"""The label of a token that the loss does not see."""
+"""The label of a token that the loss ignores."""
 
-IGNORED = -100  # torch's cross_entropy passes over it
+IGNORED = -100  # the default ignore_index of torch's cross_entropy

@@ -1,8 +1,8 @@
-"""Masks tokens for masked language modelling: drawn for each row and epoch, not for each rank.
+"""Mask tokens for masked language modelling. The mask depends on the sample and the epoch, not on the rank.
 
-The same row is masked alike whatever the batch, the rank or the number of workers, so that a run can be
-compared and resumed; and differently in each epoch, as RoBERTa does (arXiv 1907.11692). Of the tokens that
-are chosen, 80 % become the mask token, 10 % another token and 10 % stay (BERT, arXiv 1810.04805).
+The mask of a sample is the same for any batch, rank and number of workers, so that a run can be compared and
+resumed. It differs in each epoch, as in RoBERTa (arXiv 1907.11692). Of the chosen tokens, 80 % become the
+mask token, 10 % become a random token, and 10 % stay as they are (BERT, arXiv 1810.04805).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class MaskTokens(TrainerCallback):
-    """Collates rows of `input_ids` and `row`; as a callback it learns which epoch it is.
+    """A collator for samples with `input_ids` and `row`. It is also a callback, which tells it the epoch.
 
-    A negative `row` marks one of evaluation: it is masked alike at every evaluation.
+    `row` is the number of the sample in its split. It is negative for the samples of an evaluation, which
+    have the same mask at every evaluation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
@@ -44,18 +45,18 @@ class MaskTokens(TrainerCallback):
         return {**batch, "labels": labels}
 
     def mask(self, ids: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids that the model sees, and the labels: -100 where nothing is asked."""
+        """Return the ids that the model sees, and the labels: -100 where it need not predict."""
         epoch = self.epoch if row >= 0 else 0
         random = np.random.default_rng((self.seed, epoch, int(row >= 0), abs(row)))
         free = np.flatnonzero(~np.isin(ids, self.special))
-        asked = free[random.random(len(free)) < self.probability]
-        if not len(asked):  # a short row would teach nothing
-            asked = free[random.integers(len(free), size=1)]
+        chosen = free[random.random(len(free)) < self.probability]
+        if not len(chosen):  # may happen in a short sample, which then has no loss
+            chosen = free[random.integers(len(free), size=1)]
         labels = np.full(len(ids), IGNORED)
-        labels[asked] = ids[asked]
-        kind = random.random(len(asked))
+        labels[chosen] = ids[chosen]
+        kind = random.random(len(chosen))
         seen = ids.copy()
-        seen[asked[kind < 0.8]] = self.tokenizer.mask_token_id
-        other = asked[kind >= 0.9]
+        seen[chosen[kind < 0.8]] = self.tokenizer.mask_token_id
+        other = chosen[kind >= 0.9]
         seen[other] = random.integers(len(self.tokenizer), size=len(other))
         return seen, labels

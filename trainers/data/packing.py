@@ -1,14 +1,14 @@
-"""Packing: which documents share a sequence. A plan is numbers only; no token is copied for it.
+"""Packing: plan which pieces share a sequence. A plan consists of numbers; no token is copied for it.
 
     input_ids      [ a a a | b b | c c c c ]
-    position_ids     0 1 2   0 1   0 1 2 3     they restart, so attention stays inside each document
+    position_ids     0 1 2   0 1   0 1 2 3     positions restart, so attention stays inside each piece
 
-    bfd      whole documents, best-fit-decreasing; a pack is as full as they fit
-    wrapped  documents in their order, cut where a block is full; only the last block is shorter
-    none     one document a row
+    bfd      complete samples, planned by best-fit-decreasing; a pack is as full as the lengths allow
+    wrapped  samples in their order, cut where a pack is full; only the last pack is shorter
+    none     one sample per sequence
 
-Best-fit-decreasing needs no document but its length, so it is done on the histogram of lengths: many packs
-that hold the same lengths are one recipe, and the time hardly grows with the number of rows.
+Best-fit-decreasing needs only the lengths, so it runs on the histogram of lengths. Many packs with the same
+lengths are one recipe, so the time hardly grows with the number of samples.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-Recipe = tuple[tuple[int, int], ...]  # (length, how many documents of it in each pack), longest first
+Recipe = tuple[tuple[int, int], ...]  # (length, pieces of this length in each pack), longest first
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Parts of documents that are read whole: tokens `start` to `stop` of row `row`, one piece an index."""
+    """The pieces of a split: piece i is the tokens start[i] to stop[i] of sample row[i]."""
 
     row: Ints
     start: Ints
@@ -38,37 +38,38 @@ class Pieces:
 
 
 def whole_rows(lengths: Any) -> Pieces:
-    """Each row as one piece."""
+    """Return each sample as one piece."""
     stop = np.asarray(lengths, dtype=np.int64)
     return Pieces(np.arange(len(stop)), np.zeros_like(stop), stop)
 
 
 def wrap_rows(lengths: Any, capacity: int) -> tuple[Pieces, Ints]:
-    """Rows joined in their order and cut where `capacity` tokens are full.
+    """Join samples in their order, and cut them where a pack has `capacity` tokens.
 
-    Returns the pieces in that order, and offsets: block k holds the pieces offsets[k] to offsets[k + 1].
+    Returns the pieces in that order, and offsets: pack k has the pieces offsets[k]:offsets[k + 1].
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.union1d(ends, np.arange(capacity, total, capacity))
-    cuts = cuts[cuts > 0]  # rows without tokens end where they begin
+    cuts = cuts[cuts > 0]  # a sample without tokens ends where it begins
     begins = np.concatenate([[0], cuts[:-1]])
     row = np.searchsorted(ends, begins, side="right")
     first = begins - (ends - lengths)[row]
-    block = begins // capacity
-    offsets = np.append(np.flatnonzero(np.diff(block, prepend=-1)), len(begins))
+    pack = begins // capacity
+    offsets = np.append(np.flatnonzero(np.diff(pack, prepend=-1)), len(begins))
     return Pieces(row, first, first + cuts - begins), offsets
 
 
 def plan_packs(lengths: Any, capacity: int, seed: int | tuple[int, ...] | None = None) -> tuple[Ints, Ints]:
-    """Best-fit-decreasing: pack k holds the rows order[offsets[k]:offsets[k + 1]], at most `capacity` tokens.
+    """Plan packs of at most `capacity` tokens by best-fit-decreasing.
 
-    The number of packs depends on the lengths alone; the seed says which of the rows of one length goes
-    where (None: in their order).
+    Returns order and offsets: pack k has the pieces order[offsets[k]:offsets[k + 1]]. The number of packs
+    depends only on the lengths. The seed decides which pieces of equal length go to which pack (None: in
+    their order).
 
     Raises:
-        ValueError: a row is longer than `capacity`, or has no token.
+        ValueError: a piece is longer than `capacity`, or has no token.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if not len(lengths):
@@ -76,17 +77,17 @@ def plan_packs(lengths: Any, capacity: int, seed: int | tuple[int, ...] | None =
     if lengths.max() > capacity or lengths.min() < 1:
         raise ValueError(f"lengths must be from 1 to {capacity}, not {lengths.min()} to {lengths.max()}")
     recipes = _recipes(np.bincount(lengths), capacity)
-    rows = np.arange(len(lengths))
+    pieces = np.arange(len(lengths))
     if seed is not None:
-        rows = np.random.default_rng(seed).permutation(rows)
-    by_length = rows[np.argsort(lengths[rows], kind="stable")]
+        pieces = np.random.default_rng(seed).permutation(pieces)
+    by_length = pieces[np.argsort(lengths[pieces], kind="stable")]
     return _fill(recipes, by_length)
 
 
 def _recipes(counts: Ints, capacity: int) -> list[tuple[int, Recipe]]:
-    """(number of packs, what each holds), for `counts[length]` documents of each length."""
-    open_packs: dict[int, list[tuple[int, Recipe]]] = defaultdict(list)  # room left -> packs that have it
-    rooms = 0  # a set of the rooms that are open: bit r is set where open_packs[r] is not empty
+    """Return (number of packs, recipe of each), for `counts[length]` pieces of each length."""
+    open_packs: dict[int, list[tuple[int, Recipe]]] = defaultdict(list)  # free tokens -> packs that have them
+    rooms = 0  # a set of bits: bit r is set if open_packs[r] is not empty
     for length in range(len(counts) - 1, 0, -1):
         left = int(counts[length])
         while left:
@@ -95,7 +96,7 @@ def _recipes(counts: Ints, capacity: int) -> list[tuple[int, Recipe]]:
             number, recipe = open_packs[room].pop() if above else (left, ())
             if above and not open_packs[room]:
                 rooms &= ~(1 << room)
-            # The fullest pack stays the fullest until it is full, so best-fit goes on with it.
+            # The pack that fits best remains the best until it is full, so it is filled at once.
             each = min(room // length, left)
             filled = min(number, left // each)
             if above and filled < number:
@@ -109,19 +110,19 @@ def _recipes(counts: Ints, capacity: int) -> list[tuple[int, Recipe]]:
 
 
 def _fill(recipes: list[tuple[int, Recipe]], by_length: Ints) -> tuple[Ints, Ints]:
-    """Puts rows into recipes. `by_length`: the rows, shortest first."""
-    entries = []  # length, documents a pack, number of packs, first pack, place in the pack
+    """Put pieces into recipes. `by_length`: the pieces, shortest first."""
+    entries = []  # length, pieces per pack, number of packs, first pack, position in the pack
     sizes, first_pack = [], 0
     for packs, recipe in recipes:
         held = 0
-        for length, documents in recipe:
-            entries.append((length, documents, packs, first_pack, held))
-            held += documents
+        for length, pieces in recipe:
+            entries.append((length, pieces, packs, first_pack, held))
+            held += pieces
         sizes.append((packs, held))
         first_pack += packs
     number, size = np.asarray(sizes).T
     offsets = np.concatenate([[0], np.cumsum(np.repeat(size, number))])
-    # All documents of an entry lie side by side in by_length, where entries of one length follow each other.
+    # by_length has all pieces of an entry together, and entries of equal length one after the other.
     table = np.asarray(entries)
     _, each, packs_of, first, place = table[np.argsort(table[:, 0], kind="stable")].T
     amount = each * packs_of

@@ -1,7 +1,8 @@
-"""Loading and tokenizing, before the process group exists, into a cache keyed by content.
+"""Load the rows of a split and encode them, before the process group exists, into a cache keyed by content.
 
-Once per node, or per job where the nodes share the cache: one rank makes it (data_cache.py), the others
-wait for it and map the same files. No collective is open meanwhile, so a long preparation cannot time out.
+One rank per node encodes them, or one rank per job if the nodes share the cache (storage/data_cache.py). The
+other ranks wait, and then map the same files. No collective is open during that time, so a long preparation
+cannot time out. The cache contains samples. Packs are planned later, from the lengths (sampler.py).
 """
 
 from __future__ import annotations
@@ -34,28 +35,29 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 3  # raise it when the same input would give other tokens
-MANY_ROWS = 10_000  # from here on, tokenizing in several processes pays for starting them
-ROW = "__row__"  # the number of a row in its split, carried along so that a message can name it
+CACHE_VERSION = 3  # raise it when the same input gives other samples
+MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
+ROW = "__row__"  # a column with the number of a row in its split, so that a message can name the row
 
 Part = Literal["train", "valid", "test"]
 
 
 @dataclass
 class Summary:
-    """What became of a split: counts of rows and tokens."""
+    """The counts of a split: rows, samples, tokens, and what was cut or dropped."""
 
     rows: int = 0
-    kept: int = 0  # samples: a row of kto may hold two, one of mlm several
+    kept: int = 0  # samples; a row may become two for kto, and several for mlm
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    blocks: int = 0
+    blocks: int = 0  # packs of an epoch
 
     @property
     def line(self) -> str:
+        """The counts in one line, for the log."""
         packed = f" in {self.blocks} packs" if self.blocks != self.kept else ""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
@@ -66,25 +68,25 @@ class Summary:
 
 @dataclass
 class Prepared:
-    """A split ready to train on: a document or a pair a row, in the columns of trainers/data/encoders.py."""
+    """The samples of a split. config/kinds.py has their columns; kto and mlm have one more column each."""
 
     dataset: Dataset
     summary: Summary
-    key: str  # names the content: rows, tokenizer, template, and what the config says of rows
+    key: str  # a hash of all that decides what the samples are
 
 
 def parts(config: TrainConfig) -> list[Part]:
-    """What a run has rows for."""
+    """Return the parts of the data that a run uses."""
     found: list[Part] = ["train"]
     found += ["valid"] if config.validates else []
     return found + (["test"] if config.tests else [])
 
 
 def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> Prepared:
-    """Loads, tokenizes and packs a part of the data, or maps the cache of an earlier run.
+    """Load and encode a part of the data, or map the cache of an earlier run.
 
     Raises:
-        ConfigError: the split, a column or a row is not as the config says.
+        ConfigError: the split, a column or a row does not match the config.
     """
     from datasets import Dataset, load_from_disk
 
@@ -111,7 +113,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
         raise ConfigError(
             f"data.{key}: no row of '{name}' has a token to train on ({reasons}; block_size "
-            f"{config.sequence_length}). Raise block_size, shorten the prompts, or look at the rows."
+            f"{config.sequence_length}). Raise block_size, shorten the prompts, or check the rows."
         )
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
@@ -120,13 +122,13 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
 
 
 def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
-    """The key of the config that a part comes from, and the split it names."""
+    """Return the config key that a part comes from, and the name of its split."""
     named = {"valid": config.valid_split, "test": config.test_split}.get(part)
     return (f"{part}_split", named) if named is not None else ("train_split", config.train_split)
 
 
 def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
-    """The rows of a part, in their order: a seeded draw holds out valid_fraction and test_fraction.
+    """Return the rows of a part, in their order. A seeded draw holds out valid_fraction and test_fraction.
 
     Raises:
         ConfigError: a part would be empty.
@@ -142,8 +144,8 @@ def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
     for name, share in (*sizes.items(), ("train", 1.0)):
         if share and counts[name] < 1:
             raise ConfigError(
-                f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: of {len(raw)} rows it "
-                f"leaves none for {name}. Give more rows, or another fraction."
+                f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: it leaves none of the "
+                f"{len(raw)} rows for {name}. Give more rows, or set another fraction."
             )
     if counts["train"] == len(raw):
         return raw
@@ -154,14 +156,14 @@ def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
 
 
 def _from_hub(split: Split, config: TrainConfig) -> Dataset:
-    """A split of a hub dataset; `config:split` names a configuration too."""
+    """Load a split of a dataset on the hub. The name `config:split` selects a configuration too."""
     from datasets import Dataset, load_dataset
 
     name, _, part = split.name.rpartition(":")
     try:
         data = load_dataset(split.path, name=name or None, split=part, token=config.token)
     except Exception as error:
-        # The hub's failures are many classes; all say that these rows cannot be had.
+        # The hub raises errors of many classes. All of them mean that the rows cannot be loaded.
         raise ConfigError(
             f"data.path: {split.path} ({split.name}) cannot be loaded from the hub: {error}"
         ) from error
@@ -176,18 +178,18 @@ def _load_files(split: Split, cache: Path) -> Dataset:
     files = [str(file) for file in split.files]
     options: dict[str, Any] = {}
     if split.format == "csv":
-        # Everything is text: a column of numbers must not become numbers, nor "NA" nothing.
+        # Read every column as text: numbers must not be parsed, and "NA" must not become an empty value.
         text = Features({name: Value("string") for name in column_names(split)})
         options = {"features": text, "keep_default_na": False}
     try:
         data = load_dataset(split.format, data_files=files, split="train", cache_dir=str(cache), **options)
     except DatasetGenerationError as error:
-        for _ in rows(split):  # names the file and line, where a row is at fault
+        for _ in rows(split):  # raises an error with file and line if a row is malformed
             pass
         reason = error.__cause__ or error
         raise ConfigError(
-            f"data.path: the rows of {', '.join(files)} do not fit together: {reason}. Each column must hold "
-            "one kind of value."
+            f"data.path: the rows of {', '.join(files)} have different types: {reason}. The values of a "
+            "column must have one type."
         ) from error
     assert isinstance(data, Dataset)
     return data
@@ -210,7 +212,7 @@ def _cache_key(
     columns: Columns,
     part: Part,
 ) -> str:
-    """Content + tokenizer + template + what the config says of rows."""
+    """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
         CACHE_VERSION, fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
@@ -260,12 +262,12 @@ def _tokenize(
         data = _mismatched(data, config, part)
     if config.kind.rows == "masked":
         numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
-        data = data.add_column("row", list(numbers))  # what is masked depends on it, not on the rank
+        data = data.add_column("row", list(numbers))  # the mask depends on it, not on the rank
     return data, summary
 
 
 class _Numbered:
-    """Hands the encoder the numbers that the rows have in their file."""
+    """A wrapper that passes each row to the encoder with its number in the split."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -276,7 +278,7 @@ class _Numbered:
 
 
 def _features(encoder: Encoder) -> Features:
-    """Token ids in 32 bits: half of what Python's numbers become by themselves."""
+    """Return the types of the columns. Token ids have 32 bits; `datasets` gives Python's integers 64."""
     from datasets import Features, List, Value
 
     counts = {"length": "int32", "supervised": "int32", "truncated": "bool", "dropped": "string"}
@@ -288,7 +290,7 @@ def _features(encoder: Encoder) -> Features:
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """A bar, where a person watches."""
+    """Show a progress bar on rank 0 while the block runs, if a person watches the terminal."""
     import datasets
 
     if rank() != 0 or not live_terminal():
@@ -302,7 +304,7 @@ def _progress() -> Iterator[None]:
 
 
 def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
-    """The summary of a split, and the numbers of the rows that are kept."""
+    """Return the summary of a split, and the indices of the samples that are kept."""
     import numpy as np
 
     counts = data.select_columns(list(COUNTS)).with_format("numpy")[:]
@@ -324,10 +326,11 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
 
 
 def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
-    """Gives each row of kto the completion of the row before it, for the paper's estimate of the divergence.
+    """Add to each sample of kto the completion of the sample before it.
 
-    TRL pairs within a micro-batch, so the loss would depend on batch size and number of ranks; over the
-    whole split it does not. TRL takes the rows in this order at each epoch: they are shuffled here, once.
+    The paper estimates the KL divergence from such mismatched pairs (arXiv 2402.01306). TRL builds the pairs
+    inside groups of batch_size samples, so they would change with the batch size. Here they are built over
+    the full split. TRL reads the samples in this order in each epoch, so they are shuffled here, once.
     """
     import numpy as np
     from datasets import concatenate_datasets
@@ -335,7 +338,7 @@ def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
     if part == "train":
         check_label_balance(data["label"][:])
         data = data.shuffle(seed=config.data_seed).flatten_indices()
-    # Neighbours of evaluation may be two answers to one prompt, so it pairs in an order of its own.
+    # An evaluation is not shuffled: neighbours may answer the same prompt, so it pairs in a random order.
     order = np.arange(len(data))
     if part != "train":
         order = np.random.default_rng(config.data_seed).permutation(order)

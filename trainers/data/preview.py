@@ -1,4 +1,4 @@
-"""One row as the model sees it, for a person to check: what it is trained on, and what is masked."""
+"""Show one sample as the model sees it, so that a person can check what is trained on and what is masked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
-LONGEST = 1000  # characters that are shown of a text
+LONGEST = 1000  # characters of a text that are shown
 
 
 def show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, terminal: bool) -> str:
-    """The first row, decoded: masked parts dimmed on a terminal, in ⟦ ⟧ elsewhere."""
+    """Return the decoded sample. Masked parts are dimmed on a terminal, and in ⟦ ⟧ elsewhere."""
     lines = []
     for name, ids, trained in _texts(row):
         shown = ""
@@ -34,12 +34,12 @@ def show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, termin
 
 
 def first_tokens(row: dict[str, Any]) -> list[int]:
-    """The ids of a row's first text."""
+    """Return the ids of a sample's first text."""
     return next(iter(_texts(row)))[1]
 
 
 def _texts(row: dict[str, Any]) -> Iterator[tuple[str, list[int], list[bool]]]:
-    """Name, ids, and which of them the loss sees, of each text of a row."""
+    """Yield the name, the ids, and which ids the loss sees, for each text of a sample."""
     if "input_ids" in row:
         document: list[int] = list(row["input_ids"])
         yield "example", document, [label != IGNORED for label in row.get("labels", document)]

@@ -1,4 +1,4 @@
-"""Reads the columns of a row: text, turns, a prompt, a label."""
+"""Read the columns of a row: text, turns, a prompt, a label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainers.data.samples import Dropped, RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Words that a CSV file may hold for true and false.
+# The spellings of true and false that a label may have.
 _TRUTH = {
     "true": True,
     "1": True,
@@ -30,7 +30,7 @@ _TRUTH = {
 
 @dataclass
 class RowReader:
-    """What the encoders share: which columns to read, and how."""
+    """The base of the encoders: which columns to read, and how."""
 
     columns: Columns
     config: TrainConfig
@@ -38,11 +38,11 @@ class RowReader:
 
     @property
     def empty(self) -> dict[str, Any]:
-        """The columns of a sample that was dropped."""
+        """The columns of a dropped row, without values."""
         return {name: False if name == "label" else [] for name in self.config.kind.columns}
 
     def prompt(self, row: dict[str, Any]) -> str | Turns | None:
-        """What comes before the answer: text, turns, or None where the row has no prompt."""
+        """Return what comes before the answer: text, turns, or None if the row has no prompt."""
         if self.config.prompt_format is not None:
             parsed = Formatter().parse(self.config.prompt_format)
             return "".join(
@@ -56,7 +56,7 @@ class RowReader:
         return self.turns(row[self.columns.prompt]) or self.string(row, self.columns.prompt, "empty prompt")
 
     def instruction(self, row: dict[str, Any]) -> str:
-        """instruction and input as one prompt: a chat turn, or Alpaca's headings without a template."""
+        """Return instruction and input as one prompt: for a template, or else with Alpaca's headings."""
         asked, given = self.string(row, "instruction", "empty prompt"), row.get("input") or ""
         if self.config.chat_template == "alpaca":
             return f"{asked}\n\n### Input:\n{given}" if given else asked
@@ -66,20 +66,27 @@ class RowReader:
         return f"### Instruction:\n{asked}\n\n{part}### Response:\n"
 
     def asked(self, prompt: str | Turns | None) -> Turns:
+        """Return the prompt as turns."""
         return prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
 
     def turns(self, value: Any) -> Turns | None:
         return chat.parse_messages(value)
 
     def need_template(self) -> None:
+        """Raise RowError if the config has no chat template."""
         if self.config.chat_template is None:
             raise RowError(
-                "chat_template: the row holds messages, which need a template. Set chat_template: tokenizer, "
+                "chat_template: the row has messages, which need a template. Set chat_template: tokenizer, "
                 "chatml or zephyr."
             )
 
     def string(self, row: dict[str, Any], column: str, empty: str) -> str:
-        """The text of a column; nothing but white space is `empty`, a reason to drop the row."""
+        """Return the text of a column.
+
+        Raises:
+            Dropped: the column is empty or has only white space. `empty` is the reason.
+            RowError: the column does not have text.
+        """
         value = row[column]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise Dropped(empty)
@@ -92,6 +99,6 @@ class RowReader:
         value = _TRUTH.get(str(row[self.columns.label]).strip().lower())
         if value is None:
             raise RowError(
-                f"column '{self.columns.label}' must say true or false, not {row[self.columns.label]!r}."
+                f"column '{self.columns.label}' must be true or false, not {row[self.columns.label]!r}."
             )
         return value

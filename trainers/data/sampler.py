@@ -1,8 +1,8 @@
-"""Which pieces a rank sees in which micro-batch: the same steps for any number of ranks, in even shares.
+"""Plan which pieces are in which step and in which micro-batch of a rank, with even work for all ranks.
 
-A step is `ranks x accumulation x packs_per_batch` packs in a seeded order, so that it holds the same
-documents on one rank as on eight. Inside a step the packs are dealt so that the ranks, which wait for each
-other, have micro-batches of about the same cost.
+A step is `ranks x accumulation x packs_per_batch` packs in a seeded order. So it has the same pieces on one
+rank as on eight, if this product is the same. The ranks wait for each other, so the packs of a step are
+distributed such that micro-batches that run at the same time have about the same cost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Steps:
-    """How much a step holds."""
+    """The size of a step."""
 
     ranks: int
     accumulation: int = 1
@@ -38,28 +38,30 @@ class Steps:
 
 
 def piece_costs(lengths: Ints, hidden_size: int) -> NDArray[np.float64]:
-    """Work of a piece in tokens: what every token costs, and what attention adds to it.
+    """Return the work of each piece in tokens: its length, plus what attention adds.
 
-    A layer of a decoder has about 12 h^2 weights, and each token attends to half of its document: 2 x 12 h^2
-    l against 2 l^2 h floating point operations (Kaplan et al., arXiv 2001.08361, table 1).
+    A decoder layer has about 12 h^2 weights, and a token attends to half of its piece on average. So it
+    computes 2 x 12 h^2 l floating point operations, and 2 l^2 h for attention (Kaplan et al., arXiv
+    2001.08361, table 1).
     """
     return lengths * (1 + lengths / (12 * hidden_size))
 
 
 class Batches(TrainerCallback):
-    """A batch sampler: yields the micro-batches of all ranks, those of one moment side by side.
+    """A batch sampler, which yields the micro-batches of all ranks; those that run together are neighbours.
 
-    accelerate gives every `ranks`-th of them to a rank. A micro-batch that has nothing to do (the last step
-    of an epoch may have fewer pieces than there are ranks) is an empty list. As a callback it learns the
-    epoch; accelerate's set_epoch does not reach a sampler after a resume.
+    accelerate gives every `ranks`-th of them to a rank. The last step of an epoch may have fewer pieces than
+    there are ranks: a micro-batch without work is an empty list. The sampler is also a callback, which tells
+    it the epoch, because accelerate's set_epoch does not reach a sampler after a resume.
 
     Args:
-        pieces: what is batched.
-        offsets: packs that are given, as of packing.wrap_rows; None: packs of at most `capacity` tokens are
-            planned anew in each epoch.
-        capacity: tokens of a pack; None: each piece is a pack.
-        costs: work of each piece.
-        seed: of the order; None: the order of the file (evaluation).
+        pieces: the pieces of the split.
+        costs: the work of each piece.
+        steps: the size of a step.
+        offsets: the packs, as packing.wrap_rows returns them. None: packs of at most `capacity` tokens are
+            planned again in each epoch.
+        capacity: the tokens of a pack. None: each piece is a pack.
+        seed: the seed of the order. None: the order of the file (evaluation).
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Batches(TrainerCallback):
             yield from self._deal([packs[turn] for turn in turns[begin : begin + self.steps.packs]])
 
     def _packs(self) -> tuple[Ints, Ints]:
-        """The packs of this epoch: the pieces in their order, and where each pack begins."""
+        """Return the packs of this epoch: the pieces in their order, and where each pack begins."""
         lengths = self.pieces.lengths
         if self.offsets is not None:
             return np.arange(len(lengths)), self.offsets
@@ -105,11 +107,14 @@ class Batches(TrainerCallback):
         return plan_packs(lengths, self.capacity, seed)
 
     def _deal(self, packs: list[Ints]) -> Iterator[list[int]]:
-        """The micro-batches of a step: costly packs first, each to the micro-batch with the least work."""
+        """Yield the micro-batches of a step.
+
+        The costliest packs are distributed first, each to the micro-batch with the least work.
+        """
         ranks = self.steps.ranks
         moments = -(-len(packs) // (ranks * self.steps.packs_per_batch))
         room = self.steps.packs_per_batch
-        if len(packs) < moments * ranks:  # too few for all: their documents are dealt one by one
+        if len(packs) < moments * ranks:  # too few: distribute their pieces one by one
             packs = [np.atleast_1d(piece) for pack in packs for piece in pack]
             room = -(-len(packs) // (moments * ranks))
         costs = [float(self.costs[pack].sum()) for pack in packs]
@@ -122,13 +127,13 @@ class Batches(TrainerCallback):
             work[number] += costs[index]
             if len(batches[number]) < room:
                 heapq.heappush(heap, (work[number], number))
-        # Batches of a like cost run at the same moment.
+        # Micro-batches of similar cost run at the same time.
         for number in sorted(range(len(batches)), key=lambda n: -work[n]):
             yield np.concatenate(batches[number]).tolist() if batches[number] else []
 
 
 def row_lengths(dataset: Dataset) -> Ints:
-    """Tokens that a row asks the model to see: those of a prompt count once for each of its answers."""
+    """Return the tokens that the model sees of each sample. A prompt counts once for each of its answers."""
     import pyarrow.compute as pc
 
     if dataset._indices is not None:
@@ -142,22 +147,22 @@ def row_lengths(dataset: Dataset) -> Ints:
 
 
 def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Ints, training: bool) -> Batches:
-    """The batches of a split, as the config says."""
+    """Return the micro-batches of a split, as the config asks for them."""
     budget = config.token_budget
-    rows = config.batch_size if training else config.per_device_eval_batch_size or config.batch_size
+    packs = config.batch_size if training else config.per_device_eval_batch_size or config.batch_size
     pieces, offsets, capacity = whole_rows(lengths), None, _capacity(config)
     if not training and not config.evaluates_packed:
         capacity = None
     elif config.packed == "wrapped":
-        rows = rows if budget is None else budget // config.sequence_length
+        packs = packs if budget is None else budget // config.sequence_length
     elif budget is not None:
-        rows = 1
-    if config.packed == "wrapped":  # padded too: what a block cuts is cut alike, so the loss is the same
+        packs = 1
+    if config.packed == "wrapped":  # a padded evaluation has the same pieces, so its loss is the same
         pieces, offsets = wrap_rows(lengths, config.sequence_length)
     return Batches(
         pieces,
         piece_costs(pieces.lengths, hidden_size),
-        Steps(ranks, config.gradient_accumulation if training else 1, rows),
+        Steps(ranks, config.gradient_accumulation if training else 1, packs),
         offsets=offsets if capacity is not None else None,
         capacity=capacity,
         seed=config.data_seed if training else None,
@@ -165,10 +170,10 @@ def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Int
 
 
 def count_packs(config: TrainConfig, dataset: Dataset) -> int:
-    """How many packs an epoch has; where nothing is packed, the rows.
+    """Return how many packs an epoch has, or how many samples if nothing is packed.
 
     Raises:
-        ConfigError: a row does not fit in tokens_per_batch.
+        ConfigError: a sample does not fit in tokens_per_batch.
     """
     capacity, lengths = _capacity(config), row_lengths(dataset)
     if capacity is None or not len(lengths):
@@ -178,14 +183,14 @@ def count_packs(config: TrainConfig, dataset: Dataset) -> int:
     if lengths.max() > capacity:
         pair = "" if config.kind.rows == "text" else " (both answers, each with its prompt)"
         raise ConfigError(
-            f"tokens_per_batch: {capacity} tokens do not hold the longest row, which has "
-            f"{lengths.max()}{pair}. Raise it, or lower block_size."
+            f"tokens_per_batch: {capacity} is too small for the longest sample, which has {lengths.max()} "
+            f"tokens{pair}. Raise tokens_per_batch, or lower block_size."
         )
     return len(plan_packs(lengths, capacity)[1]) - 1
 
 
 def _capacity(config: TrainConfig) -> int | None:
-    """Tokens of a pack; None where a row is a pack."""
+    """Return the tokens of a pack, or None if each sample is a pack."""
     if config.packed == "wrapped":
         return config.sequence_length
     if config.kind.rows == "text" and config.packed == "bfd":

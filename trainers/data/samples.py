@@ -1,4 +1,4 @@
-"""What a row of the user's file becomes, and the ways in which it may not become anything."""
+"""What a row of the user's file becomes: a sample, a dropped row, or an error."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from trainers.config.errors import ConfigError
 
-COUNTS = ("length", "supervised", "truncated", "dropped")  # columns beside the tokens, for the summary
+COUNTS = ("length", "supervised", "truncated", "dropped")  # columns next to the tokens, for the summary
 
 
 class Dropped(Exception):
-    """A row that teaches nothing; its text is the reason that is counted."""
+    """A row from which the model cannot learn. The text is the reason, under which it is counted."""
 
 
 @dataclass
 class Sample:
-    """What one row becomes: the trainer's columns, and what the summary counts."""
+    """An encoded row: the columns of the trainer, and what the summary counts."""
 
     tokens: dict[str, Any]
-    length: int  # tokens of the whole row, before it was cut
+    length: int  # in tokens, before it was cut
     supervised: int  # tokens that the loss sees
     truncated: bool = False
     dropped: str = ""
 
 
 class RowError(ConfigError):
-    """A row that cannot be used, and that the user should look at; the caller adds where it lies."""
+    """A malformed row, which the user must fix. The caller adds the file and the number of the row."""

@@ -1,4 +1,4 @@
-"""The chat templates that `chat_template` names, and the tokens that they bring."""
+"""The chat templates that `chat_template` can name, and the tokens that they add."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHI3 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Stanford Alpaca's prompt; a system turn takes the place of its preamble.
+# Stanford Alpaca's prompt. A system turn replaces its preamble.
 ALPACA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n"
     "{% else %}Below is an instruction that describes a task. "
@@ -38,7 +38,7 @@ ALPACA = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
-# Template, tokens that must be one id each, and the token that ends a turn where it is not the model's EOS.
+# Template, tokens that must have one id each, and the token that ends a turn if it is not the model's EOS.
 TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "zephyr": (ZEPHYR, ("<|system|>", "<|user|>", "<|assistant|>"), None),
@@ -48,13 +48,13 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[str]:
-    """Gives the tokenizer the template that the config names; returns the tokens that the vocabulary gained.
+    """Set the template that the config names, and return the tokens that it added to the vocabulary.
 
     Raises:
-        ConfigError: `tokenizer` was asked for and the tokenizer has none.
+        ConfigError: the config asks for the template of a tokenizer that has none.
     """
     if name == "tokenizer" and not tokenizer.chat_template:
-        raise ConfigError("chat_template: this model's tokenizer has none. Use chatml or zephyr.")
+        raise ConfigError("chat_template: the tokenizer of this model has none. Use chatml or zephyr.")
     if name in TEMPLATES:
         tokenizer.chat_template, tokens, end = TEMPLATES[name]
         gained = _add_tokens(tokenizer, list(tokens))

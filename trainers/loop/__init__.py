@@ -1,1 +1,1 @@
-"""The life of a run in a rank, and TRL's trainers adapted to it."""
+"""The course of a run in a rank, and the Trainer classes that it uses."""

@@ -1,4 +1,4 @@
-"""The config in the words of transformers' TrainingArguments."""
+"""Translate the config into transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Arguments = TypeVar("Arguments")
 
 
 def logging_steps(config: TrainConfig, data: dict[Part, Prepared]) -> int:
-    """AutoTrain's rule for logging_steps -1.
+    """Return how many steps are between two logs.
 
-    A fifth of the evaluated (else trained) batches, from 1 to 25.
+    For logging_steps -1 this is AutoTrain's rule: a fifth of the number of micro-batches in the validation
+    data (or else in the training data), from 1 to 25.
     """
     if config.logging_steps > 0:
         return config.logging_steps
@@ -28,7 +29,11 @@ def logging_steps(config: TrainConfig, data: dict[Part, Prepared]) -> int:
 
 
 def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments:
-    """Builds TrainingArguments; what they refuse (an optimiser that does not exist) is the user's to mend."""
+    """Build TrainingArguments.
+
+    Raises:
+        ConfigError: they reject a value, for example an optimiser that does not exist.
+    """
     try:
         arguments = schema(**values)
     except ValueError as error:
@@ -38,7 +43,7 @@ def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments
 
 
 def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:
-    """The config in the words of transformers' TrainingArguments."""
+    """Return the values of TrainingArguments for this config."""
     import torch
 
     # warmup_steps below 1 is a ratio (transformers 5); a ratio of 1.0 must not become one step.
@@ -46,7 +51,7 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
     return {
         "output_dir": str(folder),
         "seed": config.seed,
-        "data_seed": config.data_seed,  # unset, the order depends on the backend
+        "data_seed": config.data_seed,  # if unset, the order depends on the backend
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
@@ -75,9 +80,9 @@ def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": "eval_loss" if config.load_best_model_at_end else None,
         "greater_is_better": False if config.load_best_model_at_end else None,
-        "report_to": "none",  # trainers/output/trackers.py has them
+        "report_to": "none",  # trainers/output/trackers.py reports
         "dataloader_num_workers": config.dataloader_num_workers,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
-        "activation_checkpointing": config.activation_checkpointing != "none",  # how: checkpoint_layers
+        "activation_checkpointing": config.activation_checkpointing != "none",  # checkpoint_layers has more
     }

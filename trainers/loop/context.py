@@ -1,4 +1,4 @@
-"""What a trainer module builds its Trainer from."""
+"""The input from which a trainer module builds its Trainer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """What a trainer module builds its Trainer from."""
+    """All that a trainer module needs to build its Trainer."""
 
     config: TrainConfig
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     new_tokens: list[int]
-    data: dict[Part, Prepared]  # train, and valid and test where the config has them
+    data: dict[Part, Prepared]  # train, and valid and test if the config has them
     arguments: dict[str, Any]  # for TrainingArguments and its subclasses
 
     def rows(self, part: Part) -> Dataset | None:
-        """The prepared rows of a part, or None where the run has none."""
+        """Return the samples of a part, or None if the run does not use it."""
         return self.data[part].dataset if part in self.data else None
 
 

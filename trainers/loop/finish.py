@@ -1,4 +1,4 @@
-"""The end of a run: the final model, and what rank 0 does with it."""
+"""The end of a run: write the final model, and process it on rank 0."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 
 
 def save_final_model(trainer: Trainer, context: Context) -> None:
-    """The final model as an ordinary Hugging Face folder, gathered from the shards; and the tokenizer."""
+    """Write the final model, gathered from its shards, and the tokenizer as a Hugging Face folder."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if trainer.is_world_process_zero():
-        remove_model(
-            context.folder
-        )  # a merged model of an earlier start, beside which an adapter counts twice
+        # An earlier start may have left a merged model. Next to it, an adapter would count twice.
+        remove_model(context.folder)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(context.folder))
     if trainer.is_world_process_zero():
@@ -28,18 +27,21 @@ def save_final_model(trainer: Trainer, context: Context) -> None:
 
 
 def leave_group() -> None:
-    """All ranks are done with each other: what follows happens on rank 0 alone, with no collective open."""
+    """Leave the process group after all ranks are done.
+
+    What follows happens only on rank 0, and no collective is open.
+    """
     import torch.distributed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # else ZeRO-3 would split the model of a merge, and wait for the other ranks
+    unset_hf_deepspeed_config()  # or ZeRO-3 shards the model of a merge, and waits for other ranks
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def finish(context: Context, facts: dict[str, Any]) -> None:
-    """What rank 0 does with the saved files, alone."""
+    """Process the saved files on rank 0: check them, write the model card, merge, upload."""
     import torch
 
     from trainers.data.preview import first_tokens

@@ -1,4 +1,4 @@
-"""What a trainer of TRL is made of: model, rows, tokenizer, LoRA's settings, and a reference model."""
+"""The arguments of a trainer: model, samples, tokenizer, LoRA settings, and a reference model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Built = TypeVar("Built", bound=Any)
 
 
 def ingredients(context: Context) -> dict[str, Any]:
-    """What each of them takes. Call it after TrainingArguments exist: ZeRO-3 and FSDP shard while loading."""
+    """Return the arguments that all trainers take.
+
+    Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
+    """
     model = load_model(context.config, context.tokenizer)
     return {
         "config": context.config,
@@ -28,14 +31,14 @@ def ingredients(context: Context) -> dict[str, Any]:
 
 
 def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Context) -> Built:
-    """Builds the trainer with its policy and reference.
+    """Build a trainer with a policy and a reference.
 
-    With precompute_ref_log_probs the rows of the test are asked for too, before training changes the policy,
-    and the reference is let go.
+    With precompute_ref_log_probs, the reference also scores the test samples here, before training changes
+    the policy. Then its memory is freed.
     """
     config = context.config
     early = config.precompute_ref_log_probs
-    # Before training, the policy is its own reference; under FSDP it is not sharded yet, so TRL needs one.
+    # Before training, the policy is its own reference. Under FSDP it is not sharded yet: TRL needs another.
     needed = config.model_ref is not None or not early or fsdp.asked_for()
     parts = ingredients(context)
     if early:

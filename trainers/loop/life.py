@@ -1,6 +1,6 @@
-"""The shared life of a run: settings, data, seed, resume, train, evaluate, save, teardown.
+"""The course of a run in a rank: settings, data, seed, resume, train, evaluate, save, teardown.
 
-A trainer module gives `build`, which makes its Trainer from a Context; everything else is here.
+A trainer module provides `build`, which makes its Trainer from a Context. Everything else is here.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 
 def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> int:
-    """A trainer module's main: `accelerate launch -m trainers.sft config.yaml`. Returns the exit code."""
+    """Run a trainer module, such as `accelerate launch -m trainers.sft config.yaml`. Return the exit code."""
     parser = argparse.ArgumentParser(prog=f"trainers.{trainer_name}")
-    parser.add_argument("config", type=Path, help="config file (YAML, AutoTrain's form)")
+    parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     options = parser.parse_args(argv)
     return run_rank(lambda: _train(load_settings(options.config), trainer_name, build))
 
@@ -50,9 +50,10 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     config, folder = settings.train, Path(settings.train.project_name)
     if config.trainer != trainer_name:
         raise ConfigError(
-            f"task: the config asks for trainer '{config.trainer}', and trainers.{trainer_name} was started."
+            f"task: the config asks for trainer '{config.trainer}', but the module for '{trainer_name}' was "
+            "started. Change task, or start the other module."
         )
-    if log_folder() is None and rank() == 0:  # under the launcher it was claimed already
+    if log_folder() is None and rank() == 0:  # the launcher has claimed it already
         check_free(folder, config)  # before the folder is made
         hold(folder)
         claim(folder, config)
@@ -66,7 +67,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
 
     allow_deepspeed() if "ACCELERATE_USE_DEEPSPEED" in os.environ else weights_only()
 
-    set_seed(config.seed)  # before the model: rows that a vocabulary gains are drawn at random
+    set_seed(config.seed)  # before the model: embeddings of new tokens are random
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
     store = meet_on_loopback()
@@ -96,7 +97,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         save_final_model(trainer, context)
         leave_group()
         first = trainer.is_world_process_zero()
-        del trainer  # a merge needs its memory
+        del trainer  # a merge needs the memory
         if first:
             finish(context, facts)
     return 0
@@ -104,7 +105,10 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
 
 @contextmanager
 def _finished(tracker: Tracker | None) -> Iterator[None]:
-    """The tracker learns how the run ended; of a failure last, since its upload may take minutes."""
+    """Report the end of the run to the tracker.
+
+    After a failure this is the last action of the rank, because the upload may take minutes.
+    """
     if tracker is None:
         yield
         return
@@ -114,13 +118,13 @@ def _finished(tracker: Tracker | None) -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Rank 0 alone speaks for the libraries, and only of warnings; their progress bars stay off."""
+    """Let the libraries log only warnings, and only on rank 0, without progress bars."""
     import warnings
 
     import datasets
     import transformers
 
-    # Deprecations inside the libraries are addressed to their authors; a user can mend none of them.
+    # Deprecation warnings inside the libraries are for their authors. A user cannot fix them.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate)\b"
     )
@@ -132,7 +136,10 @@ def _quiet() -> None:
 
 
 def _resolve_deepspeed_pointer() -> None:
-    """A shipped accelerate config points to deepspeed_configs/ beside it, from whatever folder it is used."""
+    """Replace the relative path to deepspeed_configs/ in a shipped accelerate config by the full path.
+
+    So the accelerate config works from any folder.
+    """
     pointer = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if pointer and not Path(pointer).exists():
         shipped = SHIPPED / pointer
@@ -141,6 +148,7 @@ def _resolve_deepspeed_pointer() -> None:
 
 
 def _prepare(settings: Settings, folder: Path) -> Context:
+    """Load the tokenizer and the data, and print what the run uses."""
     from trainers.data.prepare import parts, prepare
     from trainers.data.preview import show_example
     from trainers.model.attention import choose_attention
@@ -155,7 +163,7 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     data = {part: prepare(config, tokenizer, part) for part in parts(config)}
     tell_prepared()
     if rank() == 0:
-        if log_folder() is None:  # else the launcher has said it
+        if log_folder() is None:  # otherwise the launcher has printed it
             for note in settings.notes:
                 say("note", note)
             if config.auto_find_batch_size:
@@ -169,7 +177,11 @@ def _prepare(settings: Settings, folder: Path) -> Context:
 
 
 def complete(trainer: Durable, context: Context) -> None:
-    """What a trainer that was built lacks before it may start."""
+    """Complete a trainer before it starts: the isolation probe, the output layer, float32 weights.
+
+    Raises:
+        RuntimeError: accelerate did not enable FSDP.
+    """
     from trainers.model.isolation_probe import ProbeIsolation
     from trainers.model.lora import adapt_output
 
@@ -178,17 +190,17 @@ def complete(trainer: Durable, context: Context) -> None:
         trainer.add_callback(ProbeIsolation(trainer))
     if trainer.is_fsdp_enabled != fsdp.asked_for():
         raise RuntimeError(
-            f"FSDP was asked for, and the ranks run {trainer.accelerator.distributed_type.value}: accelerate "
-            f"{version_of('accelerate')} did not take it. Install the tested versions: pip install -c "
+            f"FSDP was requested, but the ranks run {trainer.accelerator.distributed_type.value}: accelerate "
+            f"{version_of('accelerate')} did not enable it. Install the tested versions: pip install -c "
             "constraints.txt."
         )
     adapt_output(trainer.model)
-    if not trainer.is_deepspeed_enabled:  # it keeps a float32 copy of its own
+    if not trainer.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copy
         _master_weights(trainer.model)
 
 
 def _master_weights(model: Any) -> None:
-    """Weights that are trained are float32; TRL makes the adapters of a quantised model bfloat16."""
+    """Make the trained weights float32. TRL makes the adapters of a quantised model bfloat16."""
     import torch
 
     for parameter in model.parameters():
@@ -197,7 +209,7 @@ def _master_weights(model: Any) -> None:
 
 
 def _facts(trainer: Durable, context: Context) -> dict[str, Any]:
-    """What run.json says of this start beyond the config."""
+    """Return what run.json records about this start, in addition to the config."""
     accelerator = trainer.accelerator
     return {
         "trainer": type(trainer).__name__,
@@ -212,7 +224,7 @@ def _facts(trainer: Durable, context: Context) -> dict[str, Any]:
 
 
 def _of_all_ranks(settings: Settings, context: Context) -> dict[str, str]:
-    """What must be the same on every rank."""
+    """Return what must be the same on every rank."""
     from trainers.rank.agreement import digest
 
     data = {f"data ({part})": prepared.key for part, prepared in context.data.items()}
@@ -220,7 +232,7 @@ def _of_all_ranks(settings: Settings, context: Context) -> dict[str, str]:
 
 
 def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
-    """What a step holds: packs or rows, or at most so many tokens."""
+    """Return the size of a step: the packs (or samples), or the largest number of tokens."""
     micro_batches = ranks * config.gradient_accumulation
     if config.token_budget is not None:
         return {"global_batch_tokens": config.token_budget * micro_batches}
@@ -228,6 +240,7 @@ def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
 
 
 def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:
+    """Add the callbacks that report progress and act at the step boundary."""
     from transformers.trainer_callback import PrinterCallback
 
     from trainers.loop.step_boundary import StepBoundary

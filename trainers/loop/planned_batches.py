@@ -1,8 +1,9 @@
-"""What all trainers share over TRL's: batches that are planned, a loss that does not depend on how.
+"""Mixins for the trainers: planned micro-batches, and a loss that does not depend on the plan.
 
-Micro-batches differ in size when they are filled to a budget, and at the end of an epoch. TRL's preference
-trainers take the mean over each of them, so a pair in a small one would weigh more. Here a step is the mean
-over all its pairs (or tokens), and an evaluation the mean over all rows, on any number of ranks.
+Micro-batches differ in size when they are filled to a token budget, and at the end of an epoch. TRL's
+preference trainers take the mean over each micro-batch, so a pair in a small one would have more weight. Here
+the loss of a step is the mean over all its pairs (or tokens), and the loss of an evaluation is the mean over
+all its pairs (or tokens), on any number of ranks.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from trainers.data.packing import Ints
 from trainers.data.sampler import Batches, plan_batches, row_lengths
 from trainers.model.padding_free import padded
 
-ROWS = "rows"  # how many rows of a micro-batch count; the collator adds it, the model never sees it
+ROWS = "rows"  # the number of samples in a micro-batch; the collator adds it, the model never sees it
 
 
 @dataclass
 class CountRows:
-    """A collator that says how many rows there are; where there are none, a stand-in counts for nothing."""
+    """A collator that adds the number of samples.
+
+    An empty micro-batch gets a stand-in sample, which does not count in the loss.
+    """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     stand_in: dict[str, Any]
@@ -41,11 +45,11 @@ class CountRows:
 
 
 class Padding(Durable):
-    """A mixin, named before the trainer of TRL: evaluates padded, where that is asked for."""
+    """A mixin, named before the Trainer class: pads the micro-batches of an evaluation if the config asks."""
 
     @property
     def pads_evaluation(self) -> bool:
-        """Whether rows that are packed in training are padded in an evaluation."""
+        """Whether samples that are packed in training are padded in an evaluation."""
         return self.config.packed != "none" and not self.config.evaluates_packed
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
@@ -54,10 +58,10 @@ class Padding(Durable):
 
 
 class Balanced(Padding):
-    """A mixin, named before the trainer of TRL: planned batches, exact means."""
+    """A mixin, named before the Trainer class: planned micro-batches, exact means."""
 
     def plan_batches(self, lengths: Ints, training: bool) -> Batches:
-        """The micro-batches of rows of these lengths."""
+        """Return the micro-batches for samples of these lengths."""
         model: Any = self.model
         hidden = model.config.get_text_config().hidden_size
         return plan_batches(self.config, hidden, self.args.world_size, lengths, training)
@@ -101,9 +105,9 @@ class Balanced(Padding):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        rows = inputs.pop(ROWS, None)  # an evaluation has taken it out already
+        rows = inputs.pop(ROWS, None)  # prediction_step has removed it already
         arguments = (model, inputs, return_outputs, num_items_in_batch)
-        if rows is None or "labels" in inputs:  # a loss over tokens is divided by those of the whole step
+        if rows is None or "labels" in inputs:  # already divided by the tokens of the full step
             return super().compute_loss(*arguments)
         with self._uneven(rows):
             loss = super().compute_loss(*arguments)
@@ -115,7 +119,7 @@ class Balanced(Padding):
         weight = rows
         if labels is not None:
             weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != IGNORED).sum())
-        # What is gathered of a loss over tokens is a number a rank.
+        # With a loss over tokens, TRL gathers one number per rank.
         with self._uneven(rows) if labels is None else nullcontext():
             result: Any = super().prediction_step(model, inputs, *others, **named)
         self._evaluated[0] += float(result[0]) * weight if weight else 0.0
@@ -123,7 +127,7 @@ class Balanced(Padding):
         return result
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
-        self._evaluated = [0.0, 0.0]  # sum of losses, number of tokens or rows
+        self._evaluated = [0.0, 0.0]  # sum of losses, number of tokens or samples
         output = super().evaluation_loop(*arguments, **named)
         sums = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
         total, weight = self.accelerator.reduce(sums, "sum").tolist()
@@ -131,6 +135,7 @@ class Balanced(Padding):
         return output
 
     def _of_all_ranks(self, number: int) -> list[int]:
+        """Return the number of each rank."""
         if self.args.world_size == 1:
             return [number]
         numbers: torch.Tensor = self.accelerator.gather(torch.tensor([number], device=self.args.device))
@@ -138,7 +143,7 @@ class Balanced(Padding):
 
     @contextmanager
     def _uneven(self, rows: int) -> Iterator[None]:
-        """Lets TRL gather what is one number a row, though the ranks have different numbers of rows."""
+        """Let TRL gather one number per sample while the ranks have different numbers of samples."""
         counts = self._of_all_ranks(rows)
         if len(set(counts)) == 1:
             yield

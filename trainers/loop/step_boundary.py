@@ -1,7 +1,8 @@
 """The step boundary: what all ranks agree on between two optimiser steps.
 
-A few numbers a step (rank/agreement.py): has a rank been asked to stop, is it time to save, was something
-not finite, does a rank still write the last checkpoint. So all ranks do the same at the same step.
+The ranks exchange a few numbers per step (rank/agreement.py): whether a rank was asked to stop, whether it is
+time to save, whether a value was not finite, and whether a rank still writes the last checkpoint. So all
+ranks do the same at the same step.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import read_manifest
 
-LIMIT_MARGIN = 45.0  # seconds before it, beside what a step and a save take: to agree, to end, to be requeued
+LIMIT_MARGIN = 45.0  # seconds, in addition to a step and a save: to agree, to end, to be requeued
 
 
 class StepBoundary(TrainerCallback):
-    """Added last, so that it sees what transformers' own callback decided."""
+    """A callback for the step boundary. It must be the last one, to see what transformers' own decided."""
 
     def __init__(self, trainer: Durable, checkpoint: Path | None) -> None:
         self.trainer = trainer
@@ -42,8 +43,8 @@ class StepBoundary(TrainerCallback):
         self._stop_if_asked()
         if self.checkpoint is None or not read_manifest(self.checkpoint).position["evaluation_due"]:
             return
-        # The run was stopped within the evaluation of this step, or before it: made up for here, as it would
-        # have been, with the best model in view.
+        # The run was stopped during the evaluation of this step, or before it. Evaluate now, with the effect
+        # on the best model.
         control.should_evaluate = True
         trainer = self.trainer
         trainer._maybe_log_save_evaluate(
@@ -92,7 +93,10 @@ class StepBoundary(TrainerCallback):
         self.trainer.conclude()
 
     def _asked(self) -> int:
-        """The signal that asks this rank to stop; the job's end, if it is near, asks as its warning would."""
+        """Return the signal that asks this rank to stop, or 0.
+
+        If the end of the job is near, this is the signal that the scheduler sends as a warning.
+        """
         if stop.requested or rank() != 0 or self.ends_at is None:
             return stop.requested
         left = self.ends_at - time.time()
@@ -103,12 +107,12 @@ class StepBoundary(TrainerCallback):
         return signal.SIGUSR1
 
     def _minutes_passed(self) -> int:
-        """1 where it is time to save by save_minutes; rank 0's clock counts."""
+        """Return 1 if it is time to save by save_minutes, else 0. Only the clock of rank 0 counts."""
         minutes = self.trainer.config.save_minutes
         return int(minutes is not None and rank() == 0 and time.monotonic() - self.saved_at >= 60 * minutes)
 
     def _begin_to_stop(self, args: Any, state: TrainerState, control: TrainerControl) -> None:
-        """Saves at this step, evaluates no more, and stops; a resume evaluates what was due."""
+        """Save at this step and stop, without an evaluation. If one is due, a resume does it."""
         self._settle(state)
         self.stopping = True
         self.trainer.due_evaluation = control.should_evaluate or (
@@ -124,17 +128,18 @@ class StepBoundary(TrainerCallback):
             raise StopTraining
 
     def _settle(self, state: TrainerState) -> None:
-        """Before anything is saved, what a GPU still computes must be known to be finite."""
+        """Wait for the GPU, and check that its results are finite, before anything is saved."""
         if self.trainer.agreement.most(self.trainer.watch.settle())[0]:
             self._refuse(state)
 
     def _refuse(self, state: TrainerState) -> None:
+        """Write the batches that were not finite, and raise NotFinite on all ranks."""
         trainer = self.trainer
         path = trainer.watch.write(trainer.run_folder, trainer.processing_class)
         places = [str(place) for place in trainer.agreement.gathered(path) if place]
         raise NotFinite(
-            f"the loss or the gradient norm is NaN or infinite at step {trainer.watch.bad_step}; nothing of "
-            f"it was saved. The batches that did it: {', '.join(places)}."
+            f"the loss or the gradient norm is NaN or infinite at step {trainer.watch.bad_step}; the "
+            f"step was not saved. The batches that caused it: {', '.join(places)}."
         )
 
 

@@ -1,7 +1,12 @@
-"""The one place that reaches into TRL's trainers: they take tokenized rows, and losses that add up.
+"""The Trainer classes: those of TRL, and transformers' Trainer for mlm, on samples.
 
-TRL tokenizes in the constructor of a trainer: in each rank, with the process group open. Our rows are ready
-before (data/prepare.py), so that step is left out. If a release of TRL moves it, this file is what changes.
+TRL tokenizes in the constructor of a trainer: in each rank, while the process group is open. Our samples are
+ready before (data/prepare.py), so this step is skipped. sft skips it with skip_prepare_dataset, and TRL's
+RewardTrainer recognises samples by itself; dpo, kto and orpo skip it here. planned_batches.py weighs the
+losses of micro-batches; here are the forward of ORPO and the loss of mlm.
+
+Other modules depend on TRL's internals too: planned_batches.py, and cpu_head.py, lora.py and
+isolation_probe.py in model/.
 """
 
 from __future__ import annotations
@@ -20,15 +25,16 @@ from trainers.loop.planned_batches import Balanced, Padding
 from trainers.model.cpu_head import Head, equal_weights
 from trainers.rank.library_patches import replace_in
 
-# TRL's fused head scores the labelled positions alone where Triton is at hand, and all of them elsewhere, for
-# compilers that need fixed shapes. A CPU needs none: prompts and padding cost nothing there either.
+# TRL's fused head scores only the labelled positions where it uses Triton (on GPUs). Elsewhere it scores all
+# positions, for compilers that need fixed shapes. A CPU does not need them, so prompts and padding cost
+# nothing there either.
 replace_in(trl_utils, "_use_triton", lambda device: True)
-# What it scores them with takes more time for its plain torch than for its matrix products on a CPU.
+# On a CPU, TRL's function for the scores spends more time in plain torch than in its matrix products.
 replace_in(trl_utils, "_ChunkedLogProbFunction", Head)
 
 
 class TokenizedSFTTrainer(Balanced, SFTTrainer):
-    """SFTTrainer on rows of input_ids and labels."""
+    """SFTTrainer on samples with input_ids and labels."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with equal_weights():
@@ -36,49 +42,50 @@ class TokenizedSFTTrainer(Balanced, SFTTrainer):
 
 
 class TokenizedRewardTrainer(Balanced, RewardTrainer):
-    """RewardTrainer on rows of chosen_ids and rejected_ids."""
+    """RewardTrainer on samples with chosen_ids and rejected_ids, which TRL does not tokenize again."""
 
 
 class TokenizedDPOTrainer(Balanced, DPOTrainer):
-    """DPOTrainer on rows of prompt_ids, chosen_ids and rejected_ids."""
+    """DPOTrainer on samples with prompt_ids, chosen_ids and rejected_ids."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
 class TokenizedKTOTrainer(Padding, KTOTrainer):
-    """KTOTrainer on rows of prompt_ids, completion_ids, KL_completion_ids and label."""
+    """KTOTrainer on samples with prompt_ids, completion_ids, KL_completion_ids and label."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
 class TokenizedORPOTrainer(Balanced, ORPOTrainer):
-    """ORPOTrainer on rows of prompt_ids, chosen_ids and rejected_ids.
+    """ORPOTrainer on samples with prompt_ids, chosen_ids and rejected_ids.
 
     Its likelihood term is the mean over pairs of each pair's mean over tokens (arXiv 2403.07691, eq. 2 and
-    6), where TRL takes one mean over all tokens of a micro-batch: that would change with the batch size and
-    the number of ranks. It is the likelihood of the answer, or with train_on: all of the prompt too, as TRL.
+    6). TRL takes one mean over all tokens of a micro-batch instead, which would change with the batch size
+    and the number of ranks. The term is the likelihood of the answer. With train_on: all, it includes the
+    prompt, as in TRL.
     """
 
     def __init__(self, *args: Any, train_on_prompt: bool, **kwargs: Any) -> None:
         self.train_on_prompt = train_on_prompt
         self.tokens_seen = 0
-        # The constructor maps over its rows three times in each rank; one row is enough for it.
+        # The constructor maps over each dataset three times in each rank, so it gets only one sample.
         datasets = {name: kwargs[name] for name in ("train_dataset", "eval_dataset")}
         kwargs |= {name: rows and rows.select([0]) for name, rows in datasets.items()}
         super().__init__(*args, **kwargs)
         self.train_dataset, self.eval_dataset = datasets["train_dataset"], datasets["eval_dataset"]
         collate, self.data_collator = self.data_collator, lambda rows: collate([_labelled(r) for r in rows])
         model: Any = self.model
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        trl_utils.add_fused_lm_head(whole, outputs=("log_probs", "mean_logits"))
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trl_utils.add_fused_lm_head(inner, outputs=("log_probs", "mean_logits"))
 
     def tokenize_row(self, feature: Any, model: Any = None) -> Any:
         return _labelled(feature)
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
-        """Mean log-probabilities of the answers, logits for the log, and the likelihood."""
+        """Return the mean log-probabilities of the answers, the logits for the log, and the likelihood."""
         both = self.concatenated_inputs(
             batch, padding_value=self.padding_value, device=self.accelerator.device
         )
@@ -108,7 +115,7 @@ class TokenizedORPOTrainer(Balanced, ORPOTrainer):
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:
-    """A tokenized pair in the names of TRL's collator; the loss sees the answers."""
+    """Return a pair under the names that TRL's collator takes. The loss sees the answers."""
     out: dict[str, list[int]] = {}
     prompt = row["prompt_ids"]
     for side in ("chosen", "rejected"):
@@ -120,10 +127,12 @@ def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def masked_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Cross-entropy summed over the masked tokens, divided by those of the whole step.
+    """Return the cross-entropy summed over the masked tokens, divided by their number in the full step.
 
-    The models of transformers take the mean over a micro-batch, which is wrong under accumulation
-    (transformers#35203). logits: (batch, length, vocabulary); labels: (batch, length), -100 where not masked.
+    Without num_items_in_batch, the number is that of this micro-batch. The models of transformers take the
+    mean over a micro-batch, which is wrong with gradient accumulation (transformers#35203).
+
+    logits: (batch, length, vocabulary); labels: (batch, length), -100 where not masked.
     """
     logits = outputs["logits"].float()
     total = torch.nn.functional.cross_entropy(
@@ -134,9 +143,9 @@ def masked_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: An
 
 
 class _OwnMean(Trainer):
-    """Trainer that divides by its own tokens in evaluation.
+    """A Trainer that divides the loss of an evaluation by the masked tokens of the rank's own micro-batch.
 
-    With a loss function of one's own, transformers divides by those of all ranks there too.
+    With a custom loss function, transformers divides by the tokens of all ranks in an evaluation too.
     """
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
@@ -148,4 +157,4 @@ class _OwnMean(Trainer):
 
 
 class MaskedTrainer(Balanced, _OwnMean):
-    """Trainer on rows of input_ids, masked when a batch is made."""
+    """Trainer on samples with input_ids, which the collator masks."""

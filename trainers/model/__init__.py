@@ -1,1 +1,1 @@
-"""The model: loading, LoRA, attention, sharding, checkpointed activations, and proofs about it."""
+"""The model: loading, LoRA, attention, sharding, activation checkpointing, and the isolation probe."""

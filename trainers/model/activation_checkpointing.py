@@ -1,12 +1,12 @@
-"""Activation checkpointing: what of a layer's forward is kept for its backward, and where.
+"""Activation checkpointing: what a layer's forward keeps for its backward, and where.
 
-    none        every activation
-    full        the layer's input: the layer runs again in the backward
-    selective   its input and what attention came to: all but attention runs again
-    offload     as full, and the inputs wait in host memory
+    none        all activations
+    full        only the input of the layer: the layer runs again in the backward
+    selective   the input and the output of attention: everything but attention runs again
+    offload     as full, but the inputs are kept in host memory
 
-The model itself knows the way, whoever switches checkpointing on: transformers does before training, and TRL
-after each question to the reference model.
+The options are attached to the model, because several callers switch checkpointing on: transformers before
+training, and TRL each time after it used the reference model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.checkpoint import CheckpointPolicy
     from transformers import PreTrainedModel
 
-# Attention as the dispatcher names it: torch's sdpa on each device, its varlen_attn and its flex_attention.
+# The dispatcher's names of attention: torch's sdpa on each device, its varlen_attn and its flex_attention.
 ATTENTION = frozenset({
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
@@ -33,14 +33,14 @@ ATTENTION = frozenset({
     "torch_attn::_varlen_attn",
     "flex_attention",
 })  # fmt: skip
-PACKAGE = "flash_attn"  # in the names of flash-attn 2 and 3, and of the hub's builds: _flash_attn2_1f3a::fwd
+PACKAGE = "flash_attn"  # part of the names in flash-attn 2 and 3, and in hub builds: _flash_attn2_1f3a::fwd
 
 
 def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Tells a model that is going to be trained how to be. Call it after TrainingArguments exist.
+    """Set how a model checkpoints its activations in training. Call it after TrainingArguments exist.
 
     Raises:
-        ConfigError: the model cannot do it.
+        ConfigError: the model does not support what the config asks for.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -48,9 +48,9 @@ def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
     if mode == "none":
         return
     _check_support(model, mode)
-    way: dict[str, Any] = {"use_reentrant": reentrancy(is_deepspeed_zero3_enabled(), config.peft)[0]}
+    options: dict[str, Any] = {"use_reentrant": reentrancy(is_deepspeed_zero3_enabled(), config.peft)[0]}
     if mode == "selective":
-        way["context_fn"] = selective_contexts
+        options["context_fn"] = selective_contexts
 
     def enable(
         self: PreTrainedModel,
@@ -58,29 +58,31 @@ def checkpoint_layers(model: PreTrainedModel, config: TrainConfig) -> None:
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        # Not among the TrainingArguments: they must be JSON, and TRL hands their kwargs to torch as they are.
-        given = {**(activation_checkpointing_kwargs or {}), **way}
+        # Not in TrainingArguments: those must be JSON, and TRL passes their kwargs to torch unchanged.
+        given = {**(activation_checkpointing_kwargs or {}), **options}
         type(self).activation_checkpointing_enable(self, given, every_n_layers, offload or mode == "offload")
 
-    model.activation_checkpointing_enable = MethodType(enable, model)  # type: ignore[method-assign]  # this model's only
+    model.activation_checkpointing_enable = MethodType(enable, model)  # type: ignore[method-assign]  # only of this model
 
 
 def _check_support(model: PreTrainedModel, mode: str) -> None:
-    """Code beside a model may know no checkpointing, or that of transformers before 4.35, which takes no way.
+    """Check that the model supports this mode.
+
+    Remote code may not support checkpointing, or only as transformers before 4.35 did, without options.
 
     Raises:
-        ConfigError: it cannot do what was asked for.
+        ConfigError: the model does not support it.
     """
     name = type(model).__name__
     if not model.supports_gradient_checkpointing:
         raise ConfigError(f"activation_checkpointing: {name} does not support it. Use none.")
     old = "value" in inspect.signature(model._set_gradient_checkpointing).parameters
     if old and mode != "full":
-        raise ConfigError(f"activation_checkpointing: {name} knows full and none alone. Use one of them.")
+        raise ConfigError(f"activation_checkpointing: {name} supports only full and none. Use one of them.")
 
 
 def selective_contexts() -> Any:
-    """The two contexts of torch's checkpoint: one for the forward, one for what runs again."""
+    """Return the two contexts for torch's checkpoint: one for the forward, one for the recomputation."""
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     return create_selective_checkpoint_contexts(_keep_attention)

@@ -1,13 +1,14 @@
-"""Which attention a run uses: one decision, with its reason.
+"""Choose the attention of a run, and give the reason.
 
     flash_attention_2   the flash-attn package (CUDA, fp16 or bf16)
     varlen              torch's own varlen_attn: FlashAttention-2 inside torch, nothing to build (CUDA)
     flex_attention      torch's compiled attention with a block mask (CUDA)
-    documents           causal sdpa, one document after the other: never a mask of tokens x tokens
+    documents           causal sdpa, one document after the other, without a mask of tokens x tokens
     sdpa, eager         transformers' own, with a dense mask where documents are packed
 
-All of them keep packed documents apart; what differs is time and memory. `varlen` and `documents` are
-registered with transformers, so that any model that asks for its attention there can use them.
+A document is a piece of a pack, or a sequence of a padded batch. All of these keep documents apart; they
+differ in time and memory. `varlen` and `documents` are registered with transformers, so that any model that
+looks up its attention there can use them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ OWN = {"varlen": VARLEN, "documents": DOCUMENTS}
 
 
 def choose_attention(config: TrainConfig, model: PreTrainedConfig) -> tuple[str, str]:
-    """Return the attention of a run (a name of the list above), and why it was chosen.
+    """Return the attention of a run (a name from the list above), and why it was chosen.
 
     Raises:
-        ConfigError: the one that was asked for cannot be used: why, and which would be used in its place.
+        ConfigError: the attention in the config cannot be used. The message has the reason and the one that
+            would be used instead.
     """
     text = model.get_text_config()
 
@@ -45,7 +47,7 @@ def choose_attention(config: TrainConfig, model: PreTrainedConfig) -> tuple[str,
 
 
 def implementation(name: str) -> str:
-    """What transformers calls it; ours are registered on the way."""
+    """Return the name of an attention in transformers. Registers those of this project first."""
     if name not in OWN:
         return name
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -60,7 +62,7 @@ def implementation(name: str) -> str:
 
 
 def _mask(attention_mask: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor | None:
-    """No mask where there is no padding: documents and windows are kept by the attention itself."""
+    """Return a mask only if there is padding: the attention itself handles documents and windows."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None or bool(attention_mask.all()):
@@ -82,7 +84,7 @@ def _varlen(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's varlen_attn over a flat batch; documents_attention, whose shapes it has, takes the others."""
+    """Run torch's varlen_attn on a flat batch, and documents_attention, with the same shapes, on others."""
     from torch.nn.attention.varlen import varlen_attn
 
     from trainers.model.document_attention import documents_attention, refuse

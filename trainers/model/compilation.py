@@ -1,4 +1,4 @@
-"""torch.compile of the repeated layers: each kind of layer is compiled once, and the rest stays as it is."""
+"""Run torch.compile on the repeated layers. Each kind of layer is compiled once; the rest is not compiled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ if TYPE_CHECKING:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the layers when they are first called; the layers share what was compiled for one.
+    """Compile the layers at their first call. Layers of one kind share the compiled code.
 
-    In place, as accelerate does it for FSDP2 and DeepSpeed: accelerate's other way makes a new model, whose
-    weights have other names, and compiles the embedding and the output too.
+    The layers are compiled in place, as accelerate does for FSDP2 and DeepSpeed. accelerate's other method
+    makes a new model, whose weights have other names, and compiles the embedding and the output too.
 
     Raises:
-        ConfigError: the layers of the model cannot be told apart from the rest.
+        ConfigError: the model has no layers that can be recognised.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError(f"torch_compile: no layers were found in {type(model).__name__}. Use false.")
+        raise ConfigError(
+            f"torch_compile: no layers were found in {type(model).__name__}. Set torch_compile: false."
+        )
     for layer in layers:
         layer.compile()

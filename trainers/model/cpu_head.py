@@ -1,11 +1,13 @@
-"""The output layer and the log-probabilities of the labelled tokens in one, on CPU ranks.
+"""Compute the output layer and the log-probabilities of the labelled tokens together, on CPU ranks.
 
-TRL's fused head has Triton kernels for GPUs; on a CPU it goes over the logits some twenty times in plain
-torch, which took more time than all its matrix products. Here a block of logits is read five times. Where all
-tokens weigh the same (the likelihood of sft) its gradient is taken while it is there, not in a second
-round: three matrix products instead of four. The logits of a batch are never whole in either.
+TRL's fused head has Triton kernels for GPUs. On a CPU it reads the logits about twenty times in plain torch,
+which took more time than all its matrix products. Here a block of logits is read five times. If all tokens
+have the same weight (the likelihood of sft), the gradient of a block is computed while its logits are in
+memory, not in a second pass: three matrix products instead of four. Neither of the two ever stores the logits
+of a full micro-batch.
 
-The gradient in the forward is that of Liger's fused linear cross-entropy (arXiv 2410.10989, section 3.2).
+Computing the gradient in the forward follows Liger's fused linear cross-entropy (arXiv 2410.10989,
+section 3.2).
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ import torch
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-LOGITS = 2**24  # of a block: 64 MiB in float32, two of them at a time
+LOGITS = 2**24  # in a block: 64 MiB in float32; two blocks are in memory at a time
 
 _equal_weights = False
 
 
 @contextmanager
 def equal_weights() -> Iterator[None]:
-    """Says that the loss is a multiple of the sum of the log-probabilities that are computed in here.
+    """Declare that the loss is a multiple of the sum of the log-probabilities computed in the context.
 
-    A hint alone: a loss that weighs them otherwise gets its right gradient too, for more work.
+    This is only a hint. A loss that weighs them differently also gets the right gradient, with more work.
     """
     global _equal_weights
     before, _equal_weights = _equal_weights, True
@@ -38,7 +40,7 @@ def equal_weights() -> Iterator[None]:
 
 
 class Head:
-    """Takes the place of TRL's ChunkedLogProbFunction: the same arguments and results."""
+    """A replacement for TRL's ChunkedLogProbFunction, with the same arguments and results."""
 
     @staticmethod
     def apply(
@@ -52,11 +54,12 @@ class Head:
         scale: float,
         outputs: tuple[str, ...],
     ) -> Any:
-        """hidden: (tokens, width); weight: (vocabulary, width); bias: (vocabulary,); targets: (tokens,).
+        """Return log p(target), entropy, log of the sum of p squared, mean logit, and is_top1.
 
-        Returns log p(target), entropy, log of the sum of p squared, mean logit, and whether the target is the
-        likeliest: (tokens,) each, None where it is not in `outputs`. The first alone has a gradient on a CPU,
-        where the size of a block is LOGITS, not chunk_size.
+        hidden: (tokens, width); weight: (vocabulary, width); bias: (vocabulary,); targets: (tokens,).
+        is_top1: whether the target is the most likely token. Each result is (tokens,), or None if it is not
+        in `outputs` (log p is always computed). On a CPU only log p has a gradient, and the size of a block
+        is LOGITS, not chunk_size.
         """
         if hidden.device.type != "cpu":
             return ChunkedLogProbFunction.apply(
@@ -69,7 +72,10 @@ class Head:
 
 
 class _Shape:
-    """What a model does to its logits x: cap * tanh(scale * x / cap) / temperature, with a cap."""
+    """How a model changes its logits x: scale * x / temperature.
+
+    With a cap: cap * tanh(scale * x / cap) / temperature.
+    """
 
     def __init__(self, scale: float, cap: float | None, temperature: float) -> None:
         self.scale, self.cap, self.temperature = scale, cap, temperature
@@ -81,7 +87,7 @@ class _Shape:
         return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap / self.temperature)
 
     def backward_(self, gradient: torch.Tensor, shaped: torch.Tensor) -> torch.Tensor:
-        """From the gradient of the shaped logits to that of the plain ones."""
+        """Return the gradient of the plain logits, from that of the shaped logits. Works in place."""
         factor = self.scale / self.temperature
         if self.cap is not None:
             gradient.mul_(shaped.mul_(self.temperature / self.cap).square_().neg_().add_(1.0))
@@ -89,7 +95,7 @@ class _Shape:
 
 
 class _Gradients:
-    """Sums, over blocks of tokens, of what the output layer and its input receive."""
+    """The gradients of the output layer and its input, summed over blocks of tokens."""
 
     def __init__(
         self, needed: tuple[bool, ...], hidden: torch.Tensor, weight: torch.Tensor, bias: Any
@@ -101,7 +107,7 @@ class _Gradients:
         )
 
     def add(self, part: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """`logits`: the gradient of the block's logits; `hidden`: its input."""
+        """Add a block. `logits`: the gradient of its logits; `hidden`: its input."""
         if self.hidden is not None:
             torch.mm(logits, weight, out=self.hidden[part])
         if self.weight is not None:
@@ -142,7 +148,7 @@ class _HeadOnCPU(torch.autograd.Function):
                 found["log_sum_sq_probs"][part] = _dot(p, p).log()
             if "mean_logits" in outputs:
                 found["mean_logits"][part] = logits.mean(-1)
-            if "is_top1" in outputs:  # of two that are alike, TRL takes the first
+            if "is_top1" in outputs:  # if two logits are equal, TRL takes the first
                 found["is_top1"][part] = of_target == top
             if gradients is not None:
                 gradients.add(part, _slope_(p, target, shape, logits), states, matrix)
@@ -163,7 +169,7 @@ class _HeadOnCPU(torch.autograd.Function):
         gradient = gradient.float()
         if ctx.gradients is not None and (gradient == gradient[:1]).all():
             found, ctx.gradients = ctx.gradients, None
-            factor = gradient[:1].sum()  # 0 where there is no token
+            factor = gradient[:1].sum()  # 0 if there is no token
             parts = tuple(part if part is None else part.mul_(factor) for part in found.all())
         else:
             with maybe_gather_lm_head_ctx(weight, bias), torch.autocast("cpu", enabled=False):
@@ -182,7 +188,7 @@ def _again(
     targets: torch.Tensor,
     log_z: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients where each token has a weight of its own: the logits are computed a second time."""
+    """Return the gradients if the tokens have different weights. Computes the logits a second time."""
     gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
     matrix = weight.float()
     for part, states, logits, scratch in _blocks(hidden, matrix, bias, ctx.shape):
@@ -195,15 +201,15 @@ def _again(
 def _blocks(
     hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, shape: _Shape
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Blocks of tokens: where they lie, their states, their logits, and room of the same size.
+    """Yield blocks of tokens: their slice, their states, their logits, and scratch memory of the same size.
 
-    The memory of the last two is that of the next block too.
+    The next block reuses the memory of the logits and the scratch.
     """
     size = max(1, LOGITS // len(matrix))
-    rooms = torch.empty(2, min(size, len(hidden)), len(matrix))
+    buffers = torch.empty(2, min(size, len(hidden)), len(matrix))
     for begin in range(0, len(hidden), size):
         states = hidden[begin : begin + size].float()
-        logits, scratch = rooms[:, : len(states)]
+        logits, scratch = buffers[:, : len(states)]
         torch.mm(states, matrix.t(), out=logits)
         if bias is not None:
             logits += bias.float()
@@ -211,11 +217,14 @@ def _blocks(
 
 
 def _slope_(p: torch.Tensor, target: torch.Tensor, shape: _Shape, logits: torch.Tensor) -> torch.Tensor:
-    """The gradient of log p(target) with respect to the plain logits: 1 at the target, minus p. In place."""
+    """Return the gradient of log p(target) with respect to the plain logits: 1 at the target, minus p.
+
+    Works in place.
+    """
     p.neg_().scatter_add_(-1, target, torch.ones(len(p), 1))
     return shape.backward_(p, logits)
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Of each row with its counterpart, with no product of that size in between."""
+    """Return the dot product of each row with its counterpart, without a temporary of the full size."""
     return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]

@@ -1,8 +1,8 @@
 """Causal attention inside each document of a flat batch: sdpa, one document after the other.
 
-Never a mask of tokens x tokens: documents of one length side by side are one call, a window is kept by
-stretches of queries with the keys that they see, and two answers to one prompt can share what the prompt came
-to (trainers/model/padding_free.py), each seeing the prompt and itself.
+There is never a mask of tokens x tokens. Neighbouring documents of equal length are one call. With a sliding
+window, a stretch of queries is one call with the keys that it sees. Two answers to one prompt can share the
+computed prompt (trainers/model/padding_free.py): each sees the prompt and itself.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ QKV = tuple[Tensor, Tensor, Tensor]  # (batch, heads, queries, d), and twice (ba
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model asks of its scores."""
+    """How a model computes its attention scores."""
 
     scaling: float | None
     dropout: float
     softcap: float | None  # the scores are capped to softcap * tanh(scores / softcap)
-    window: int | None  # the last keys that a query sees, its own included
+    window: int | None  # how many of the last keys a query sees, with its own
 
 
 def documents_attention(
@@ -47,15 +47,15 @@ def documents_attention(
     shared_prompts: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers registers.
+    """Compute attention, with the interface that transformers registers.
 
     query: (batch, heads, tokens, d); key and value: (batch, kv heads, tokens, d); returns (batch, tokens,
-    heads, d). `cu_seq_lens_q`, the bounds of documents, needs a batch of one; without it each row is a
-    document. `shared_prompts` (pairs,): documents 2i and 2i + 1 are a pair, of which the second lacks its
-    first shared_prompts[i] tokens, which are those of the first.
+    heads, d). `cu_seq_lens_q`, the bounds of the documents, needs a batch of one. Without it, each sequence
+    is a document. `shared_prompts` (pairs,): documents 2i and 2i + 1 are a pair. The second one lacks its
+    first shared_prompts[i] tokens, because they are those of the first one.
 
     Raises:
-        ConfigError: the model adds to its scores what is not here.
+        ConfigError: the model adds something to its scores that is not supported here.
     """
     refuse(others)
     qkv, scores = (query, key, value), Scores(scaling, dropout, softcap, sliding_window)
@@ -73,23 +73,26 @@ def documents_attention(
 
 
 def refuse(others: dict[str, Any]) -> None:
-    """What a model may add to its scores that would be passed over.
+    """Check that the model adds nothing to its scores that this attention would ignore.
 
     Raises:
-        ConfigError: it adds one of these.
+        ConfigError: it adds something.
     """
     for name in ("s_aux", "position_bias"):
         if others.get(name) is not None:
-            raise ConfigError(f"attention: the model adds {name} to its scores. Use attention: eager.")
+            raise ConfigError(
+                f"attention: the model adds {name} to its scores, which this attention does not support. "
+                "Use attention: eager."
+            )
 
 
 def _split(qkv: QKV, lengths: list[int]) -> Iterator[QKV]:
-    """Stretches of tokens. Split, and not sliced: the gradient of a slice is as large as the whole."""
+    """Yield stretches of tokens. Uses split: the gradient of a slice is as large as the full tensor."""
     yield from zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
 
 
 def _runs(qkv: QKV, scores: Scores, lengths: list[int]) -> Iterator[Tensor]:
-    """Documents of one length side by side are the batch of one call."""
+    """Yield the results of all documents. Neighbours of equal length are the batch of one call."""
     runs = [(len(list(run)), length) for length, run in groupby(lengths)]
     for (number, length), part in zip(runs, _split(qkv, [n * size for n, size in runs]), strict=True):
         q, k, v = (tensor[0].unflatten(1, (number, length)).transpose(0, 1) for tensor in part)
@@ -97,7 +100,7 @@ def _runs(qkv: QKV, scores: Scores, lengths: list[int]) -> Iterator[Tensor]:
 
 
 def _pairs(qkv: QKV, scores: Scores, lengths: list[int], prompts: list[int]) -> Iterator[Tensor]:
-    """Two documents of which the second goes on where the first one's prompt ends."""
+    """Yield the results of pairs of documents. The second continues where the first one's prompt ends."""
     parts = _split(qkv, lengths)
     for (first, second), prompt in zip(zip(parts, parts, strict=True), prompts, strict=True):
         yield _causal(first, scores)
@@ -110,7 +113,10 @@ def _pairs(qkv: QKV, scores: Scores, lengths: list[int], prompts: list[int]) -> 
 
 
 def _causal(qkv: QKV, scores: Scores) -> Tensor:
-    """Queries of which the last one sees all keys, that before it all but the last key, and so on."""
+    """Compute causal attention. The last query sees all keys, the one before it all but the last, and so on.
+
+    There may be more keys than queries.
+    """
     query, key, value = qkv
     queries, keys = query.shape[2], key.shape[2]
     before, window = keys - queries, scores.window or keys
@@ -128,7 +134,7 @@ def _causal(qkv: QKV, scores: Scores) -> Tensor:
 
 
 def _attend(qkv: QKV, scores: Scores, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T) v."""
+    """Return softmax(q k^T) v."""
     query, key, value = qkv
     heads = query.shape[1] // key.shape[1]
     if scores.softcap is None:
@@ -139,5 +145,5 @@ def _attend(qkv: QKV, scores: Scores, mask: Tensor | None = None, causal: bool =
     scaling = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
     weights = torch.tanh(query @ key.transpose(2, 3) * scaling / scores.softcap) * scores.softcap
     if mask is not None:
-        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)  # a row of padding sees nothing
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)  # not -inf: padding sees no key
     return drop(weights.softmax(-1, dtype=torch.float32), scores.dropout).to(value.dtype) @ value

@@ -1,4 +1,4 @@
-"""What FSDP2 needs beyond accelerate's own: ranks without a GPU, and models with tied weights."""
+"""What FSDP2 needs in addition to accelerate: ranks without a GPU, and models with tied weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def asked_for() -> bool:
-    """Whether the launcher, or the accelerate config of a run by hand, asks for FSDP."""
+    """Return whether the launcher, or the accelerate config of ranks started by hand, asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def enable_on_cpu(mixed_precision: str) -> None:
-    """Makes accelerate's state say FSDP on CPU ranks too; torch's fully_shard works there, over gloo.
+    """Set accelerate's state to FSDP on CPU ranks too. torch's fully_shard works there, over gloo.
 
-    accelerate 1.15 turns to FSDP for accelerators only (state.py), and leaves CPU ranks on DDP, each with
-    the whole model. Its state is shared and made once, so it is made here, before the Trainer makes it.
-    Call it after TrainingArguments exist, which set up the process group.
+    accelerate 1.15 uses FSDP only on accelerators (state.py), and leaves CPU ranks on DDP, each with the full
+    model. Its state is shared and created once, so this function creates it before the Trainer does. Call it
+    after TrainingArguments exist, because they set up the process group.
     """
     import torch
 
@@ -41,13 +41,13 @@ def enable_on_cpu(mixed_precision: str) -> None:
 
 
 def keep_tied_together(model: PreTrainedModel) -> None:
-    """Leaves modules that hold a tied weight to the root, where both its owners are.
+    """Leave modules with a tied weight to the root module, which contains both owners of the weight.
 
-    accelerate wraps each class of `_no_split_modules`; BERT's names its embeddings, whose weight the decoder
-    shares, and a weight that was sharded in one place cannot be sharded again in another.
+    accelerate wraps each class in `_no_split_modules`. BERT names its embeddings there, and its decoder
+    shares their weight. A weight that is sharded in one module cannot be sharded again in another.
 
     Raises:
-        ConfigError: BERT and its first followers, which share the bias of their output as well.
+        ConfigError: two modules share the output bias as well, as in BERT and the first models after it.
     """
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     holders = {
@@ -61,15 +61,16 @@ def keep_tied_together(model: PreTrainedModel) -> None:
     owners = [m for m in model.modules() if any(p is tied_bias for p in m.parameters(recurse=False))]
     if tied_bias is not None and len(owners) > 1:
         raise ConfigError(
-            f"distributed_backend: fsdp cannot shard {type(model).__name__}, whose output bias is of two "
-            "modules (accelerate puts them into two groups). Use ddp or deepspeed."
+            f"distributed_backend: fsdp cannot shard {type(model).__name__}, because two modules share its "
+            "output bias (accelerate puts them into two groups). Use ddp or deepspeed."
         )
 
 
 def whole(tensor: Any) -> Any:
-    """A parameter put together from its shards, where it is read outside of its module's forward.
+    """Return the full parameter from its shards, for a read outside of its module's forward.
 
-    Each rank has the gradient of its own rows, so they are averaged over the ranks, as FSDP does.
+    Each rank computes a gradient from its own micro-batch. The gradients are averaged over the ranks, as in
+    FSDP.
     """
     if not hasattr(tensor, "full_tensor"):
         return tensor

@@ -1,4 +1,4 @@
-"""Loading the model and its reference: dtype, attention, quantisation, and room for every token."""
+"""Load the model and its reference: dtype, attention, quantisation, and an embedding for every token."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model on its way to training: dtype, attention, quantisation, and room for every token.
+    """Load the model for training: dtype, attention, quantisation, and an embedding for every token.
 
-    Weights that are trained are float32 (autocast computes in mixed_precision); frozen ones have the compute
-    type. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
+    Weights that are trained are float32 (autocast computes in mixed_precision). Frozen ones have the compute
+    dtype. Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
 
     Raises:
-        ConfigError: it cannot be loaded, or not be checkpointed as the config asks.
+        ConfigError: the model cannot be loaded, or does not support what the config asks for.
     """
     model = _load(config.model, config, tokenizer)
     checkpoint_layers(model, config)
@@ -41,12 +41,12 @@ def load_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The frozen reference of dpo and kto, or None where the model with its adapter off is the reference.
+    """Load the frozen reference of dpo and kto. None: the model without its adapter is the reference.
 
-    TRL would load it by name, without the tokens that the vocabulary gained.
+    TRL would load it by name, without the tokens that were added to the vocabulary.
 
     Raises:
-        ConfigError: it cannot be loaded, or it has another tokenizer.
+        ConfigError: the reference cannot be loaded, or it has another tokenizer.
     """
     if config.model_ref is None:
         return None if config.peft else _load(config.model, config, tokenizer)
@@ -55,9 +55,10 @@ def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
     if other != own:
         differing = sorted(set(own.items()) ^ set(other.items()))[:3]
         raise ConfigError(
-            f"model_ref: the tokenizer of {config.model_ref} is not that of {config.model} ({len(other)} and "
-            f"{len(own)} tokens; different: {', '.join(repr(token) for token, _ in differing)}), so its "
-            "log-probabilities would be of other tokens. Use a reference of the same family."
+            f"model_ref: the tokenizer of {config.model_ref} differs from that of {config.model} "
+            f"({len(other)} and {len(own)} tokens; different: "
+            f"{', '.join(repr(token) for token, _ in differing)}), so their log-probabilities cannot be "
+            "compared. Use a reference of the same family."
         )
     return _load(config.model_ref, config, tokenizer)
 
@@ -83,7 +84,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         if torch.cuda.is_available() and not sharded:  # the sharded backends place the weights themselves
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     verbosity = transformers.logging.get_verbosity()
-    if config.kind.scores:  # that a causal LM has no score is expected, and said by _draw_head
+    if config.kind.scores:  # a causal LM has no score; _draw_head reports it
         transformers.logging.set_verbosity_error()
     try:
         model, info = model_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
@@ -105,10 +106,10 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _check_kernels() -> None:
-    """Check what the launcher cannot: the versions of kernels that this transformers knows.
+    """Check that transformers supports the installed version of kernels. The launcher cannot check this.
 
     Raises:
-        ConfigError: kernels has another version.
+        ConfigError: it does not.
     """
     from transformers.utils.import_utils import (
         KERNELS_MAX_VERSION,
@@ -118,20 +119,25 @@ def _check_kernels() -> None:
 
     if not is_kernels_available():
         needed = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
-        raise ConfigError(f"use_kernels: another version of kernels is needed: pip install '{needed}'.")
+        raise ConfigError(
+            f"use_kernels: transformers does not support this version of kernels: pip install '{needed}'."
+        )
 
 
 def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:
-    """A reward head that the checkpoint lacks, drawn from the seed alone: alike on every backend and rank."""
+    """Initialise a reward head that the checkpoint lacks.
+
+    The values depend only on the seed, so they are the same on every backend and rank.
+    """
     import torch
 
     if missing and rank() == 0:
-        say("reward", f"{', '.join(sorted(missing))} is not in the checkpoint; drawn from seed {seed}")
+        say("reward", f"{', '.join(sorted(missing))} is not in the checkpoint; initialised from seed {seed}")
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(missing):
         parameter = model.get_parameter(name)
-        with _whole(parameter):
+        with _gathered(parameter):
             if parameter.is_meta or not parameter.numel():  # FSDP sends it from rank 0
                 continue
             value = torch.empty(parameter.shape)
@@ -142,8 +148,8 @@ def _draw_head(model: PreTrainedModel, missing: set[str], seed: int) -> None:
             parameter.data.copy_(value)
 
 
-def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """A parameter that ZeRO-3 has split, put together to be written."""
+def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Gather a parameter that ZeRO-3 has sharded, so that it can be written while the block runs."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -153,9 +159,9 @@ def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Adds rows for tokens that the model does not know; before wrapping, since sharding would lose them.
+    """Add embeddings for tokens that the model does not know. Call it before wrapping: sharding loses them.
 
-    The seed makes them the same in the policy, the reference and a later merge.
+    With one seed they are the same in the policy, the reference and a later merge.
     """
     import torch
 

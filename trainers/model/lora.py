@@ -1,4 +1,4 @@
-"""LoRA: its settings, what it may target, and the rows of new tokens that it trains."""
+"""LoRA: its settings, its allowed targets, and the embeddings of new tokens that it trains."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedModel) -> LoraConfig | None:
-    """LoRA's settings, or None for full training. Tokens that the vocabulary gained are trained too.
+    """Return LoRA's settings, or None for full training. Tokens added to the vocabulary are trained too.
 
     Raises:
-        ConfigError: peft cannot train those tokens here.
+        ConfigError: peft cannot train those tokens here, or the target modules are wrong.
     """
     if not config.peft:
         return None
@@ -28,8 +28,8 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
 
     if new_tokens and is_deepspeed_zero3_enabled():
         raise ConfigError(
-            f"chat_template: {config.chat_template} adds tokens, and their rows in a split model cannot be "
-            "trained beside an adapter under ZeRO-3. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
+            f"chat_template: {config.chat_template} adds tokens, and ZeRO-3 cannot train their embeddings "
+            "together with an adapter. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
             "chat_template: tokenizer."
         )
     _check_targets(model, config)
@@ -48,10 +48,10 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
 
 
 def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
-    """target_modules must be there; and dpo and kto read the output's weight past an adapter on it.
+    """Check target_modules. dpo and kto read the weight of the output layer without an adapter on it.
 
     Raises:
-        ConfigError: a name or an expression that matches nothing, or the output of dpo and kto.
+        ConfigError: a name or an expression matches nothing, or it matches the output layer of dpo or kto.
     """
     targets = config.lora_targets
     if targets is None or targets == "all-linear":
@@ -69,21 +69,21 @@ def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
         ends = {path.rpartition(".")[2] for path in names.values()}
         known = sorted(end for end in ends if not end.isdigit())
         raise ConfigError(
-            f"target_modules: {', '.join(missing)} matches no module of {config.model}. There are: "
+            f"target_modules: {', '.join(missing)} matches no module of {config.model}. It has: "
             f"{', '.join(known)}."
         )
     output = names.get(id(model.get_output_embeddings()))
     if config.kind.reads_head_weight and output and any(matches(output, target) for target in asked):
         raise ConfigError(
-            f"target_modules: it matches {output}, whose weight the loss of {config.trainer} reads past the "
-            "adapter, which would never train. Leave it out."
+            f"target_modules: it matches {output}. The loss of {config.trainer} reads its weight without the "
+            f"adapter, so the adapter would never train. Leave {output} out."
         )
 
 
 def _trained_rows(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
-    """Where the rows of new tokens lie: in the embedding, and in the output where it has rows of its own.
+    """Return where new tokens have rows: in the embedding, and in the output layer if it is not tied.
 
-    Without those of the output a model could read the end of a turn, and never write it.
+    Without the rows of the output layer, a model could read the end of a turn but never write it.
     """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is None or output.weight is embedding.weight:  # peft follows a tied weight by itself
@@ -93,22 +93,22 @@ def _trained_rows(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict
 
 
 def adapt_output(model: Any) -> None:
-    """Makes an output layer with trained rows look like a plain one to TRL's fused losses.
+    """Make an output layer with trained rows look like a plain one to TRL's fused losses.
 
-    They read its weight and bias and do not call it. peft 0.21 shows the weight alone, and cannot put its
-    rows into one that FSDP2 has sharded.
+    They read its weight and bias, and do not call it. peft 0.21 exposes only the weight, and cannot put its
+    rows into a weight that FSDP2 has sharded.
     """
     output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inner = getattr(output, "original_module", None)
     if inner is None:
         return
-    output.__dict__["bias"] = inner.bias  # not as a parameter of its own, which would be saved twice
+    output.__dict__["bias"] = inner.bias  # not as a parameter, which would be saved twice
     rows = output.token_adapter
     rows.get_merged_weights = lambda adapters: _merged_rows(rows, adapters)
 
 
 def _merged_rows(rows: Any, adapters: list[str]) -> torch.Tensor:
-    """The weight of a layer with its trained rows in place, whole on each rank: (vocabulary, hidden)."""
+    """Return the full weight of a layer with its trained rows, on each rank: (vocabulary, hidden)."""
     import torch
 
     weight: torch.Tensor = fsdp.whole(rows.base_layer.weight)

@@ -1,4 +1,4 @@
-"""Where this rank computes, as torch and the environment of accelerate's launch say it."""
+"""Where this rank computes, from torch and from the environment of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def place_of_rank() -> Place:
 
 
 def _zero_stage() -> int | None:
-    """The stage in the DeepSpeed config of this launch; None without DeepSpeed."""
+    """Return the ZeRO stage in the DeepSpeed config of this launch, or None without DeepSpeed."""
     if "ACCELERATE_USE_DEEPSPEED" not in os.environ:
         return None
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")

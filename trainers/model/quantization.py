@@ -1,4 +1,4 @@
-"""The type that a model computes in, and how bitsandbytes quantises it."""
+"""The dtype that a model computes in, and its quantisation with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The type that matrix products run in."""
+    """Return the dtype of the matrix products."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "", torch.float32)
 
 
 def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
-    """nf4 or int8, as AutoTrain quantises; nf4 is stored in the compute type, so that FSDP can shard it."""
+    """Return the settings of nf4 or int8, as AutoTrain has them.
+
+    nf4 is stored in the compute dtype, so that FSDP can shard it.
+    """
     from transformers import BitsAndBytesConfig
 
     dtype = compute_dtype(config)
@@ -31,7 +34,7 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
         "bnb_4bit_use_double_quant": config.double_quantization,
     }
     settings: dict[str, Any] = {"load_in_8bit": True} if config.quantization == "int8" else nf4
-    if config.kind.scores:  # the new head is trained, so it stays whole
+    if config.kind.scores:  # the new head is trained, so it is not quantised
         settings["llm_int8_skip_modules"] = ["score", "classifier", "lm_head"]
     return BitsAndBytesConfig(**settings)
 
@@ -39,8 +42,8 @@ def quantization_config(config: TrainConfig) -> BitsAndBytesConfig:
 def keep_layout(model: PreTrainedModel) -> None:
     """Keep the 4-bit weights in the layout that can be trained, saved and dequantised.
 
-    On CPUs with avx512_bf16 bitsandbytes (0.50) packs them anew in the first forward of an evaluation. That
-    layout has no backward: training after it goes on with wrong gradients, and a save of ZeRO-3 fails.
+    On CPUs with avx512_bf16, bitsandbytes (0.50) packs them again in the first forward of an evaluation. That
+    layout has no backward: training continues with wrong gradients, and a save under ZeRO-3 fails.
     """
     from bitsandbytes.nn import Linear4bit
 

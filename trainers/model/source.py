@@ -1,4 +1,4 @@
-"""Where a model comes from: how transformers is asked for it, its class, and its shape."""
+"""Where a model comes from: the arguments for transformers, the class, and the config of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def source_arguments(model: str, config: TrainConfig) -> dict[str, Any]:
-    """How a model is asked for: revision and remote code are said of base_model alone."""
+    """Return the arguments of from_pretrained. revision and trust_remote_code are only for base_model."""
     own = model == config.model
     return {
         "token": config.token,
@@ -22,14 +22,14 @@ def source_arguments(model: str, config: TrainConfig) -> dict[str, Any]:
 
 
 def model_class(config: TrainConfig) -> Any:
-    """The auto class of transformers that a trainer's model is loaded with."""
+    """Return the auto class of transformers that loads the model of a trainer."""
     import transformers
 
     return getattr(transformers, config.kind.auto_class)
 
 
 def model_config(name: str, config: TrainConfig) -> PreTrainedConfig:
-    """The shape of a model, without its weights.
+    """Return the config of a model, without its weights.
 
     Raises:
         ConfigError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: its template, padding token, padding side and length."""
+"""Load the tokenizer of a run: its template, padding token, padding side and length."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from trainers.model.source import source_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that vocabularies hold for padding, best first.
+# Tokens that vocabularies have for padding, best first.
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
 def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """The model's tokenizer with the template, padding side and length that the config names.
+    """Load the model's tokenizer, with the template, padding side and length from the config.
 
-    Returns it, and the ids of the tokens that its vocabulary gained.
+    Returns it, and the ids of the tokens that were added to its vocabulary.
 
     Raises:
-        ConfigError: there is no tokenizer, or no template or mask token where one is needed.
+        ConfigError: there is no tokenizer, or no template or mask token although one is needed.
     """
     tokenizer = tokenizer_of(config.model, config)
     forget_truncation(tokenizer)
     gained = set_template(tokenizer, config.chat_template)
     if config.kind.rows == "masked" and tokenizer.mask_token is None:
         raise ConfigError(
-            f"base_model: {config.model} has no mask token, so it is no masked LM. Use another model, or "
+            f"base_model: {config.model} has no mask token, so it is not a masked LM. Use another model, or "
             "trainer: default."
         )
     _choose_pad(tokenizer)
@@ -56,9 +56,10 @@ def tokenizer_of(model: str, config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def _choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A padding token that is not EOS: whoever masks by padding would never learn to stop.
+    """Choose a padding token that is not EOS; EOS only if the vocabulary has no other.
 
-    A reward model reads the last token that is no padding, which would be the one before EOS.
+    If padding is EOS, code that masks the padding also masks EOS, and the model never learns to stop. A
+    reward model reads the last token that is not padding, which would be the one before EOS.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return

@@ -1,1 +1,1 @@
-"""What a run produces besides weights: metrics, tracker values, model card, merged model, upload."""
+"""What a run produces in addition to weights: metrics, tracker values, model card, merged model, upload."""

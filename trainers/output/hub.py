@@ -1,4 +1,4 @@
-"""Uploading the final model: in one commit, to a repository that is private unless it was public already."""
+"""Upload the final model in one commit. A new repository is private; one that is public already stays so."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from trainers.storage.saved_model import ADAPTER, read_object
 WEIGHTS = (".safetensors", ".safetensors.index.json", ADAPTER)
 PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt of an upload
 CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a saved model
-# Files of the final folder that stay here. run.json and trainer_state.json name this machine's folders (the
-# card tells what others need of them); training_args.bin is a pickle, which nobody should have to trust.
+# Files of the final folder that are not uploaded. run.json and trainer_state.json name folders of this
+# machine (the card has what others need from them). training_args.bin is a pickle, which nobody should have
+# to trust.
 LEFT_OUT = (
     RECORD,
     "trainer_state.json",
@@ -31,30 +32,31 @@ LEFT_OUT = (
     "*.log",
     ".*",
 )
-BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # answers that another attempt may change
-REFUSED = frozenset({401, 403, 404})  # the token, its rights, or the account
+BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # status codes that another attempt may change
+REFUSED = frozenset({401, 403, 404})  # the token, its permissions, or the account
 
 
 def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) -> str:
-    """Uploads the final model to username/<name of the folder>, a private repository; returns its address.
+    """Upload the final model to the repository username/<name of the folder>, and return its address.
 
-    One commit, so that the repository never holds half a model. `pauses` are the seconds between attempts.
+    The upload is one commit, so that the repository never contains an incomplete model. `pauses` are the
+    seconds between attempts.
 
     Raises:
         ConfigError: the hub refuses the token or the name, or the hub is switched off here.
-        RuntimeError: the hub did not take it, after the last attempt.
+        RuntimeError: the hub does not accept the upload, or not within the attempts.
     """
     repo, token = f"{config.username}/{name_of(folder)}", (config.token or "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
-        # An HTTP library quotes a header that it cannot send.
-        raise ConfigError(f"token: it holds a character that no token has. {_by_hand(repo, folder)}")
+        # An HTTP library prints a header that it cannot send.
+        raise ConfigError(f"token: it contains a character that no token has. {_by_hand(repo, folder)}")
     for attempt, pause in enumerate((*pauses, None), start=1):
         try:
             address, public = _upload(repo, folder, token)
             break
         except Exception as error:
-            # The client's failures are of many classes, of several libraries. Nothing of them is chained: a
-            # traceback of the request is no help, and may quote it.
+            # The client raises errors of many classes, from several libraries. They are not chained, because
+            # a traceback of the request does not help, and may contain the token.
             reason = _reason(error).replace(token, "(hidden)") if token else _reason(error)
             status = _status(error)
             if _is_mistake(error, status):
@@ -66,40 +68,43 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
         say("push_to_hub", f"{reason} Trying again.")
         time.sleep(pause)
     if public:
-        say("note", f"push_to_hub: {repo} was there already, and is public.")
+        say("note", f"push_to_hub: {repo} existed before, and is public.")
     say("pushed", address)
     return address
 
 
 def _upload(repo: str, folder: Path, token: str) -> tuple[str, bool]:
-    """One attempt; returns the repository's address, and whether it is public. Safe to repeat."""
+    """Make one attempt. Return the address of the repository, and whether it is public. Safe to repeat."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # rank 0's output is a file
-    api = HfApi(token=token)  # its address is the library's own setting, HF_ENDPOINT
+    api = HfApi(token=token)  # the address is the library's setting HF_ENDPOINT
     api.create_repo(repo, private=True, exist_ok=True)
-    there = api.model_info(repo)
+    info = api.model_info(repo)
     new = {str(path.relative_to(folder)): path for path in _published(folder)}
     # An adapter or shards of an earlier push would be loaded with this model, or instead of it.
-    old = [file.rfilename for file in there.siblings or [] if file.rfilename.endswith(WEIGHTS)]
+    old = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(WEIGHTS)]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in old if name not in new),
         *(CommitOperationAdd(name, _content(path)) for name, path in new.items()),
     ]
     api.create_commit(repo, operations, commit_message="Model trained with Phalanx")
-    public = there.private is False
+    public = info.private is False
     return f"{api.endpoint}/{repo}", public
 
 
 def _published(folder: Path) -> list[Path]:
-    """The files that are uploaded: of the folder itself, so no checkpoint, log, tracker or data below it."""
+    """Return the files to upload.
+
+    They are directly in the folder: no checkpoints, logs, tracker files or data from folders below it.
+    """
     found = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*")]
     return sorted(p for p in found if p.is_file() and not any(p.match(pattern) for pattern in LEFT_OUT))
 
 
 def _content(path: Path) -> str | bytes:
-    """What is uploaded of a file: its path; an adapter's config without the folders above its base model."""
+    """Return what to upload for a file: its path, or the config of an adapter without local folders."""
     if path.name != ADAPTER:
         return str(path)
     values = read_object(path)
@@ -110,7 +115,7 @@ def _content(path: Path) -> str | bytes:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The hub's answer, which may lie below another error."""
+    """Return the status code of the hub, which may be in the cause of another error."""
     from huggingface_hub.errors import HfHubHTTPError
 
     while error is not None:
@@ -121,26 +126,28 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _is_mistake(error: Exception, status: int | None) -> bool:
+    """Return whether the user must fix it: the token, the account, the name, or the offline mode."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     return status in REFUSED or isinstance(error, (HFValidationError, OfflineModeIsEnabled))
 
 
 def _reason(error: Exception) -> str:
-    """One line, since a terminal shows one line of what stopped a rank."""
+    """Return the reason in one line, because the terminal shows one line of what stopped a rank."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing is uploaded."
     status = _status(error)
-    said = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
-    said = " ".join((said or "no reason given").split())
+    message = error.server_message if isinstance(error, HfHubHTTPError) else str(error)
+    message = " ".join((message or "no reason given").split())
     if status in REFUSED:
-        return f"the hub refuses the token, or the account ({status}: {said})."
-    return f"the hub answered {status} ({said})." if status else f"{type(error).__name__}: {said}."
+        return f"the hub refuses the token, or the account ({status}: {message})."
+    return f"the hub answered {status} ({message})." if status else f"{type(error).__name__}: {message}."
 
 
 def _by_hand(repo: str, folder: Path) -> str:
+    """Return where the model is, and the command that uploads the same files."""
     patterns = [word for pattern in ("*/*", *LEFT_OUT) for word in ("--exclude", pattern)]
     command = ["hf", "upload", repo, str(folder.resolve()), ".", "--private", *patterns]
     return f"The model is safe in {folder}. Upload it by hand: {shlex.join(command)}"

@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter into its base model: on rank 0, once, and only if the outputs stay the same."""
+"""Merge a LoRA adapter into its base model: on rank 0, once, and only if the outputs stay the same."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Largest difference of an output, as a part of the largest output. A merged weight is rounded to the type it
-# is saved in: float32 keeps 24 bits, float16 11, bfloat16 8.
+# The largest difference of an output, as a share of the largest output. A merged weight is rounded to the
+# dtype that it is saved in: float32 keeps 24 bits, float16 11, bfloat16 8.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-INT8_TOLERANCE = (
-    5e-2  # LLM.int8 rounds the activations to 8 bits too (arXiv 2208.07339); merged, they are whole
-)
+# LLM.int8 also rounds the activations to 8 bits (arXiv 2208.07339); a merged model does not.
+INT8_TOLERANCE = 5e-2
 PROBE_TOKENS = 128
 
 
 class MergeRefused(RuntimeError):
-    """The merged model does not answer as the adapter does; the adapter was kept."""
+    """The outputs of the merged model differ from those of the adapter, so the adapter is kept."""
 
 
 def merge_adapter(
     config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, probe: list[int]
 ) -> None:
-    """Replaces the adapter in `folder` by the whole model, as AutoTrain does, from the saved files.
+    """Replace the adapter in `folder` by the full model, as AutoTrain does, from the saved files.
 
-    A quantised base is merged as it was trained against, dequantised: the adapter has learnt to make up for
-    its rounding. The merged model is written beside, opened again, and compared on the tokens of `probe`.
+    The base of a quantised run is quantised again and then dequantised, because the adapter has learnt to
+    correct its rounding. The merged model is written to a folder of its own, loaded again, and compared on
+    the tokens of `probe`.
 
     Raises:
         MergeRefused: the outputs differ by more than the rounding of the saved type; the adapter is kept.
@@ -70,7 +70,7 @@ def merge_adapter(
 
 
 def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The base model as it was trained against."""
+    """Load the base model as it was in training."""
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype(config),
         "token": config.token,
@@ -81,7 +81,7 @@ def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         kwargs["num_labels"] = 1  # the head itself is part of the adapter
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
-        kwargs["device_map"] = {"": "cpu"}  # whole again, it may be larger than a GPU
+        kwargs["device_map"] = {"": "cpu"}  # dequantised, it may be too large for a GPU
     base = model_class(config).from_pretrained(config.model, **kwargs)
     if config.quantization == "int4":
         keep_layout(base)
@@ -100,11 +100,11 @@ def _outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float, part: Path) -> None:
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - found).abs().max()) / scale
-    if difference <= tolerance:  # NaN is not
-        say("merge", f"outputs differ by {difference:.1e} of the largest (allowed {tolerance:.0e})")
+    if difference <= tolerance:  # false for NaN
+        say("merge", f"outputs differ by {difference:.1e} of the largest (allowed: {tolerance:.0e})")
         return
     shutil.rmtree(part, ignore_errors=True)
     raise MergeRefused(
-        f"merge_adapter: the merged model's outputs differ by {difference:.1e} of the largest, more than "
-        f"{tolerance:.0e}. It was not kept; the adapter is in the run's folder as it was trained."
+        f"merge_adapter: the outputs of the merged model differ by {difference:.1e} of the largest (allowed: "
+        f"{tolerance:.0e}). It was not kept; the adapter is in the run's folder, unchanged."
     )

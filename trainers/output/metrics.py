@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, the live line on the terminal, and what the tracker gets."""
+"""Report the progress of a run: metrics.jsonl, the live line on the terminal, and the tracker."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trainers.storage.run_folder import METRICS, PROGRESS, write_whole
 
 
 class Report(TrainerCallback):
-    """Rank 0 writes each logged value to metrics.jsonl and the tracker, and keeps the live line fresh.
+    """A callback of rank 0, which writes each logged value to metrics.jsonl, the tracker and the live line.
 
-    tokens: tokens of all ranks since the run began, over resumes. tokens_per_second: the same within the
-    time that optimiser steps took since the last log (evaluation and saving are not counted).
+    tokens: the tokens of all ranks since the run began, over all resumes. tokens_per_second: the tokens since
+    the last log, divided by the time of the optimiser steps since then (without evaluation and saving).
     """
 
     def __init__(self, folder: Path, live: bool, resumed_step: int, tracker: Tracker | None = None) -> None:
@@ -32,9 +32,9 @@ class Report(TrainerCallback):
         self.latest: list[str] = []  # loss and speed of the last log, for the live line
 
     def _keep_until(self, step: int) -> int:
-        """Drops what was logged after the checkpoint that the run goes on from.
+        """Remove what was logged after `step`, from which the run resumes (0: remove everything).
 
-        Returns the tokens until there.
+        Returns the tokens up to that step.
         """
         if not self.path.exists():
             return 0
@@ -43,7 +43,7 @@ class Report(TrainerCallback):
             if not line.endswith("\n"):
                 break  # the run was killed while it wrote this line
             entry = json.loads(line)
-            ended = "train_runtime" in entry or "test_loss" in entry  # this start will say it anew
+            ended = "train_runtime" in entry or "test_loss" in entry  # this start logs it again
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
         write_whole(self.path, "".join(_json_line(entry) for entry in kept))
@@ -93,9 +93,9 @@ class Report(TrainerCallback):
         self._show(state, record)
 
     def _total_tokens(self, values: dict[str, Any]) -> int | None:
-        """Takes the count of tokens out of the values, and makes it one over resumes."""
-        whole_run = values.pop("num_input_tokens_seen", None)  # transformers: kept in the checkpoint
-        this_start = values.pop("num_tokens", None)  # TRL: from 0 at each start
+        """Remove the count of tokens from the values, and return it as a total over all resumes."""
+        whole_run = values.pop("num_input_tokens_seen", None)  # from transformers: the checkpoint keeps it
+        this_start = values.pop("num_tokens", None)  # from TRL: starts from 0 at each start
         if this_start is not None:
             return self.base_tokens + int(this_start)
         return None if whole_run is None else int(whole_run)
@@ -112,17 +112,17 @@ class Report(TrainerCallback):
             self._print(self._line(state), lasting=state.global_step >= state.max_steps)
 
     def _note_progress(self, state: TrainerState, record: dict[str, Any]) -> None:
-        """Leaves where the run is beside the launcher's files; the last loss and speed stay."""
+        """Write the progress of the run next to the launcher's files, with the last known loss and speed."""
         self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
         known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
         write_whole(self.path.parent / PROGRESS, _json_line(self.progress | known))
 
     def _left(self, state: TrainerState) -> int:
-        """Seconds to the last step: steps left times the mean step so far."""
+        """Return the seconds to the last step: the steps left times the mean time of a step so far."""
         return int((state.max_steps - state.global_step) * self.step_seconds / max(self.steps, 1))
 
     def _line(self, state: TrainerState) -> str:
-        """step, loss, tokens/s and ETA."""
+        """Return the live line: step, loss, tokens/s and ETA."""
         left = self._left(state)
         parts = [
             f"step {state.global_step}/{state.max_steps}",
@@ -132,7 +132,7 @@ class Report(TrainerCallback):
         return "  ".join(parts)
 
     def _print(self, text: str, lasting: bool) -> None:
-        """On a terminal the line is overwritten in place; elsewhere each is a line of its own."""
+        """Print a line. On a terminal the next one overwrites it, unless it is `lasting`."""
         if self.live:
             print(f"\r\033[K{text}", end="\n" if lasting else "", flush=True)
         else:
@@ -140,7 +140,10 @@ class Report(TrainerCallback):
 
 
 def _named(logs: dict[str, Any]) -> dict[str, Any]:
-    """The values under their names; TRL calls its own of any evaluation eval_, of the test split too."""
+    """Return the values under their names.
+
+    TRL begins the names of its values with eval_ in every evaluation, even in that of the test split.
+    """
     if "test_loss" not in logs:
         return dict(logs)
     return {
@@ -150,7 +153,7 @@ def _named(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json_line(record: dict[str, Any]) -> str:
-    """One line of metrics.jsonl; JSON has no NaN and no infinity, so they are words there."""
+    """Return one line of metrics.jsonl. JSON has no NaN and no infinity, so they become strings."""
     plain = {
         name: json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()

@@ -1,6 +1,6 @@
-"""The model card: what a run trained, from which data, with which parameters, and what is not known of it.
+"""Write the model card: what a run trained, from which data, with which parameters, and what is not known.
 
-It reads what the run measured and wrote down; a figure that was not measured is not in it.
+The card has only values that the run measured and recorded.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from trainers.storage.saved_model import ADAPTER
 HEADINGS = {
     "kept": "samples",
     "supervised_tokens": "tokens in the loss",
-    "longest": "longest row",
-    "truncated": "rows cut",
+    "longest": "longest sample",
+    "truncated": "samples cut",
 }
-# Said elsewhere in the card, or no concern of those who load the model.
+# Stated elsewhere in the card, or not relevant to those who load the model.
 UNSHOWN = SECRET_FIELDS | {
     "model", "project_name", "trainer", "data_path", "log", "run_name", "wandb_project", "wandb_entity",
     "resume", "overwrite", "push_to_hub", "username",
 }  # fmt: skip
-SPEEDS = ("_runtime", "_per_second", "_num_tokens")  # ends of names that do not tell of quality
+SPEEDS = ("_runtime", "_per_second", "_num_tokens")  # endings of names that do not measure quality
 
 
 def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Writes README.md: what this model is, from which data, with which parameters, and what is not known.
+    """Write README.md, the model card.
 
-    It replaces the card that the libraries leave, which names folders of this machine. `facts` is what
-    run.json says of the run; `facts["data"]` holds each split's counts.
+    It replaces the card that the libraries write, which names folders of this machine. `facts` is what
+    run.json records about the run; `facts["data"]` has the counts of each split.
     """
     entries = _logged(folder)
     data: dict[str, dict[str, Any]] = facts.get("data") or {}
@@ -56,7 +56,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
 
 
 def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """The card's metadata. No licence: it is not this project's to give."""
+    """Return the metadata of the card. There is no licence, because this project cannot grant one."""
     front: dict[str, Any] = {"library_name": "peft" if (folder / ADAPTER).is_file() else "transformers"}
     if is_hub_id(config.model):
         front["base_model"] = config.model
@@ -76,17 +76,17 @@ def _about(folder: Path, config: TrainConfig, facts: dict[str, Any], entries: li
         if config.quantization:
             trained += f" over a base model quantised to {config.quantization}"
         if (folder / ADAPTER).is_file():
-            trained += "; this folder holds the adapter alone, and the base model is needed with it."
+            trained += "; this folder contains only the adapter, so the base model is needed too."
         else:
             trained += " and merged into the base model."
     rows = {
         "Base model": _named(config.model) + (f", revision {config.revision}" if config.revision else ""),
         "Trainer": f"{config.trainer} ({config.kind.summary})",
         "Steps": max((entry["step"] for entry in entries), default=None),
-        "Rows (or packs of rows) a step": facts.get("global_batch"),
-        "Tokens a step, at most": facts.get("global_batch_tokens"),
+        "Packs (or samples) per step": facts.get("global_batch"),
+        "Tokens per step, at most": facts.get("global_batch_tokens"),
         "Processes": facts.get("world_size"),
-        "Spread by": facts.get("distributed_type"),
+        "Distributed by": facts.get("distributed_type"),
         "Device": facts.get("device"),
         "Seed": config.seed,
     }
@@ -122,11 +122,14 @@ def _parameters(config: TrainConfig) -> str:
     }
     if not chosen:
         return "All parameters have their defaults."
-    return f"Those that differ from the defaults:\n\n```yaml\n{_yaml(chosen)}```"
+    return f"Parameters that differ from the defaults:\n\n```yaml\n{_yaml(chosen)}```"
 
 
 def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
-    """The last value of each measure; with load_best_model_at_end, of the evaluation that chose the model."""
+    """Return the table of the last value of each measure.
+
+    With load_best_model_at_end, the values are those of the evaluation that chose the model.
+    """
     found: dict[str, tuple[Any, int]] = {}
     for entry in entries:
         for name, value in entry.items():
@@ -139,7 +142,7 @@ def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
     if not found:
         return "Nothing was measured."
     table = [["measure", "value", "step"], *([n, _number(v), str(s)] for n, (v, s) in found.items())]
-    notes = ["`loss` is of training rows, at the last step that was logged."] if "loss" in found else []
+    notes = ["`loss` is the training loss at the last logged step."] if "loss" in found else []
     if best is not None:
         notes.append(f"The saved model is that of step {best['step']}, which had the lowest eval_loss.")
     return "\n\n".join([_table(table), *([" ".join(notes)] if notes else [])])
@@ -151,20 +154,20 @@ def _limits(
     held_out = [word for word in ("eval", "test") if any(f"{word}_loss" in entry for entry in entries)]
     if held_out:
         yield (
-            f"It was evaluated ({', '.join(held_out)}) on held-out rows of its own data alone. How it does "
-            "on other data or tasks, or against its base model, was not measured."
+            f"It was evaluated ({', '.join(held_out)}) only on held-out rows of its own data. Its quality on "
+            "other data or tasks, or compared to its base model, was not measured."
         )
     else:
-        yield "It was not evaluated: no row was held out. The training loss does not tell how good it is."
+        yield "It was not evaluated: no row was held out. The training loss does not show how good it is."
     if _best(config, entries) is not None:
-        yield "Its checkpoint was chosen by eval_loss, so new rows would give somewhat worse values."
-    yield "Safety, bias and truthfulness were not evaluated. What is wrong with its base model may still be."
+        yield "Its checkpoint was chosen by eval_loss, so the values on new rows are probably somewhat worse."
+    yield "Safety, bias and truthfulness were not evaluated. It may have the problems of its base model."
     for split, counts in data.items():
-        for count, what in ((counts.get("truncated"), "cut to block_size"), (_dropped(counts), "left out")):
+        for count, what in ((counts.get("truncated"), "cut to block_size"), (_dropped(counts), "dropped")):
             if count:
                 yield f"{count} of {counts.get('rows', '?')} rows of {split} were {what}."
     if config.quantization:
-        yield f"It was trained over {config.quantization} weights; over others its outputs differ a little."
+        yield f"It was trained with {config.quantization} weights; with others its outputs differ a little."
     yield "No licence is stated here: those of the base model and of the data apply."
 
 
@@ -197,7 +200,7 @@ def _logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def _best(config: TrainConfig, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The evaluation whose checkpoint became the final model, if one was chosen."""
+    """Return the evaluation whose checkpoint became the final model, or None if none was chosen."""
     scored = [entry for entry in entries if "eval_loss" in entry]
     if not (config.load_best_model_at_end and scored):
         return None
@@ -214,7 +217,7 @@ def name_of(folder: Path) -> str:
 
 
 def last_part(path: str) -> str:
-    """The last part of a local path: the folders above it name a user and a machine."""
+    """Return the last part of a local path. The folders above it may name a user and a machine."""
     return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 

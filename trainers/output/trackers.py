@@ -1,6 +1,6 @@
-"""Experiment trackers: one run in wandb or TensorBoard, whatever the number of ranks and restarts.
+"""Experiment trackers: one run in wandb or TensorBoard, for any number of ranks and restarts.
 
-The libraries' own integrations rename the metrics and begin a new run at each restart; these do neither.
+The integrations of the libraries rename the metrics and begin a new run at each restart. These do not.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     import wandb
 
 CONNECT_SECONDS = 5.0
-# A network that is lost must not hold the machines at the end of a run; what is left stays on disk.
+# A lost network must not hold the nodes at the end of a run. What is not uploaded stays on disk.
 UPLOAD_SECONDS = 300.0
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker; rank 0 alone holds one."""
+    """What a run calls on its tracker. Only rank 0 has one."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Takes what metrics.jsonl got at this optimiser step."""
+        """Record the values that metrics.jsonl got at this optimiser step."""
 
     def finish(self, code: int = 0) -> None:
-        """Ends this start; code is the exit code of the run."""
+        """End this start. `code` is the exit code of the run."""
 
 
 def open_tracker(
     config: TrainConfig, folder: Path, public: dict[str, Any], resumed_step: int = 0
 ) -> Tracker | None:
-    """The tracker that config.log names; public is the effective config without secrets."""
+    """Open the tracker that config.log names. `public` is the effective config without secrets."""
     if config.log == "wandb":
         return Guarded("wandb", lambda: Wandb(config, folder, public))
     if config.log == "tensorboard":
@@ -51,7 +51,7 @@ def open_tracker(
 
 
 class Guarded:
-    """Keeps a tracker's failure from the run: the first one is told in a line, and switches it off."""
+    """A tracker whose failure does not stop the run: the first one prints a line and switches it off."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
         self.name = name
@@ -70,29 +70,29 @@ class Guarded:
     def _attempt(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # whatever a tracker raises, the training is worth more
+        except Exception as error:  # the training must survive any error of a tracker
             self.tracker = None
             reason = first_line(error)
-            say("warning", f"tracker {self.name} failed: {reason}; the run goes on without it")
+            say("warning", f"tracker {self.name} failed: {reason}; the run continues without it")
 
 
 class Wandb:
     """A run of wandb, with `step` as its x axis.
 
-    wandb's own counter only goes up, and would drop what is logged again after a resume.
+    wandb's own counter only goes up. It would drop the values that are logged again after a resume.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, public: dict[str, Any]) -> None:
         import wandb
 
-        # From the environment and the files of `wandb init` and `wandb login`.
+        # These come from the environment and from the files of `wandb init` and `wandb login`.
         site = wandb.setup(settings=wandb.Settings(silent=True)).settings
         obstacle = _obstacle(site)
         self.run = wandb.init(
             id=_run_id(folder, site.run_id),
             resume="allow",
             project=config.wandb_project or site.project or folder.name,
-            entity=config.wandb_entity,  # None: as the site says, as with mode
+            entity=config.wandb_entity,  # None: the user's own setting, also for mode
             name=config.run_name or site.run_name or folder.name,
             dir=None if os.environ.get("WANDB_DIR") else str(folder.resolve()),
             mode="offline" if obstacle else None,
@@ -112,10 +112,10 @@ class Wandb:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         if self.run.offline:
-            # Each start lies in a folder of its own; the pattern finds all of this run's.
+            # Each start has its own folder. The pattern matches all folders of this run.
             place = shlex.quote(os.path.dirname(self.run.settings.sync_dir))
             command = f"wandb sync {place}/offline-run-*-{self.run.id}"
-            say("wandb", f"offline ({obstacle or 'as set'}); upload later: {command}")
+            say("wandb", f"offline ({obstacle or 'as configured'}); upload later: {command}")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log({"step": step, **values})
@@ -125,17 +125,17 @@ class Wandb:
 
 
 def _run_id(folder: Path, wanted: str | None) -> str:
-    """The id that an earlier start left in the folder, else a new one, which it leaves there."""
+    """Return the run id that an earlier start wrote to the folder. Otherwise write a new one there."""
     path = folder / TRACKER
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
-    run_id = wanted or secrets.token_hex(8)  # never from `random`, whose state is the training's
+    run_id = wanted or secrets.token_hex(8)  # not from `random`, whose state the training uses
     write_whole(path, json.dumps({"wandb": run_id}) + "\n")
     return run_id
 
 
 def _obstacle(site: wandb.Settings) -> str | None:
-    """Why the run cannot be online, where it was not asked to be anything else."""
+    """Return why the run cannot be online. None: it can, or the user asked for another mode."""
     from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
 
     if site.mode in ("offline", "dryrun", "disabled"):
@@ -148,7 +148,7 @@ def _obstacle(site: wandb.Settings) -> str | None:
 
 
 def _reachable(url: str) -> bool:
-    """Whether the server, or the proxy on the way to it, takes a connection."""
+    """Return whether the server, or the proxy on the way to it, accepts a connection."""
     address = urlsplit(url)
     proxy = urllib.request.getproxies().get(address.scheme)
     if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
@@ -162,7 +162,10 @@ def _reachable(url: str) -> bool:
 
 
 class TensorBoard:
-    """Event files in runs/; a start hides what an earlier one logged after the step it goes on from."""
+    """Event files in runs/.
+
+    A start hides what an earlier one logged after the step from which the start resumes.
+    """
 
     def __init__(self, folder: Path, public: dict[str, Any], resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

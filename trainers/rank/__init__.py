@@ -1,1 +1,1 @@
-"""One process of a run: its start and end, heartbeats, signals, failures, and what all ranks agree on."""
+"""One rank: its start and end, heartbeats, signals, failures, and the values that all ranks agree on."""

@@ -1,6 +1,7 @@
-"""What `accelerate launch` would start on this machine: a module, and the environment of each rank.
+"""Compute what `accelerate launch` would start on this machine: a module, and the environment of each rank.
 
-accelerate decides it, and torchrun's reading of its arguments; only what torchrun's agent adds is here.
+accelerate and torchrun's argument parser do the work. This module adds only the variables that torchrun's
+agent sets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trainers.rank.library_patches import replaced
 
 @dataclass(frozen=True)
 class Plan:
-    """`python -m module arguments` for each global rank of this machine, with its whole environment."""
+    """`python -m module arguments`, and the full environment of each global rank on this machine."""
 
     module: str
     arguments: list[str]
@@ -30,9 +31,10 @@ class Plan:
 
 
 def plan(argv: Sequence[str], environ: Mapping[str, str]) -> Plan:
-    """The ranks of `accelerate launch argv`, started in `environ`. Starts nothing, touches no CUDA.
+    """Return the ranks that `accelerate launch argv` would start in `environ`.
 
-    accelerate runs up to the two calls that would start processes; what it hands to them is the answer.
+    This starts nothing and does not touch CUDA. accelerate runs up to the two calls that would start
+    processes; the plan is built from the arguments of these calls.
 
     Raises:
         ValueError, OSError: accelerate refuses these arguments, or the port is taken.
@@ -47,7 +49,7 @@ def plan(argv: Sequence[str], environ: Mapping[str, str]) -> Plan:
 
     args = launch.launch_command_parser().parse_args(argv)
     with (
-        whole_environment(environ),
+        replaced_environment(environ),
         replaced(launch, "simple_launcher", one_process),
         replaced(torchrun, "run", with_agent),
     ):
@@ -56,8 +58,8 @@ def plan(argv: Sequence[str], environ: Mapping[str, str]) -> Plan:
 
 
 @contextmanager
-def whole_environment(environ: Mapping[str, str]) -> Iterator[None]:
-    """Make os.environ this one, and no other, while the block runs."""
+def replaced_environment(environ: Mapping[str, str]) -> Iterator[None]:
+    """Replace the contents of os.environ by `environ` while the block runs."""
     before, new = dict(os.environ), dict(environ)
     os.environ.clear()
     os.environ.update(new)
@@ -73,11 +75,14 @@ def _plan(args: argparse.Namespace, environments: dict[int, dict[str, str]]) -> 
 
 
 def _agent_environments(args: argparse.Namespace) -> dict[int, dict[str, str]]:
-    """What torchrun's agent gives its workers (torch 2.13: LocalElasticAgent._start_workers)."""
-    args.log_dir = os.devnull  # else it makes a folder
-    # The port is taken: torchrun's agents would agree on one of their own.
+    """Return the environment of each rank as torchrun's agent sets it.
+
+    Source: torch 2.13, LocalElasticAgent._start_workers.
+    """
+    args.log_dir = os.devnull  # else torchrun creates a folder
+    # With --standalone torchrun's agent would choose a free port itself.
     port = get_free_port() if args.standalone else None
-    config = torchrun.config_from_args(args)[0]  # sets OMP_NUM_THREADS where nobody did
+    config = torchrun.config_from_args(args)[0]  # sets OMP_NUM_THREADS if it is not set
     address, given_port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
     local, machines = config.nproc_per_node, config.max_nodes
     world = str(local * machines)
@@ -100,7 +105,7 @@ def _agent_environments(args: argparse.Namespace) -> dict[int, dict[str, str]]:
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
             "TORCHELASTIC_RUN_ID": config.run_id,
-            "TORCHELASTIC_USE_AGENT_STORE": "False",  # there is no agent: rank 0 makes the store
+            "TORCHELASTIC_USE_AGENT_STORE": "False",  # there is no agent: rank 0 creates the store
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
     return environments

@@ -1,7 +1,7 @@
-"""What all ranks must agree on, over a small group of their CPUs.
+"""Values that all ranks must agree on, exchanged in a process group of their CPUs (gloo).
 
-It is apart from the group that moves gradients: a word of a few bytes never waits for a GPU, and works where
-NCCL is the only other backend.
+The group is separate from the one that moves gradients. So a message of a few bytes never waits for a GPU,
+and it also works if NCCL is the only other backend.
 """
 
 from __future__ import annotations
@@ -17,56 +17,57 @@ import torch.distributed as dist
 from trainers.config.errors import ConfigError
 from trainers.rank.process import rank, world_size
 
-Word = TypeVar("Word")
+Value = TypeVar("Value")
 
 
 class Agreement:
-    """Collectives on small values; in one process they are the identity."""
+    """Collectives for small values. In a run of one process they do not communicate."""
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        # `background`: for the thread that ends an asynchronous save, beside the words of the main thread.
+        # `background`: for the thread that finishes an asynchronous save, while the main thread uses `group`.
         self.group: Any = dist.new_group(backend="gloo") if several else None
         self.background: Any = dist.new_group(backend="gloo") if several else None
 
     def most(self, *values: int) -> list[int]:
-        """The largest of each value over all ranks."""
+        """Return the maximum of each value over all ranks."""
         if self.group is None:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers.tolist()
 
-    def gathered(self, value: Word) -> list[Word]:
-        """The value of each rank, by rank."""
+    def gathered(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, in the order of the ranks."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * world_size()
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Word) -> Word:
-        """Rank 0's value."""
+    def first(self, value: Value) -> Value:
+        """Return the value of rank 0."""
         answers: list[Any] = self.gathered(value if rank() == 0 else None)
-        answer: Word = answers[0]
+        answer: Value = answers[0]
         return answer
 
     def barrier(self, background: bool = False) -> None:
+        """Wait for all ranks."""
         group = self.background if background else self.group
         if group is not None:
             dist.barrier(group=group)
 
 
 def digest(value: Any) -> str:
-    """A short hash of a JSON value."""
+    """Return a short hash of a JSON value (16 hex digits)."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def check_alike(agreement: Agreement, facts: Mapping[str, str]) -> None:
-    """Compares the config, the versions and the data of all ranks.
+    """Compare facts (the config, the versions, the data) of all ranks.
 
     Raises:
-        ConfigError: on every rank, where one differs from rank 0; it names the rank and both values.
+        ConfigError: a rank differs from rank 0; raised on every rank, with the rank and both values.
     """
     everyone = agreement.gathered(dict(facts))
     lines = [
@@ -78,6 +79,6 @@ def check_alike(agreement: Agreement, facts: Mapping[str, str]) -> None:
     ]
     if lines:
         raise ConfigError(
-            f"the ranks do not run the same thing: {'; '.join(lines)}. Start all with one config, one "
-            "environment and one copy of the data."
+            f"the ranks do not run the same thing: {'; '.join(lines)}. Start all ranks with the same "
+            "config, environment and data."
         )

@@ -1,4 +1,4 @@
-"""What kind of failure an error of a rank is: the exit code that it stands for. Light: no torch."""
+"""Classify the errors of a rank: which exit code an error gets. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from trainers.config.errors import (
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
-# What safetensors and torch's zip writer say of a full disk; neither raises an OSError.
+# Messages of safetensors and of torch's zip writer for a full disk. Neither raises an OSError.
 _FULL_SIGNS = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)", re.I)
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
-# What the other ranks report when one dies: the consequence, not the cause.
+# Errors of the other ranks when one rank dies: the consequence, not the cause.
 _PEER_LOST = re.compile(
     r"Connection (closed|reset)|Broken pipe|NCCL.*(abort|remote)|Socket Timeout|recvValue failed|"
     r"Timed out waiting|DistNetworkError|DistStoreError|Connect(ion)? timeout|failed to connect|"
@@ -35,7 +35,7 @@ _PEER_LOST = re.compile(
 )
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*\) is killed by signal: Killed")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process|DataLoader worker \(pid")
-# What torch's allocators and the libraries below them say; each comes as a RuntimeError.
+# Messages of torch's allocators and of the libraries below them; all are RuntimeErrors.
 _MEMORY_SIGNS = (
     "out of memory",  # CUDA, HIP, XPU, MPS, and the CUDA errors that NCCL passes on
     "DefaultCPUAllocator: can't allocate memory",
@@ -44,25 +44,28 @@ _MEMORY_SIGNS = (
 
 
 class NotFinite(RuntimeError):
-    """A loss or gradient norm was NaN or infinite; every rank raises it at the same step."""
+    """A loss or gradient norm is NaN or infinite. Every rank raises it at the same step."""
 
 
 class BatchTooLarge(RuntimeError):
-    """Memory ran out while batches were taken: a smaller micro-batch needs less of it."""
+    """Memory ran out while a batch was processed, so a smaller micro-batch may help."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the device, or of the host, did not suffice."""
+    """Return whether an error means that the device or the host ran out of memory."""
     if not isinstance(error, RuntimeError):
         return False
-    # torch.OutOfMemoryError by its name: the launcher reads modules that import this one, and has no torch.
+    # torch.OutOfMemoryError by its name: the launcher imports this module and must not import torch.
     named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return named or isinstance(error, BatchTooLarge) or any(sign in str(error) for sign in _MEMORY_SIGNS)
 
 
 @contextmanager
 def taking_batches() -> Iterator[None]:
-    """Memory that runs out in here is BatchTooLarge; elsewhere (loading, saving) a batch is not to blame."""
+    """Turn an out-of-memory error in the block into BatchTooLarge.
+
+    Use it only where batches are processed. While a model is loaded or saved, a smaller batch does not help.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -72,7 +75,7 @@ def taking_batches() -> Iterator[None]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says that the file system has no room left, whatever library raises it."""
+    """Return whether an error means that the file system is full, whichever library raises it."""
     for link in _chain(error):
         if isinstance(link, OSError) and link.errno in _FULL:
             return True
@@ -82,12 +85,12 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def knows_no_locks(error: OSError) -> bool:
-    """Whether a lock failed because the file system has none, as some mounts of Lustre and NFS."""
+    """Return whether a lock failed because the file system has no locks, as some mounts of Lustre and NFS."""
     return error.errno in _NO_LOCKS
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of the class that an error belongs to (docs/exit-codes.md)."""
+    """Return the exit code for an error (docs/exit-codes.md)."""
     if isinstance(error, ConfigError):
         return USAGE_ERROR
     if ran_out_of_memory(error) or isinstance(error, MemoryError):
@@ -106,12 +109,12 @@ def code_of(error: BaseException) -> int:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Return whether an error only means that another rank is gone."""
     return isinstance(error, (RuntimeError, ConnectionError)) and bool(_PEER_LOST.search(str(error)))
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An error and its causes."""
+    """Return an error and its causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -120,7 +123,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _within_loader(trace: TracebackType | None) -> bool:
-    """Whether an error was raised below torch's data loader: a row was read, or a batch collated."""
+    """Return whether an error was raised in torch's data loader: while a row was read or a batch collated."""
     while trace is not None:
         if "/torch/utils/data/" in trace.tb_frame.f_code.co_filename:
             return True

@@ -1,11 +1,18 @@
-"""Heartbeats: each rank says how far it is, in a small file of its machine that the launcher watches.
+"""Heartbeats: each rank writes its progress to a small file on its machine, which the launcher watches.
 
-    PHALANX_BEATS/rank-N     64 bytes: time, beats, step, median seconds a step, phase
+    PHALANX_BEATS/rank-N     64 bytes: time, count, step, median seconds of a step, phase
 
-The time is CLOCK_MONOTONIC, which all processes of a machine share and no change of the clock moves. In the
-steps of training and evaluation the main thread beats, so a rank that waits for ever is noticed. In phases
-that have no steps (loading, the first step, saving) a thread beats: it tells a rank that is stopped, or whose
-interpreter is held, from one that works.
+The time is CLOCK_MONOTONIC: all processes of a machine share it, and setting the clock does not change it.
+The count has only the heartbeats of the main thread.
+
+In the phase "step" (training steps, and the batches of an evaluation) the main thread sends the heartbeats.
+So the launcher notices a rank that waits forever. In the other phases a second thread sends them too: start
+(until the end of the first step), load, save, end, and an evaluation before its first batch. Then the
+launcher notices only a rank that is stopped (SIGSTOP, a debugger), or whose Python interpreter is blocked.
+
+A hang inside a library while a rank starts, loads, saves or ends is NOT noticed, because the second thread
+continues to send heartbeats. If the rank waits for other ranks, torch's timeout ends it after 30 minutes. If
+it waits for something else, such as a file system, nothing ends it (docs/surviving.md).
 """
 
 from __future__ import annotations
@@ -24,14 +31,17 @@ from pathlib import Path
 
 from trainers.rank.protocol import BEATS
 
-STEP = "step"  # the phase in which each step beats
-PERIOD = 0.5  # seconds between the beats of the thread
+STEP = "step"  # the phase in which only the main thread sends heartbeats
+PERIOD = 0.5  # seconds between the heartbeats of the thread
 _LAYOUT = struct.Struct("<dqqd32s")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last sign of life; time is CLOCK_MONOTONIC, step_seconds 0 before a second step."""
+    """The last heartbeat of a rank.
+
+    `time` is CLOCK_MONOTONIC. `step_seconds` is 0 until the durations of two steps are known.
+    """
 
     time: float
     count: int
@@ -41,12 +51,12 @@ class Beat:
 
 
 def beat_file(folder: Path, rank: int) -> Path:
-    """Return where a rank writes its heartbeats."""
+    """Return the file of a rank's heartbeats."""
     return folder / f"rank-{rank}"
 
 
 def read_beat(path: Path) -> Beat | None:
-    """What a rank wrote last; None before its first beat."""
+    """Return the last heartbeat of a rank, or None before its first one."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -58,19 +68,19 @@ def read_beat(path: Path) -> Beat | None:
 
 
 class Heart:
-    """Writes the beats of this rank; does nothing where no launcher watches."""
+    """The heartbeats of this rank. Without a launcher, its methods write nothing."""
 
     def __init__(self) -> None:
         self.file: mmap.mmap | None = None
         self.phase = "start"
         self.count = self.step = 0
         self.ended = 0.0  # when the last step ended
-        self.recent: deque[float] = deque(maxlen=50)  # seconds of the last steps
+        self.recent: deque[float] = deque(maxlen=50)  # durations of the last steps, in seconds
         self.lock = threading.Lock()
-        self.steady = threading.Event()  # set: the thread beats
+        self.steady = threading.Event()  # set: the thread sends heartbeats
 
     def start(self, rank: int) -> None:
-        """Begins in the phase "start"."""
+        """Create the file, enter the phase "start", and start the thread."""
         folder = os.environ.get(BEATS)
         if folder is None or self.file is not None:
             return
@@ -81,7 +91,7 @@ class Heart:
         threading.Thread(target=self._beat_steadily, name="heartbeat", daemon=True).start()
 
     def beat(self, progress: bool = True) -> None:
-        """A sign of life; `progress`: of the main thread, so that the count says how far the rank is."""
+        """Write a heartbeat. `progress`: it is the main thread's, so it counts as progress of the rank."""
         if self.file is None:
             return
         with self.lock:
@@ -92,17 +102,17 @@ class Heart:
             )
 
     def enter(self, phase: str) -> None:
-        """Changes the phase; in STEP the main thread must beat, in others the thread does."""
+        """Change the phase. In STEP the main thread must call beat(); in other phases the thread does it."""
         self.phase = phase
         if phase == STEP:
             self.steady.clear()
         else:
-            self.ended = 0.0  # what lies between two steps is no step
+            self.ended = 0.0  # time between two steps is not part of a step
             self.steady.set()
         self.beat()
 
     def stepped(self, step: int) -> None:
-        """An optimiser step ended."""
+        """Write a heartbeat at the end of an optimiser step."""
         now = time.monotonic()
         if self.ended:
             self.recent.append(now - self.ended)
@@ -112,7 +122,7 @@ class Heart:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase within another."""
+        """Enter a phase while the block runs, then return to the previous one."""
         before = self.phase
         self.enter(phase)
         try:

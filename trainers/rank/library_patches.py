@@ -1,4 +1,4 @@
-"""Replacing a part of a library, and noticing that a release no longer has it (docs/upgrading.md)."""
+"""Replace a part of a library, or raise an error if a release no longer has it (docs/upgrading.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.config.packages import version_of
 
 
 class LibraryMoved(RuntimeError):
-    """An installed library does not have what is replaced here."""
+    """An installed library does not have the name that Phalanx replaces."""
 
 
 def replace_in(owner: ModuleType, name: str, new: Any) -> Any:
@@ -23,7 +23,7 @@ def replace_in(owner: ModuleType, name: str, new: Any) -> Any:
     if not hasattr(owner, name):
         library = owner.__name__.partition(".")[0]
         raise LibraryMoved(
-            f"{library} {version_of(library)} has no {owner.__name__}.{name}, which is replaced here. "
+            f"{library} {version_of(library)} has no {owner.__name__}.{name}, which Phalanx replaces. "
             "Install the tested versions: pip install -c constraints.txt."
         )
     old = getattr(owner, name)

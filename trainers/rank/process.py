@@ -1,6 +1,6 @@
-"""The first and last thing a rank does: its own log file, and a note of what stopped it.
+"""The start and the end of a rank: send its output to a log file, and write a note on what stopped it.
 
-The launcher says where (protocol.py); a rank started by hand writes to the terminal as usual.
+The launcher sets the folder (protocol.py). A rank without the launcher writes to the terminal.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 
 _PR_SET_PDEATHSIG = 1
-LONGEST_MESSAGE = 2000  # characters of an error that its note keeps
-# Ranks that were started by hand have nobody who could start them again.
+LONGEST_MESSAGE = 2000  # maximum length of an error's message in its note, in characters
+# Only the launcher can start ranks again. This message is for ranks that a user started without it.
 BY_HAND = (
-    "Lower batch_size and raise gradient_accumulation; or let the launcher find them, which alone can start "
-    "the ranks again: phalanx train config.yaml --auto-find-batch-size."
+    "Lower batch_size and raise gradient_accumulation, or use the launcher, which finds both: phalanx train "
+    "config.yaml --auto-find-batch-size."
 )
 
 
 def rank() -> int:
-    """This process's rank over all machines; 0 without a launcher."""
+    """Return the rank of this process over all machines; 0 if RANK is not set."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of ranks over all machines; 1 if WORLD_SIZE is not set."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def log_folder() -> Path | None:
-    """The attempt's folder, if a launcher started this rank."""
+    """Return the attempt's folder, or None if the launcher did not start this rank."""
     folder = os.environ.get(LOG_DIR)
     return Path(folder) if folder else None
 
 
 def live_terminal() -> bool:
-    """Whether a person watches: the launcher says it, else the terminal itself."""
+    """Return whether a person watches the output: the launcher's value, else whether stdout is a terminal."""
     return os.environ.get(LIVE, "1" if sys.stdout.isatty() else "0") == "1"
 
 
@@ -56,15 +57,15 @@ _after_failure: list[Callable[[], None]] = []
 
 
 def after_failure(action: Callable[[], None]) -> None:
-    """What to do once a failure of this rank is noted, however long it takes."""
+    """Register an action for the end of a failed rank. It runs after the note, so it may be slow."""
     _after_failure.append(action)
 
 
 def run_rank(main: Callable[[], int]) -> int:
-    """Runs a rank's main function with its output in its own file, and returns its exit code.
+    """Run the main function of a rank with its output in the rank's log file, and return the exit code.
 
-    0: trained; or stopped by a signal, where a launcher reads rank-N.stopped.json. Else what
-    docs/exit-codes.md says: a mistake of the user's in one line, other errors with their traceback.
+    The code is 0 if the rank trained, or if a signal stopped it and a launcher reads rank-N.stopped.json.
+    Other codes: docs/exit-codes.md. A ConfigError is reported in one line, other errors with a traceback.
     """
     folder = log_folder()
     if folder is not None:
@@ -79,21 +80,21 @@ def run_rank(main: Callable[[], int]) -> int:
         code = main()
         if stop.saved is not None:
             return _stopped(folder, stop.saved)
-        if folder is not None:  # else a launcher could not tell it from a rank that was killed
+        if folder is not None:  # else the launcher would take it for a rank that was killed
             RankFiles(folder, rank()).done.touch()
         return code
     except StopNow as now:
         return _stopped(folder, "", now.number)
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
-        if folder is None:  # else the launcher prints it, once for all ranks
+        if folder is None:  # else the launcher prints it once for all ranks
             say("error", str(error))
         return USAGE_ERROR
     except Exception as error:
         code = code_of(error)
         _note(folder, error, code)
         traceback.print_exc()
-        if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher says what to do
+        if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher prints what to do
             say("error", f"rank {rank()} ran out of memory. {BY_HAND}")
         for action in _after_failure:
             action()
@@ -101,22 +102,25 @@ def run_rank(main: Callable[[], int]) -> int:
 
 
 def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
-    """The end of a rank that was asked to stop; `saved` says what was saved, or is empty."""
+    """End a rank after a signal, and return its exit code. `saved`: what was saved, or an empty string."""
     number = number or stop.requested
     if folder is None:
-        say(f"stopped by {signal.Signals(number).name}", saved or "nothing was to be saved yet")
+        say(f"stopped by {signal.Signals(number).name}", saved or "there was nothing to save yet")
         return SAVED if saved else 128 + number
     write_note(folder, StopNote(rank(), number, saved))
     return 0
 
 
 def _dump_stack_on_signal(path: Path) -> None:
-    """The file stays open for the life of the rank: the handler must not open one."""
+    """Write the Python stacks to a file when STACK_SIGNAL arrives.
+
+    The file stays open while the rank lives, because the signal handler must not open one.
+    """
     faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
 
 
 def _redirect(path: Path) -> None:
-    """Sends this process's output, that of C++ libraries too, to a file."""
+    """Send the output of this process, including that of C++ libraries, to a file."""
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -127,16 +131,16 @@ def _redirect(path: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """A process whose parent was killed outright does not stay behind (Linux)."""
+    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _note(folder: Path | None, error: Exception, code: int) -> None:
-    """Leaves what stopped this rank where the launcher finds it; the earliest one is the cause."""
+    """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
         return
     message, kind = str(error)[:LONGEST_MESSAGE], type(error).__name__
     try:
         write_note(folder, ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error)))
-    except OSError as full:  # the exit code still says the class
-        say("warning", f"rank {rank()} could not leave a note: {full}")
+    except OSError as full:  # the exit code still has the kind of failure
+        say("warning", f"rank {rank()} could not write its error note: {full}")

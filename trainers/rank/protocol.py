@@ -1,13 +1,13 @@
-"""The protocol between the launcher and the ranks: the files of an attempt, the environment, and notes.
+"""The protocol between the launcher and the ranks: the files of an attempt, environment variables, and notes.
 
-    <project_name>/launch/attempt-K/               one start of the ranks; several machines: machine-M/ in it
+    <project_name>/launch/attempt-K/               one launch of the ranks; several machines: machine-M/ in it
         accelerate.yaml deepspeed.json config.json command.txt    what the launcher generated
-        launcher.log                               what `accelerate launch` printed
-        rank-N.log  rank-N.pid  rank-N.stack       output, process id, Python stack where one was asked for
-        rank-N.done | .error.json | .stopped.json  how the rank ended; absent where it was killed
+        launcher.log                               the output of `accelerate launch`
+        rank-N.log  rank-N.pid  rank-N.stack       output, process id, Python stack (empty until requested)
+        rank-N.done | .error.json | .stopped.json  how the rank ended; none if it was killed
         prepared                                   several machines: machine 0 has prepared the data
 
-Heartbeats are in a folder of their own, on a disk of the machine (heartbeat.py).
+Heartbeats are in another folder, on a disk of the machine (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 # Set by the launcher for its ranks.
-LOG_DIR = "PHALANX_LOG_DIR"  # the attempt's folder on this machine; unset where ranks are started by hand
+LOG_DIR = "PHALANX_LOG_DIR"  # the attempt's folder on this machine; not set without the launcher
 LIVE = "PHALANX_LIVE"  # 1: a person watches the terminal
 BEATS = "PHALANX_BEATS"  # the folder of the heartbeats
-JOB_END = "PHALANX_JOB_END"  # time.time() of a job's time limit, where one is known
-WAITS = (
-    "PHALANX_WAITS_FOR_MACHINE_0"  # several machines: 1 where machine 0 prepares the data for this one too
-)
+JOB_END = "PHALANX_JOB_END"  # time limit of the job, as time.time(), if it is known
+WAITS = "PHALANX_WAITS_FOR_MACHINE_0"  # several machines: 1 if machine 0 prepares the data for this one too
 # Set by the user.
 CACHE = "PHALANX_CACHE"  # where prepared data is kept
-WARM = "PHALANX_WARM"  # the socket of a process that keeps the imports (trainers/warm.py)
+WARM = "PHALANX_WARM"  # the socket of a warm process (trainers/warm.py)
 
 LAUNCH = "launch"  # in the run's folder
 _ATTEMPT, _MACHINE, _RANK = "attempt-", "machine-", "rank-"
@@ -49,7 +47,7 @@ class RankFiles:
 
     @property
     def ended_by_itself(self) -> bool:
-        """Whether the rank reported how it ended; one that was killed has not."""
+        """Whether the rank reported how it ended. A rank that was killed did not."""
         return any(path.exists() for path in (self.done, self.error, self.stopped))
 
 
@@ -65,6 +63,7 @@ class AttemptFiles:
         self.launcher_log = folder / "launcher.log"
 
     def rank(self, number: int) -> RankFiles:
+        """Return the files of a rank."""
         return RankFiles(self.folder, number)
 
     def pids(self) -> dict[int, int]:
@@ -79,55 +78,61 @@ def attempt_folder(run: Path, number: int) -> Path:
 
 
 def machine_folder(attempt: Path, machine: int) -> Path:
-    """Return the part of an attempt that is one machine's, where there are several."""
+    """Return the folder of one machine in an attempt on several machines."""
     return attempt / f"{_MACHINE}{machine}"
 
 
 def attempts(run: Path) -> dict[int, Path]:
-    """Return the folders of the attempts of a run, by number."""
+    """Return the attempts of a run: number -> folder."""
     found = {path.name.removeprefix(_ATTEMPT): path for path in (run / LAUNCH).glob(f"{_ATTEMPT}*")}
     return {int(number): path for number, path in found.items() if number.isdigit() and path.is_dir()}
 
 
 def began(attempt: Path, machine: int | None = None) -> bool:
-    """Whether an attempt was set up, by this machine or (None) by any."""
+    """Return whether an attempt was set up, on this machine or (None) on any machine."""
     pattern = f"{_MACHINE}{'*' if machine is None else machine}/{AttemptFiles(Path()).command}"
     return AttemptFiles(attempt).command.exists() or any(True for _ in attempt.glob(pattern))
 
 
 def rank_logs(attempt: Path, rank: int) -> Iterator[Path]:
-    """Yield the log of a rank in an attempt: there is one, on the machine that had the rank."""
+    """Yield the logs of a rank in an attempt: one, in the folder of the machine that had the rank."""
     for folder in (attempt, *attempt.glob(f"{_MACHINE}*")):
         if (log := RankFiles(folder, rank).log).exists():
             yield log
 
 
 def prepared_mark(attempt: Path) -> Path:
-    """Return the file that says that machine 0 has prepared the data of an attempt."""
+    """Return the file that exists once machine 0 has prepared the data of an attempt."""
     return attempt / "prepared"
 
 
 @dataclass(frozen=True)
 class ErrorNote:
-    """What stopped a rank. accelerate and torchrun make 1 of every exit code; the rank's own is in here."""
+    """A note on the error that stopped a rank.
+
+    accelerate and torchrun turn every exit code into 1, so the note has the rank's code.
+    """
 
     SUFFIX: ClassVar[str] = "error.json"
     rank: int
-    time: float  # time.monotonic(), to order the ranks of one machine; the clock may be set back meanwhile
-    code: int  # the exit code that the error stands for
-    type: str  # name of its class
+    time: float  # time.monotonic(): orders the ranks of one machine, even if the clock is set back
+    code: int  # the exit code of the error (docs/exit-codes.md)
+    type: str  # name of the error's class
     message: str
-    peer_lost: bool  # it says only that another rank is gone
+    peer_lost: bool  # the error only means that another rank is gone
 
 
 @dataclass(frozen=True)
 class StopNote:
-    """A rank that was asked to stop. It ends with 0: torchrun takes every other exit code for a failure."""
+    """A note of a rank that a signal stopped.
+
+    The rank ends with 0, because torchrun treats every other exit code as a failure.
+    """
 
     SUFFIX: ClassVar[str] = "stopped.json"
     rank: int
     signal: int
-    saved: str  # what was saved; empty where nothing was
+    saved: str  # what was saved; empty if nothing was
 
 
 Note = TypeVar("Note", ErrorNote, StopNote)
@@ -141,7 +146,7 @@ def write_note(folder: Path, note: ErrorNote | StopNote) -> None:
 
 
 def read_notes(folder: Path, kind: type[Note]) -> list[Note]:
-    """Return the notes of a kind in an attempt's folder, without one that is being written or was cut off."""
+    """Return the notes of a kind in an attempt's folder. Skips a note that is incomplete."""
     found = []
     for path in sorted(folder.glob(f"{_RANK}*.{kind.SUFFIX}")):
         with contextlib.suppress(ValueError):

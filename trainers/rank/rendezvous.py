@@ -1,7 +1,7 @@
-"""The store at which the ranks meet listens on loopback alone, where all of them are on one machine.
+"""Create the rendezvous store of the ranks, which listens only on loopback if all ranks are on one machine.
 
-torch's own listens on every interface, and asks nobody for a password. A second store of one process at one
-port shares the server of the first (multi_tenant), so this one has to be there before the process group.
+torch's own store listens on every interface, without authentication. A second store of one process on the
+same port shares the server of the first (multi_tenant), so this store must exist before the process group.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def meet_on_loopback() -> TCPStore | None:
-    """Makes the server of this rank's process group; to be kept until the group is there.
+    """Create the store for the process group. Keep the result until the group exists.
 
-    None where another process makes it (torchrun's agent), where the ranks are on several machines, or where
-    the port is taken: torch says so itself.
+    Returns None if another process creates the store (rank 0, or torchrun's agent), if the ranks are on
+    several machines, or if the port is taken (torch reports that error).
     """
     if rank() != 0 or world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
         return None
-    if os.environ["GROUP_WORLD_SIZE"] != "1":  # a machine's own name may lead to its loopback
+    if os.environ["GROUP_WORLD_SIZE"] != "1":  # a machine's own name may resolve to its loopback
         return None
     from torch.distributed import TCPStore
 

@@ -1,7 +1,7 @@
 """Signals that ask a rank to stop: SIGTERM, SIGINT, and the scheduler's warnings SIGUSR1 and SIGUSR2.
 
-One rank may see one alone, so a handler only takes note; the ranks agree on it at a step boundary
-(trainers/rank/agreement.py). Before there is anything to save, a rank stops where it is.
+A signal may reach only one rank. So the handler only records it, and the ranks agree on it at a step boundary
+(trainers/rank/agreement.py). Before there is anything to save, the rank stops at once.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-# On this one a rank writes its Python stack to rank-N.stack, in C, whoever holds the interpreter.
+# On this signal a rank writes its Python stack to rank-N.stack, in C, even if the interpreter is blocked.
 STACK_SIGNAL = signal.SIGRTMIN + 3
 
 
 class StopNow(BaseException):
-    """Raised by the handler where nothing is to be saved yet, or on a second SIGINT."""
+    """Raised by the handler if there is nothing to save yet, or on a second SIGINT."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -24,24 +24,24 @@ class StopNow(BaseException):
 
 
 class Stop:
-    """What this rank was asked."""
+    """The stop request that this rank received, if any."""
 
     def __init__(self) -> None:
-        self.requested = 0  # the signal; 0 where none came
-        self.at_once = True  # nothing is to be saved yet
-        self.saved: str | None = None  # what was saved when the run stopped, for the launcher
+        self.requested = 0  # number of the signal; 0 if none came
+        self.at_once = True  # stop at once, since there is nothing to save yet
+        self.saved: str | None = None  # what was saved when the run stopped; for the launcher
 
     def listen(self) -> None:
-        """Takes the signals over; call it in the main thread."""
+        """Install the handlers. Call it in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=_take_defaults)  # a worker of a data loader is no rank
+        os.register_at_fork(after_in_child=_take_defaults)  # a worker of a data loader is not a rank
 
     def training(self) -> None:
-        """From here on all ranks stop together, at a step boundary.
+        """From now on, only record signals: all ranks stop together, at a step boundary.
 
         Raises:
-            StopNow: asked before, in a moment when Python drops what a handler raises (a finalizer).
+            StopNow: a signal came before, while Python dropped the handler's exception (in a finalizer).
         """
         if self.requested:
             raise StopNow(self.requested)
@@ -51,7 +51,7 @@ class Stop:
         again = self.requested == signal.SIGINT == number
         self.requested = number
         if self.at_once or again:
-            self.at_once = False  # once: what unwinds must not be interrupted
+            self.at_once = False  # raise only once: do not interrupt the cleanup
             raise StopNow(number)
 
 

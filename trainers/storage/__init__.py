@@ -1,1 +1,1 @@
-"""What a run keeps on disk, and how it is verified. Light: the launcher reads it too."""
+"""The files of a run: run folder, manifests, data cache. Does not import torch: the launcher uses it too."""

@@ -1,9 +1,10 @@
-"""Where prepared data lies, and who prepares it: one process, while the others wait.
+"""The cache of prepared data. One process prepares an entry, a folder, while the others wait.
 
-The first that takes a folder's lock makes it. Nodes that share the cache share the lock, if their file system
-knows locks between nodes. If it does not, two nodes may make the same folder: each makes it under a name of
-its own, and the first to rename it wins. The machines of one run do not try: the launcher finds out whether
-machine 0's cache is this machine's too (supervise/machines.py); then its ranks wait for those of machine 0.
+The first process that takes the lock of a folder creates it. Nodes that share the cache share the lock, if
+their file system supports locks between nodes. If it does not, two nodes may create the same folder: each
+uses a unique name, and the first one to rename its folder wins. The machines of one run avoid this. The
+launcher finds out whether this machine has the same cache as machine 0 (supervise/machines.py); if it has,
+its ranks wait for those of machine 0.
 """
 
 from __future__ import annotations
@@ -25,42 +26,45 @@ from trainers.rank.protocol import CACHE, WAITS, prepared_mark
 from trainers.rank.say import say
 
 LOOK_SECONDS = 0.5
-FORGOTTEN = 86_400.0  # seconds after which an unfinished folder of another node is nobody's
+FORGOTTEN = 86_400.0  # seconds after which an unfinished folder of another node counts as abandoned
 
 
 def cache_root() -> Path:
-    """Where prepared data lies: $PHALANX_CACHE, or ~/.cache/phalanx. Made where it is missing.
+    """Return the folder of prepared data, in $PHALANX_CACHE or ~/.cache/phalanx. Creates it if it is missing.
 
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: the folder cannot be created.
     """
     root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "phalanx") / "data"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{CACHE}: {root} cannot be made: {error.strerror}. Prepared data lies there; give a "
+            f"{CACHE}: the cache folder {root} cannot be created: {error.strerror}. Set {CACHE} to a "
             "folder that you can write to."
         ) from None
     return root
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Makes a folder of the cache, unless it is there; `make` fills the one that it is given.
+    """Create a folder of the cache unless it exists. `make` creates the folder at the path that it gets.
 
     Raises:
-        ConfigError: the cache cannot be written to.
+        ConfigError: the cache is not writable.
     """
     if folder.exists():
         return
     if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"{CACHE}: {folder.parent} cannot be written to. Prepared data lies there.")
+        raise ConfigError(
+            f"{CACHE}: the cache folder {folder.parent} is not writable. Set {CACHE} to a folder that you "
+            "can write to."
+        )
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
         for left in folder.parent.glob(f"{folder.name}.*.part"):
-            with contextlib.suppress(FileNotFoundError):  # another node was done with it just now
-                if _is_nobodys(left):
+            with contextlib.suppress(FileNotFoundError):  # another node has just removed or renamed it
+                if _is_abandoned(left):
                     shutil.rmtree(left, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -70,11 +74,14 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
         except OSError:
             if not folder.exists():
                 raise
-            shutil.rmtree(part)  # another node was sooner
+            shutil.rmtree(part)  # another node was faster
 
 
-def _is_nobodys(part: Path) -> bool:
-    """Whether the process that made an unfinished folder is gone; of one on another node, its age says it."""
+def _is_abandoned(part: Path) -> bool:
+    """Return whether the process that makes an unfinished folder is gone.
+
+    If the process is on another node, only the age of the folder is known.
+    """
     host, _, pid = part.name.removesuffix(".part").partition(".")[2].rpartition(".")
     if host == socket.gethostname():
         return not Path("/proc", pid).exists()
@@ -83,13 +90,13 @@ def _is_nobodys(part: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock; says so where another process has it for longer than a moment."""
-    began, told = time.monotonic(), False
+    """Hold a lock while the block runs. Prints a line if another process holds it for more than 2 seconds."""
+    began, announced = time.monotonic(), False
     with path.open("a") as file:
         while not _try_to_lock(file):
-            if not told and rank() == 0 and time.monotonic() - began > 2:
-                told = True
-                say("data", "another process is preparing it; waiting.")
+            if not announced and rank() == 0 and time.monotonic() - began > 2:
+                announced = True
+                say("data", "another process prepares it; waiting.")
             time.sleep(0.1)
         yield
 
@@ -106,19 +113,19 @@ def _try_to_lock(file: IO[str]) -> bool:
 
 
 def wait_for_machine_0() -> None:
-    """Where its cache is this machine's too: until its ranks have prepared the data."""
+    """Wait until machine 0 has prepared the data, if this machine shares its cache."""
     while os.environ.get(WAITS) == "1" and not _prepared().exists():
         time.sleep(LOOK_SECONDS)
 
 
 def tell_prepared() -> None:
-    """Machine 0's rank 0, where there are others, when the data of this attempt is there."""
+    """Mark the data of this attempt as prepared. Only rank 0 of a run on several machines does this."""
     if WAITS in os.environ and rank() == 0:
         _prepared().touch()
 
 
 def _prepared() -> Path:
-    """attempt-K/prepared, beside the folders of the machines."""
+    """Return attempt-K/prepared, which is next to the folders of the machines."""
     logs = log_folder()
-    assert logs is not None, "only the launcher lets a rank wait"
+    assert logs is not None, "PHALANX_LOG_DIR is not set: only the launcher sets PHALANX_WAITS_FOR_MACHINE_0"
     return prepared_mark(logs.parent)

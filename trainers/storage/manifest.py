@@ -1,7 +1,8 @@
-"""What makes a folder a checkpoint: a manifest of every file, with size and hash. Light: no torch.
+"""The manifest of a checkpoint: every file with its size and hash. Does not import torch.
 
-checkpoint-N/manifest.json is written last, into a folder of another name that is then renamed (see
-checkpoint/saving.py): a folder checkpoint-N is whole, or something damaged it later, which verify() tells.
+checkpoint-N/manifest.json is written last, into a folder of another name, which is then renamed (see
+checkpoint/saving.py). So a folder checkpoint-N is complete, unless something damaged it later. complaint()
+finds such damage.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HASH_BLOCK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run was spread when it wrote a checkpoint, and what one step of it held."""
+    """How a run was distributed when it wrote a checkpoint, and the size of its steps."""
 
     backend: str  # none, ddp, fsdp or deepspeed
     zero_stage: int | None
@@ -34,48 +35,53 @@ class Layout:
 
     @property
     def global_batch(self) -> int:
+        """The packs (samples if nothing is packed) in a step, over all ranks."""
         return self.world_size * self.batch_size * self.gradient_accumulation
 
     @property
     def batch_in_words(self) -> str:
+        """The global batch and its factors, as text."""
         parts = f"{self.world_size} ranks x batch_size {self.batch_size}"
         return f"{self.global_batch} ({parts} x gradient_accumulation {self.gradient_accumulation})"
 
     @property
     def kind(self) -> str:
-        """What reads its files: one process and ddp each have all of the state."""
+        """The format of its files. One process and ddp have the same: each rank has the full state."""
         if self.backend == "deepspeed":
             return f"ZeRO {self.zero_stage}"
         return "ddp" if self.backend == "none" else self.backend
 
     @property
     def wanted(self) -> str:
-        """The keys that ask for it."""
+        """The config keys that select this layout."""
         stage = f" and zero_stage: {self.zero_stage}" if self.zero_stage else ""
         return f"distributed_backend: {self.backend}{stage}"
 
 
 def misfit(then: Layout, now: Layout) -> str | None:
-    """Why a run that is spread as `now` cannot go on from a checkpoint of `then`, and what to do; or None.
+    """Return why a run with layout `now` cannot resume from a checkpoint of layout `then`, and what to do.
 
-    FSDP's shards are read on any number of ranks, and so is what each rank has whole; ZeRO's are not.
+    Returns None if it can. Any number of ranks can read FSDP's shards, and a state that each rank has in
+    full. ZeRO's shards need the same number of ranks.
     """
     if now.kind != then.kind:
         return (
-            f"it was written by {then.kind}, which {now.kind} cannot read. Go on with {then.wanted}, or "
-            "begin a run from its weights (phalanx consolidate)."
+            f"it was written by {then.kind}, which {now.kind} cannot read. Continue with {then.wanted}, or "
+            "start a new run from its weights (phalanx consolidate)."
         )
     if now.world_size == then.world_size:
         return None
     if then.backend == "deepspeed":
         return (
-            f"it holds ZeRO's shards of {then.world_size} ranks, which {now.world_size} cannot read. Go on "
-            f"with num_processes: {then.world_size}, or begin a run from its weights (phalanx consolidate)."
+            f"it has the ZeRO shards of {then.world_size} ranks, but this run has a world size of "
+            f"{now.world_size}. Continue with num_processes: {then.world_size}, or start a new run from its "
+            "weights (phalanx consolidate)."
         )
     if now.global_batch != then.global_batch:
         return (
-            f"a step of it held {then.batch_in_words}, and one of this run holds {now.batch_in_words}. "
-            "Choose batch_size and gradient_accumulation so that they are the same: data goes on by steps."
+            f"its global batch is {then.batch_in_words}, but that of this run is {now.batch_in_words}. "
+            "Choose batch_size and gradient_accumulation so that both are equal, since the position in the "
+            "data is counted in steps."
         )
     return None
 
@@ -95,18 +101,19 @@ class Manifest:
 
     step: int
     layout: Layout
-    position: dict[str, Any]  # in the data: epoch, seed, what was due at this step
+    position: dict[str, Any]  # position in the data: epoch, data seed, and whether an evaluation was due
     versions: dict[str, str]
-    data: str  # fingerprint of the rows that the run was trained on
+    data: str  # fingerprint of the rows of the run, and of how they are tokenized
     files: list[FileEntry] = field(default_factory=list)
     format: int = FORMAT
 
     @property
     def bytes(self) -> int:
+        """The size of all files."""
         return sum(entry.bytes for entry in self.files)
 
     def write(self, folder: Path) -> None:
-        """Writes it to the disk itself: what is renamed afterwards must not be lost with the power."""
+        """Write the manifest and sync it to the disk: a power failure after the rename must not lose it."""
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(asdict(self), file, indent=1)
             file.flush()
@@ -114,29 +121,29 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        ValueError: there is none, or it cannot be read; the message says which.
+        ValueError: the manifest is missing or malformed; the message says which.
     """
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"it has no {MANIFEST}, so its save did not end") from None
+        raise ValueError(f"it has no {MANIFEST}, so its save did not finish") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read: {error}") from None
     try:
         if raw["format"] != FORMAT:
             raise ValueError(f"its {MANIFEST} has format {raw['format']}; this version reads {FORMAT}")
         files = [FileEntry(**entry) for entry in raw.pop("files")]
-        raw["layout"].pop("shards", None)  # checkpoints of before November 2026 have it; nothing reads it
+        raw["layout"].pop("shards", None)  # in checkpoints from before November 2026; nothing reads it
         return Manifest(**raw | {"layout": Layout(**raw["layout"])}, files=files)
     except (KeyError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged: {error}") from None
 
 
 def hash_file(path: Path, sync: bool = False) -> str:
-    """XXH3 of a file (128 bits, in hex); with sync, its bytes are on the disk when this returns."""
+    """Return the XXH3 of a file (128 bits, in hex). With `sync`, first sync the file to the disk."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         if sync:
@@ -147,12 +154,12 @@ def hash_file(path: Path, sync: bool = False) -> str:
 
 
 def entry_of(folder: Path, path: Path) -> FileEntry:
-    """The entry of a file that was just written."""
+    """Return the entry of a file that was just written, and sync the file to the disk."""
     return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path, sync=True))
 
 
 def faults(folder: Path, entries: Iterable[FileEntry], content: bool) -> list[str]:
-    """What is wrong with these files of a checkpoint: missing, of another size, or of other content."""
+    """Return a line for each file that is missing, or has another size or (with `content`) other content."""
     found = []
     for entry in entries:
         path = folder / entry.path
@@ -171,14 +178,14 @@ def faults(folder: Path, entries: Iterable[FileEntry], content: bool) -> list[st
 def _other_content(path: Path, entry: FileEntry) -> str | None:
     try:
         return None if hash_file(path) == entry.xxh3 else "has changed since it was written"
-    except OSError as error:  # the disk no longer gives it
+    except OSError as error:  # the disk cannot read it any more
         return f"cannot be read: {error.strerror}"
 
 
 def complaint(folder: Path, content: bool) -> str | None:
-    """Why a checkpoint cannot be used, in a line; None where it verifies.
+    """Return why a checkpoint cannot be used, in one line, or None if it verifies.
 
-    Without `content` the files are not read, only their names and sizes are.
+    Without `content`, check only the names and sizes of the files, and do not read them.
     """
     try:
         manifest = read_manifest(folder)
@@ -193,12 +200,12 @@ def _several(found: list[str]) -> str:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The optimiser step that a checkpoint was written at; 0 for a fresh start."""
+    """Return the optimiser step of a checkpoint, or 0 for None (a start without a checkpoint)."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """All folders checkpoint-N of a run, oldest step first, whole or not."""
+    """Return all folders checkpoint-N of a run, lowest step first, whether they verify or not."""
     found = [
         (int(path.name.removeprefix(CHECKPOINT_PREFIX)), path)
         for path in folder.glob(f"{CHECKPOINT_PREFIX}*")
@@ -208,11 +215,11 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def newest_usable(folder: Path, content: bool) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that was passed over."""
-    passed: list[str] = []
+    """Return the newest checkpoint that verifies, and a line for each newer one, which is skipped."""
+    skipped: list[str] = []
     for path in reversed(checkpoint_folders(folder)):
         why = complaint(path, content)
         if why is None:
-            return path, passed
-        passed.append(f"passed over {path}: {why}")
-    return None, passed
+            return path, skipped
+        skipped.append(f"skipped {path}: {why}")
+    return None, skipped

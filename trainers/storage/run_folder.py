@@ -1,8 +1,8 @@
-"""The run's folder: what lies where, whether it is free, and the record of the run.
+"""The folder of a run: its files, its lock, which checkpoint to resume from, and the record of the run.
 
 <project_name>/                  final model, tokenizer, run.json, metrics.jsonl
-<project_name>/checkpoint-N/     checkpoints, each whole; saving/ holds one that is being written
-<project_name>/launch/attempt-K/ what the launcher generated, and each rank's log
+<project_name>/checkpoint-N/     complete checkpoints; saving/ has one that is being written
+<project_name>/launch/attempt-K/ files that the launcher generated, and the log of each rank
 """
 
 from __future__ import annotations
@@ -28,50 +28,53 @@ from trainers.storage.saved_model import ADAPTER
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
-PROGRESS = f"{LAUNCH}/progress.json"  # how far the run is, for `phalanx status`
+PROGRESS = f"{LAUNCH}/progress.json"  # the progress of the run, for `phalanx status`
 LOCK = ".lock"
-SAVING = "saving"  # a checkpoint lies in here until it is whole
-TRACKER = "tracker.json"  # the id under which each start goes on with the same tracked run
+SAVING = "saving"  # a checkpoint is in here until it is complete
+TRACKER = "tracker.json"  # the id with which each start continues the same tracked run
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was started here before."""
+    """Return whether a run was started in this folder before."""
     marks = (RECORD, f"{CHECKPOINT_PREFIX}*")
     return any(True for mark in marks for _ in folder.glob(mark)) or bool(_earlier_attempts(folder))
 
 
 def _earlier_attempts(folder: Path) -> list[Path]:
-    """Machine 0 marks an attempt; another machine of this start may have made its own files already."""
+    """Return the folders of attempts that machine 0 has set up.
+
+    Another machine of this start may already have written its files, so only machine 0 counts.
+    """
     return [attempt for attempt in attempts(folder).values() if began(attempt, machine=0)]
 
 
 def check_free(folder: Path, config: TrainConfig) -> None:
-    """Refuses a folder that holds another run, unless the config resumes or overwrites it.
+    """Refuse a folder that contains a run, unless the config resumes or overwrites it.
 
     Raises:
-        ConfigError: the folder is taken, or there is nothing to resume.
+        ConfigError: the folder contains a run, or there is nothing to resume.
     """
     for part in (folder, *folder.parents):
         if part.is_file():
             raise ConfigError(f"project_name: {part} is a file. Give another name.")
     if holds_run(folder) and not (config.resume or config.overwrite):
         raise ConfigError(
-            f"project_name: {folder} holds another run. Go on with it: --resume. "
-            "Start anew: --overwrite (deletes it). Or give another project_name."
+            f"project_name: {folder} already contains a run. Resume it with --resume, delete it and start "
+            "again with --overwrite, or give another project_name."
         )
     if config.resume:
         resume_checkpoint(folder, config, content=False)
 
 
 class InUse(ConfigError):
-    """Another process has the run's folder."""
+    """Another process holds the lock of the run's folder."""
 
 
 def hold(folder: Path) -> IO[str]:
-    """Keeps the folder for this process, until it ends: two runs in one folder would ruin both.
+    """Lock the folder for this process, until release() or its end: two runs in one folder would ruin both.
 
     Raises:
-        InUse: another process has it.
+        InUse: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -81,13 +84,13 @@ def hold(folder: Path) -> IO[str]:
         file.seek(0)
         owner = file.read().strip() or "just started"
         raise InUse(
-            f"project_name: {folder} is in use: a run is going on there ({owner}). "
-            "Wait for its end, stop it, or give another project_name."
+            f"project_name: {folder} is in use by another run ({owner}). Wait until it ends, stop it, or "
+            "give another project_name."
         ) from None
     except OSError as error:
         if not knows_no_locks(error):
             raise
-        say("note", f"{folder} cannot be locked ({error.strerror}); start no second run there")
+        say("note", f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -96,9 +99,10 @@ def hold(folder: Path) -> IO[str]:
 
 
 def holder(folder: Path) -> tuple[int, str] | None:
-    """The process that holds the folder, and its machine (0 and "" where it has just begun); None if free.
+    """Return the process that holds the lock, as (pid, machine), or None if the folder is free.
 
-    Without locks only a process of this machine is known.
+    The result is (0, "") if the process has just taken the lock. On a file system without locks, only a
+    process on this machine is found.
     """
     path = folder / LOCK
     if not path.exists():
@@ -116,18 +120,18 @@ def holder(folder: Path) -> tuple[int, str] | None:
 
 
 def release() -> None:
-    """Lets go of what this process holds."""
+    """Release all locks that this process holds."""
     while _held:
         _held.pop().close()
 
 
-_held: list[IO[str]] = []  # a file that is collected is closed, and its lock with it
+_held: list[IO[str]] = []  # a reference keeps each file open, and so its lock held
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder this run's own.
+    """Prepare the folder for this run.
 
-    With overwrite, deletes what the earlier run left, and nothing else.
+    With overwrite, delete the attempts, checkpoints, records and model of the earlier run, and nothing else.
     """
     check_free(folder, config)
     if config.overwrite and holds_run(folder):
@@ -146,7 +150,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
 
 def remove_model(folder: Path) -> None:
-    """Removes the final model that an earlier start left, adapter or whole."""
+    """Remove the final model of an earlier start: an adapter or a full model."""
     for path in folder.iterdir():
         if path.name.endswith((".safetensors", ".safetensors.index.json", ADAPTER)) or (
             path.name == "config.json"
@@ -157,24 +161,27 @@ def remove_model(folder: Path) -> None:
 def resume_checkpoint(
     folder: Path, config: TrainConfig, content: bool = True
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from (None: from the start), and why newer ones were passed over.
+    """Return the checkpoint to resume from (None: start from the beginning), and why newer ones are skipped.
 
-    Without `content` the files are not read, only their names and sizes are.
+    Without `content`, check only the names and sizes of the files, and do not read them.
 
     Raises:
-        ConfigError: resume was asked for, and no run lies here; or the named checkpoint does not verify.
+        ConfigError: resume is true and the folder has no run, or the named checkpoint does not verify.
     """
     if not config.resume:
         return None, []
     if isinstance(config.resume, str):
         path = Path(config.resume)
         if not path.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
-            raise ConfigError(f"resume: {path} is not a checkpoint: a folder checkpoint-N of a run.")
+            raise ConfigError(f"resume: {path} is not a checkpoint. Give a folder checkpoint-N of a run.")
         if not path.is_dir():
-            raise ConfigError(f"resume: {path} does not exist. resume: true takes the newest that verifies.")
+            raise ConfigError(
+                f"resume: {path} does not exist. resume: true uses the newest checkpoint that verifies."
+            )
         if why := complaint(path, content):
             raise ConfigError(
-                f"resume: {path} cannot be used: {why}. resume: true takes the newest that can."
+                f"resume: {path} cannot be used: {why}. resume: true uses the newest checkpoint that "
+                "verifies."
             )
         return path, []
     if not holds_run(folder):
@@ -183,9 +190,10 @@ def resume_checkpoint(
 
 
 def set_aside_later(folder: Path, config: TrainConfig) -> None:
-    """After `resume: checkpoint-5`, checkpoint-10 is of a past that is left; it gets another name.
+    """Rename the checkpoints that are newer than the named one to set-aside-N-checkpoint-M.
 
-    Else a restart would take it for the newest.
+    After `resume: checkpoint-5`, checkpoint-10 does not belong to the run any more. Without another name, a
+    restart would use it as the newest.
     """
     if not isinstance(config.resume, str):
         return
@@ -199,7 +207,7 @@ def set_aside_later(folder: Path, config: TrainConfig) -> None:
 
 
 def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
-    """Writes run.json: each value with where it came from, the versions, and the facts of this start."""
+    """Write run.json: each value with its source, the versions, and the facts of this start."""
     config = {
         name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
     }
@@ -208,7 +216,7 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> Non
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all: it may be read at any moment, and the run killed."""
+    """Write a file atomically: a reader, or a kill at any moment, never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Whether the final model that a run saved would open again. Reads headers; builds and unpickles nothing."""
+"""Check that a saved final model can be opened. Reads only headers; builds and unpickles nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "adapter_config.json"
-# A tokenizer has at least one of these beside tokenizer_config.json, by its kind.
+# A tokenizer has at least one of these files, depending on its kind, in addition to tokenizer_config.json.
 VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.spm", "added_tokens.json")
 
 
 def check_saved(folder: Path) -> None:
-    """Checks that the final model in the folder opens: its config, each weight file's header, the tokenizer.
+    """Check that the final model in a folder opens: config, headers of the weight files, tokenizer.
 
     Raises:
-        RuntimeError: a file is missing, cut short, or empty; the message names it.
+        RuntimeError: a file is missing, truncated or empty; the message names it.
     """
     adapter = (folder / ADAPTER).is_file()
     read_object(folder / (ADAPTER if adapter else "config.json"))
@@ -27,19 +27,24 @@ def check_saved(folder: Path) -> None:
     for tensor, name in placed.items():
         if tensor not in held[name]:
             raise RuntimeError(
-                f"the saved model is broken: {folder / name} lacks {tensor}, which is indexed."
+                f"the saved model is broken: {folder / name} lacks {tensor}, which the index lists."
             )
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in held:
             _tensors(path)
     read_object(folder / "tokenizer_config.json")
     if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
-        raise RuntimeError(f"the saved model is broken: {folder} has no vocabulary of a tokenizer.")
+        raise RuntimeError(f"the saved model is broken: {folder} has no vocabulary for the tokenizer.")
     if (folder / "tokenizer.json").is_file():
         read_object(folder / "tokenizer.json")
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """Read a file of a saved model that holds a JSON object.
+
+    Raises:
+        RuntimeError: the file is missing or malformed.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,24 +52,24 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the saved model is broken: {path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise RuntimeError(f"the saved model is broken: {path} holds no JSON object.")
+        raise RuntimeError(f"the saved model is broken: {path} does not hold a JSON object.")
     return value
 
 
 def _tensors(path: Path) -> set[str]:
-    """The names in a weight file; its header must cover the file to the last byte."""
+    """Return the names of the tensors in a weight file. Its header must cover the file to the last byte."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            # What a sharded save leaves where it saved a rank's empty placeholder.
+            # A sharded save leaves such a tensor if it saved the empty placeholder of a rank.
             empty = [name for name in sorted(names) if 0 in file.get_slice(name).get_shape()]
     except FileNotFoundError:
         raise RuntimeError(f"the saved model is broken: {path} is missing.") from None
     except (OSError, SafetensorError) as error:
         raise RuntimeError(f"the saved model is broken: {path} cannot be opened: {error}") from error
     if not names or empty:
-        what = f"{empty[0]} has no values" if empty else "no tensor is in it"
+        what = f"{empty[0]} has no values" if empty else "it has no tensors"
         raise RuntimeError(f"the saved model is broken: {path}: {what}.")
     return names

@@ -1,4 +1,4 @@
-"""Where the shipped files are: next to the packages, in a checkout and in site-packages alike."""
+"""Paths of the shipped files. They are next to the packages, both in a checkout and in site-packages."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Plants a fault in a real rank: at a chosen rank and step, once. A run finds this file by PYTHONPATH.
+"""Plant a fault in a real rank: at a chosen rank and step, once. A run finds this file by PYTHONPATH.
 
-PHALANX_FAULT, which is read in the rank when the moment comes, is a JSON object:
-    what    one of FAULTS; or absent
-    rank    the rank that it happens in
-    step    before this optimiser step (1 is the first)
-    once    a file: made when the fault happens, which then does not happen again
-    always  true: it happens again and again
-    pause   seconds that each step takes longer, so that a test can act within a run
+PHALANX_FAULT is a JSON object, which a rank reads at each step:
+    what    one of FAULTS, or absent
+    rank    the rank with the fault
+    step    the fault happens before this optimiser step (1 is the first)
+    once    a file, created when the fault happens; while it exists, the fault does not happen again
+    always  true: the fault happens each time
+    pause   seconds that each step takes longer, so that a test can act during a run
 """
 
 import importlib.machinery
@@ -45,7 +45,7 @@ def mistake():
 
 
 def set_the_clock_back():
-    """For this process; the machine's own clock is not a test's to set."""
+    """Set the clock back for this process only; a test must not set the machine's clock."""
     clock = time.time
     time.time = lambda: clock() - 7200
 
@@ -65,7 +65,7 @@ FAULTS = {
 
 
 def strike(fault, step, model):
-    """Called before each step, in each rank."""
+    """Pause, and let the fault happen if it is due. Each rank calls it before each step."""
     time.sleep(fault.get("pause", 0))
     mine = fault.get("rank") == int(os.environ.get("RANK", "0")) and fault.get("step") == step
     if mine and fault.get("what") in FAULTS and (fault.get("always") or not Path(fault["once"]).exists()):
@@ -84,7 +84,7 @@ def plant_in_boundary(module):
     predict = module.StepBoundary.on_prediction_step
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        """`evaluation`: it happens within the evaluation of this step."""
+        """`evaluation`: the fault happens during the evaluation after this step."""
         fault = json.loads(os.environ["PHALANX_FAULT"])
         if fault.get("evaluation") == state.global_step:
             strike({**fault, "step": 0}, 0, None)
@@ -94,7 +94,7 @@ def plant_in_boundary(module):
 
 
 def plant_in_batches(module):
-    """`worker`: the collation of the step's batch fails, in a worker process of the data loader."""
+    """`worker`: collating the step's batch fails, in a worker process of the data loader."""
     call = module.CountRows.__call__
     seen = [0]
 
@@ -112,8 +112,31 @@ def plant_in_batches(module):
     module.CountRows.__call__ = collate
 
 
+def plant_in_training_step(module):
+    """`small device`: from the step on, the rank has memory for no more than `fits` rows."""
+    step = module.Durable.training_step
+
+    def training_step(self, model, inputs, *rest, **named):
+        fault = json.loads(os.environ["PHALANX_FAULT"])
+        if fault.get("what") == "small device":
+            if fault["step"] > 1:
+                time.sleep(0.3)  # gives FSDP the time to write its shards while training continues
+            mine = fault["rank"] == int(os.environ.get("RANK", "0"))
+            late = self.state.global_step + 1 >= fault["step"]
+            if mine and late and inputs["input_ids"].shape[0] > fault["fits"]:
+                run_out_of_memory()
+        return step(self, model, inputs, *rest, **named)
+
+    module.Durable.training_step = training_step
+
+
 def plant_in_checkpoints(module):
-    """`no-check`: no rank looks for room before it saves. `save`: killed when all is written but its name."""
+    plant_in_training_step(module)
+    plant_in_saves(module)
+
+
+def plant_in_saves(module):
+    """`no-check`: ranks do not check the free space before a save. `save`: a kill before the final rename."""
     publish, has_room = module.Durable._publish, module.Durable._has_room
 
     def blind(self):
@@ -130,7 +153,7 @@ def plant_in_checkpoints(module):
 
 
 def plant_in_run(module):
-    """`versions`: a rank has another version of torch."""
+    """`versions`: a rank reports another version of torch."""
     versions = module.versions
 
     def planted():
@@ -150,7 +173,7 @@ PLANTS = {
 
 
 class Planter:
-    """Patches a module of ours right after it was imported."""
+    """A finder that patches a module of Phalanx right after its import."""
 
     def find_spec(self, name, path, target=None):
         plant = PLANTS.get(name)

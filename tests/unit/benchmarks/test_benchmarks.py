@@ -1,4 +1,4 @@
-"""What can be wrong in a benchmark without a GPU and without a measurement: arithmetic, draws, arguments."""
+"""The benchmarks without a GPU and without a measurement: their arithmetic, random draws and arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_flops_of_a_token():
     assert tiny.counted == weights + norms + head
     assert flops_per_token(tiny, 0, lora=False) == 6 * tiny.counted
     assert flops_per_token(tiny, 0, lora=True) == 4 * tiny.counted + 6 * tiny.adapter
-    # Attention: q k^T and its product with v, 2 h flops each and key; three times for forward and backward.
+    # Attention: q k^T and its product with v, 2 h flops each for a key; three times for forward and backward.
     assert flops_per_token(tiny, 8, lora=False) - 6 * tiny.counted == 3 * 2 * 2 * 4 * 8 / 2
     assert 6.6 < flops_per_token(SHAPES["1B"], 4096, lora=False) / 1e9 < 7.5
 
@@ -57,7 +57,7 @@ def test_a_token_attends_to_its_own_document():
     assert attended([1, 9]) == 8.2
 
 
-def test_peak_is_known_by_words_of_the_device_name():
+def test_peak_is_found_by_the_device_name():
     from gpu import peak_flops
 
     assert peak_flops("NVIDIA H200") == 989e12
@@ -68,7 +68,7 @@ def test_peak_is_known_by_words_of_the_device_name():
     assert peak_flops("NVIDIA A10") is None
 
 
-def test_lora_where_full_training_does_not_fit():
+def test_lora_is_used_where_full_training_does_not_fit():
     from gpu import SHAPES, needs_lora
 
     assert not needs_lora(SHAPES["1B"], 80 * 2**30)
@@ -81,13 +81,13 @@ def test_gpu_benchmark_without_a_gpu_says_so():
     argv = [sys.executable, str(REPO / "benchmarks" / "gpu.py"), "--sizes", "0.1B"]
     environ = {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(argv, env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "no GPU here: nothing was measured\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "no GPU found: nothing was measured\n"), done.stderr
 
 
 @pytest.mark.parametrize(
     "argv", [["--dropped", "0"], ["--steps", "5", "--dropped", "5"], ["--attention", "none"]]
 )
-def test_gpu_benchmark_refuses(argv):
+def test_gpu_benchmark_refuses_wrong_flags(argv):
     import gpu
 
     with pytest.raises(SystemExit, match="2"):

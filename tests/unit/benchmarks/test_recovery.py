@@ -1,4 +1,4 @@
-"""benchmarks/recovery.py without a measurement: what it reads in logs, makes of times, and refuses."""
+"""benchmarks/recovery.py without a measurement: how it reads logs, computes from times, and checks flags."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def recovery():
         sys.modules.pop(name, None)
 
 
-def test_steps_are_read_as_both_sides_print_them(recovery):
+def test_the_step_lines_of_both_sides_are_parsed(recovery):
     assert recovery.killed_run.step_number("step 12/100000  loss 2.3456  310 tokens/s  ETA 3:07\n") == 12
     assert recovery.killed_run.step_number("step 3/100000  loss 21.0111\n") == 3
     assert recovery.killed_run.step_number("step 12/100000  eval_loss 2.3456\n") is None
     assert recovery.killed_run.step_number("resume: run/checkpoint-10\n") is None
 
 
-def test_the_bare_script_prints_steps_that_are_read(recovery):
+def test_the_bare_script_prints_step_lines_that_are_parsed(recovery):
     """Its line is written like the one of trainers/output/metrics.py."""
     script = (REPO / "benchmarks" / "bare_resuming.py").read_text()
     assert 'f"step {state.global_step}/{state.max_steps}  loss ' in script
 
 
-def test_the_launcher_names_a_rank_in_words_that_are_read(recovery):
+def test_the_launcher_names_a_rank_in_a_line_that_is_parsed(recovery):
     from launcher.supervise.diagnosis import Failure
 
     line = (
@@ -45,7 +45,7 @@ def test_the_launcher_names_a_rank_in_words_that_are_read(recovery):
     assert recovery.killed_run.named_rank(line + "from run/checkpoint-4") == 1
     assert (
         recovery.killed_run.named_rank(f"error: {Failure(0, 'killed by SIGKILL').line}") is None
-    )  # the last word of a run
+    )  # the last line of a run
 
 
 def test_torchrun_names_a_rank(recovery):
@@ -61,24 +61,27 @@ def steps(recovery, *triples):
 
 
 def test_goodput_counts_what_the_last_step_builds_on(recovery):
-    """A kill after step 5, which goes on from checkpoint 4: step 5 is taken twice."""
+    """A kill after step 5 resumes from checkpoint 4: step 5 is taken twice."""
     seen = steps(
         recovery, (0, 0, 1), (1, 0, 2), (5, 0, 3), (6, 0, 4), (9, 0, 5), (20, 1, 5), (24, 1, 6), (25, 1, 7)
     )
     found = recovery.goodput(seen, save_steps=2)
     assert (found.kept, found.taken) == (6, 7)
-    # Between steps 1 and 2, and 3 and 4, and 5 and 6 in the second attempt; after 2, 4 and 6 there is a save.
+    # Between steps 1 and 2, 3 and 4, and 5 and 6 in the second attempt; there is a save after 2, 4 and 6.
     assert found.step_seconds == 1
     assert found.share == pytest.approx(6 * 1 / 25)
 
 
-def test_goodput_without_a_kill_is_what_saves_leave(recovery):
+def test_goodput_without_a_kill_is_one(recovery):
     seen = steps(recovery, *((second, 0, second) for second in range(1, 12)))
     assert recovery.goodput(seen, save_steps=5).share == pytest.approx(1)
 
 
 def ends(count, step, every=0, wait=0.0, slower=0.0):
-    """Of steps: the first takes 9 s more, the next after a save `wait` more, the one behind it `slower`."""
+    """Return the ends of steps.
+
+    The first step takes 9 s more. After a save, the first step takes `wait` more and the second `slower`.
+    """
     at, found = 9.0, []
     for number in range(1, count + 1):
         saved = every and number > 1
@@ -88,22 +91,22 @@ def ends(count, step, every=0, wait=0.0, slower=0.0):
     return found
 
 
-def test_a_save_that_all_wait_for(recovery):
+def test_stall_of_a_save_that_blocks_its_step(recovery):
     found = recovery.stall(ends(21, 1.0, every=4, wait=0.5), ends(21, 1.0), every=4)
     assert (found.step, found.wait, found.added) == pytest.approx((1.0, 0.5, 0.5))
 
 
-def test_a_save_that_slows_the_steps_after_it(recovery):
+def test_stall_of_a_save_that_slows_later_steps(recovery):
     found = recovery.stall(ends(21, 1.0, every=4, wait=0.1, slower=0.3), ends(21, 1.0), every=4)
     assert (found.step, found.wait, found.added) == pytest.approx((1.0, 0.1, 0.4))
 
 
-@pytest.mark.parametrize(("whole", "turns", "shares"), [(20, 4, [5] * 4), (3, 2, [1, 2]), (1, 1, [1])])
-def test_turns_share_the_kills(recovery, whole, turns, shares):
-    assert [recovery.share_of(turn, turns, whole) for turn in range(turns)] == shares
+@pytest.mark.parametrize(("total", "turns", "shares"), [(20, 4, [5] * 4), (3, 2, [1, 2]), (1, 1, [1])])
+def test_turns_share_the_kills(recovery, total, turns, shares):
+    assert [recovery.share_of(turn, turns, total) for turn in range(turns)] == shares
 
 
-def test_a_goal_is_met_by_the_worst_kill(recovery):
+def test_a_goal_is_met_if_the_worst_kill_meets_it(recovery):
     def kill(noticed, first, at_save=False):
         return recovery.Kill(1, at_save, noticed, first, named=True)
 
@@ -119,7 +122,7 @@ def test_a_goal_is_met_by_the_worst_kill(recovery):
 
 
 def test_both_sides_get_the_same_job(recovery, tmp_path):
-    """Length, learning rate, saves and steps; a start by hand goes on from what is there."""
+    """Length, learning rate, saves and steps; a start by hand resumes an existing run."""
     import json
 
     argv = recovery.killed_run.command("torchrun", tmp_path, Path("model"), 2)
@@ -138,7 +141,7 @@ def test_both_sides_get_the_same_job(recovery, tmp_path):
     assert recovery.killed_run.command("warm", tmp_path, Path("model"), 2)[-1] == "--resume"
 
 
-def test_the_config_is_one_of_phalanx(recovery, tmp_path, monkeypatch):
+def test_the_config_is_accepted_by_phalanx(recovery, tmp_path, monkeypatch):
     from launcher.config import load_run
 
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
-"""The examples that AutoTrain ships for language models run here as they are: `phalanx show` takes each.
+"""`phalanx show` accepts AutoTrain's example configs for language models without changes.
 
-What they say is in the table, in AutoTrain's keys; the text is ours. Values are YAML as it is written there:
-3e-5 without a dot is a word to a YAML parser, and a number to us.
+The table has the content of the examples, in AutoTrain's keys; the text of the files is our own. Values are
+written as in AutoTrain's YAML: a YAML parser reads 3e-5 (without a dot) as text, and Phalanx as a number.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ METAMATH = "rishiraj/guanaco-style-metamath-40k"
 PAIRS = {"text_column": "chosen", "rejected_text_column": "rejected", "prompt_text_column": "prompt"}
 QLORA = {"peft": "true", "quantization": "int4", "target_modules": "all-linear"}
 LORA = QLORA | {"quantization": "null"}
-# Words of the notes that an example should give; the rest should give none.
-DROPPED = "quantization: AutoTrain's default int4 is dropped"
+# How the notes begin that an example must give. The other examples must give none.
+DROPPED = "quantization: AutoTrain's default int4 is not used"
 NO_ADAPTER = "merge_adapter: has no effect"
 NO_PROMPT = "max_prompt_length: has no effect, since it belongs to dpo, orpo, kto"
 NO_PUSH = "username: has no effect, since push_to_hub is off"
@@ -57,7 +57,7 @@ UNSLOTH = "unsloth: has no effect, since its kernels and its loader are not used
 
 
 def params(block: int, limit: int, rows: str, lr: str, how: dict[str, str], **more: str) -> dict[str, str]:
-    """The keys that every example has; rows is epochs, batch_size and gradient_accumulation."""
+    """Return the keys that every example has. `rows` is epochs, batch_size and gradient_accumulation."""
     epochs, batch, accumulation = rows.split()
     fixed = {"block_size": str(block), "model_max_length": str(limit), "epochs": epochs, "batch_size": batch}
     fixed |= {"lr": lr, "padding": "right", "gradient_accumulation": accumulation}
@@ -67,7 +67,7 @@ def params(block: int, limit: int, rows: str, lr: str, how: dict[str, str], **mo
 
 @dataclass(frozen=True)
 class Example:
-    """One config: what it trains, from what, and the notes it should give."""
+    """A config: what it trains, the model and data, and the notes that it must give."""
 
     task: str
     model: str
@@ -163,7 +163,7 @@ def show(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Show:
-    """`show(name, gpus, *flags)`: exit code, output and errors of `phalanx show` on that example."""
+    """Return show(name, gpus, *flags): exit code, stdout and stderr of `phalanx show` on that example."""
     monkeypatch.setenv("HF_USERNAME", "me")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
@@ -179,13 +179,14 @@ def show(
 
 
 @pytest.mark.parametrize(("name", "gpus"), CASES)
-def test_example_is_taken_as_it_is(show: Show, name: str, gpus: int) -> None:
+def test_an_example_is_accepted_unchanged(show: Show, name: str, gpus: int) -> None:
     example = EXAMPLES[name]
     code, out, err = show(name, gpus, "--json")
     assert (code, err) == (0, "")
     plan = json.loads(out)
     assert plan["ranks"] == {"num_processes": gpus, "num_machines": 1, "device": "cuda"}
-    # The size of a model that is not here yet is not known; fsdp holds the largest, but no paged optimiser.
+    # The size of a model that is not downloaded is unknown. Then fsdp is chosen, or deepspeed for a paged
+    # optimiser, which fsdp does not support.
     sharded = "deepspeed" if plan["config"]["optimizer"]["value"].startswith("paged_") else "fsdp"
     assert plan["backend"]["name"] == ("none" if gpus == 1 else sharded)
 
@@ -207,14 +208,14 @@ def test_example_is_taken_as_it_is(show: Show, name: str, gpus: int) -> None:
 
 
 def _means(found: object, word: str) -> bool:
-    """Whether an effective value is what the table writes as a word."""
+    """Whether an effective value equals the table's value, which is text."""
     if isinstance(found, int | float) and not isinstance(found, bool):
         return found == float(word)
     return found == {"null": None, "true": True, "false": False}.get(word, word)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_notes_say_what_is_not_as_in_autotrain(show: Show, name: str) -> None:
+def test_notes_report_what_differs_from_autotrain(show: Show, name: str) -> None:
     _, out, _ = show(name, 1, "--json")
     notes = json.loads(out)["notes"]
     expected = EXAMPLES[name].notes
@@ -224,7 +225,7 @@ def test_notes_say_what_is_not_as_in_autotrain(show: Show, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "gpus"), CASES)
-def test_plan_for_a_reader_holds_no_token(show: Show, name: str, gpus: int) -> None:
+def test_the_plan_as_text_has_no_token(show: Show, name: str, gpus: int) -> None:
     code, out, err = show(name, gpus)
     assert (code, err) == (0, "") and f"autotrain-{name}" in out
 

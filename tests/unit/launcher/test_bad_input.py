@@ -1,5 +1,7 @@
-"""A wrong config fails before a rank starts: exit code 2, a plain line on what, where and how to mend it,
-and nothing written. Each case goes through the real command, as `train` and as `show`.
+"""A wrong config fails before a rank starts, with exit code 2, and nothing is written.
+
+A short message says what is wrong, where, and how to fix it. Each case runs the real commands `train` and
+`show`.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ Refuse = Callable[..., None]
 
 
 def spoil(old: str, new: str) -> str:
-    """The good config with one piece replaced."""
+    """Return the good config with one part replaced."""
     assert GOOD.count(old) == 1
     return GOOD.replace(old, new)
 
 
 def params(*lines: str) -> str:
-    """The good config with parameters added, from line 14 on."""
+    """Return the good config with parameters added, from line 14 on."""
     return GOOD + "".join(f"  {line}\n" for line in lines)
 
 
 def section(name: str, *lines: str) -> str:
-    """The good config with a section added: its name in line 14, its keys from line 15 on."""
+    """Return the good config with a section added: its name in line 14, its keys from line 15 on."""
     return f"{GOOD}{name}:\n" + "".join(f"  {line}\n" for line in lines)
 
 
@@ -57,21 +59,21 @@ def refuse(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Refuse:
-    """`refuse(text, *words, flags=...)`: the command refuses this config and says all of the words."""
+    """Return refuse(text, *words, flags=...): it checks that a config is refused with these words."""
 
     def check(text: str | None, *words: str, flags: tuple[str, ...] = (), lines: int = 2) -> None:
         if text is not None:
             (work / "c.yaml").write_text(text)
-        said = []
+        messages = []
         for command in ("train", "show"):
             before = listing(work.parent)
             code = run_command([command, "c.yaml", *flags], monkeypatch)
             out, err = capsys.readouterr()
             assert (code, out) == (2, ""), err
             assert listing(work.parent) == before, "something was written"
-            said.append(err)
-        message = said[0]
-        assert said[1] == message, "show and train disagree"
+            messages.append(err)
+        message = messages[0]
+        assert messages[1] == message, "show and train print different messages"
         check_message(message, lines)
         for word in words:
             assert word in message
@@ -80,15 +82,12 @@ def refuse(
 
 
 def check_message(message: str, lines: int = 2) -> None:
-    """One or two lines for a reader, not for a programmer."""
+    """Check that a message is one or two lines for a user, without Python's internals."""
     assert 1 <= len(message.splitlines()) <= lines, message
     assert all(line.startswith("error: ") for line in message.splitlines()), message
     assert all(len(line) < 400 for line in message.splitlines()), message
     for ugly in ("Traceback", "pydantic", "Errno", "<class", "NoneType", "None:"):
         assert ugly not in message, message
-
-
-# --------------------------------------------------------------------------------------------- the file
 
 
 def test_the_good_config_is_good(work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +143,7 @@ def test_remote_config(
                      id="param-twice"),
         pytest.param(spoil("task: llm-sft\n", ""), ["c.yaml", "'task' is missing", "llm-sft"], id="no-task"),
         pytest.param(params("<<: {seed: 1}"), ["c.yaml:14", "merge keys (<<)"], id="merge-key"),
-        pytest.param(params("? [a, b]", ": 1"), ["c.yaml:14", "a key must be a word"],
+        pytest.param(params("? [a, b]", ": 1"), ["c.yaml:14", "a key must be text"],
                      id="key-that-is-a-list"),
         pytest.param(params("seed: &x [*x]"), ["c.yaml:14", "nested"], id="alias-of-itself"),
         pytest.param("task: llm-sft\ndata: data\n", ["c.yaml:2", "data must be a mapping"],
@@ -153,7 +152,7 @@ def test_remote_config(
                      id="section-that-is-a-list"),
     ],
 )  # fmt: skip
-def test_form(refuse: Refuse, text: str, words: list[str]) -> None:
+def test_malformed_file(refuse: Refuse, text: str, words: list[str]) -> None:
     refuse(text, *words)
 
 
@@ -182,9 +181,6 @@ def test_form(refuse: Refuse, text: str, words: list[str]) -> None:
 )  # fmt: skip
 def test_unknown_key(refuse: Refuse, text: str, words: list[str]) -> None:
     refuse(text, "unknown key", *words)
-
-
-# ------------------------------------------------------------------------------------------- one value
 
 
 @pytest.mark.parametrize(
@@ -257,7 +253,7 @@ def test_value_of_launch_and_slurm(refuse: Refuse, text: str, words: list[str]) 
 
 @pytest.mark.parametrize("task", ["text-classification", "llm-ppo", "sft", "null", "[llm-sft]"])
 def test_task_that_does_not_exist(refuse: Refuse, task: str) -> None:
-    refuse(spoil("llm-sft", task), "c.yaml:1", "does not exist here", "Allowed: llm,", "llm-sft")
+    refuse(spoil("llm-sft", task), "c.yaml:1", "does not exist. ", "Allowed: llm,", "llm-sft")
 
 
 def test_backend_of_autotrains_cloud(refuse: Refuse) -> None:
@@ -275,9 +271,6 @@ def test_tracker_that_does_not_exist(refuse: Refuse) -> None:
     refuse(
         spoil("log: none", "log: mlflow"), "c.yaml:4", "'mlflow' does not exist", "'tensorboard' or 'wandb'"
     )
-
-
-# ------------------------------------------------------------------------------- values against values
 
 
 @pytest.mark.parametrize(
@@ -299,7 +292,7 @@ def test_lengths(refuse: Refuse, lines: list[str], name: str, bound: str) -> Non
 
 
 @pytest.mark.parametrize("size", [0, -2])
-def test_block_size_that_is_no_length(refuse: Refuse, size: int) -> None:
+def test_block_size_that_is_not_a_length(refuse: Refuse, size: int) -> None:
     refuse(
         params(f"block_size: {size}"), "c.yaml:14", f"block_size: {size} is not a length", "Allowed: -1 or"
     )
@@ -330,30 +323,34 @@ def test_pairs_of_parameters(refuse: Refuse, lines: list[str], words: list[str])
         ("dpo", ["loss_type: [sigmoid, kto]"], ["loss_type: 'kto' does not exist"]),
         ("kto", ["loss_type: sigmoid"], ["'sigmoid' does not exist", "Allowed: kto, apo_zero_unpaired"]),
         ("kto", ["loss_type: kto,apo_zero_unpaired"], ["loss_type: kto takes one loss"]),
-        ("dpo", ["loss_type: exo_pair"], ["label_smoothing: exo_pair needs it above 0", "0.001"]),
+        ("dpo", ["loss_type: exo_pair"], ["label_smoothing: exo_pair needs a value above 0", "0.001"]),
         ("kto", ["batch_size: 1"], ["batch_size: kto estimates a divergence", "Raise batch_size"]),
         ("dpo", ["peft: true", "quantization: null", "target_modules: q_proj,lm_head"],
          ["target_modules: lm_head", "never train", "Remove it"]),
         ("kto", ["peft: true", "quantization: null", "target_modules: [lm_head]"],
          ["target_modules: lm_head", "never train"]),
         ("reward", ["peft: true", "quantization: null", "target_modules: [q_proj, lm_head]"],
-         ["target_modules: lm_head: a reward model has a score and no lm_head", "all-linear"]),
+         ["target_modules: lm_head: a reward model has a score output and no lm_head", "all-linear"]),
         ("mlm", ["packing: bfd"], ["packing", "masked LM", "Use packing: none"]),
         ("mlm", ["packing: wrapped"], ["packing", "Use packing: none"]),
         *((task, ["quantization: int4"], ["quantization: int4 weights", "peft: true"])
           for task in ("generic", "reward", "dpo", "orpo", "kto", "mlm")),
     ],
 )  # fmt: skip
-def test_what_a_trainer_cannot_do(refuse: Refuse, task: str, lines: list[str], words: list[str]) -> None:
+def test_settings_that_a_trainer_does_not_support(
+    refuse: Refuse, task: str, lines: list[str], words: list[str]
+) -> None:
     refuse(params(*lines).replace("llm-sft", f"llm-{task}"), *words)
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["valid_split: train", "valid_fraction: 0.1"], ["c.yaml:10", "valid_fraction", "valid_split names"]),
-        (["test_split: train", "test_fraction: 0.1"], ["c.yaml:10", "test_fraction", "test_split names"]),
-        (["valid_fraction: 0.5", "test_fraction: 0.5"], ["c.yaml:9", "nothing to train on", "below 1"]),
+        (["valid_split: train", "valid_fraction: 0.1"],
+         ["c.yaml:10", "valid_fraction", "valid_split already names"]),
+        (["test_split: train", "test_fraction: 0.1"],
+         ["c.yaml:10", "test_fraction", "test_split already names"]),
+        (["valid_fraction: 0.5", "test_fraction: 0.5"], ["c.yaml:9", "no row to train on", "below 1"]),
         (["valid_fraction: 1"], ["c.yaml:9", "data.valid_fraction", "1 must be less than 1"]),
         (["test_fraction: -0.1"], ["c.yaml:9", "data.test_fraction", "greater than or equal to 0"]),
         (["valid_fraction: a tenth"], ["c.yaml:9", "data.valid_fraction", "not a number"]),
@@ -377,7 +374,7 @@ def test_data_section(refuse: Refuse, lines: list[str], words: list[str]) -> Non
 def test_a_prompt_that_is_given_twice(refuse: Refuse) -> None:
     text = spoil("text_column: text", "text_column: text\n    prompt_text_column: text")
     refuse(text.replace("train_split: train", "train_split: train\n  prompt_format: '{text}'"),
-           "c.yaml:9", "prompt_format", "prompt_text_column names the prompt already")  # fmt: skip
+           "c.yaml:9", "prompt_format", "prompt_text_column already names the prompt")  # fmt: skip
 
 
 def test_code_from_the_hub_that_is_not_pinned(refuse: Refuse) -> None:
@@ -443,9 +440,6 @@ def test_hub_variable_inside_a_word(refuse: Refuse) -> None:
     refuse(section("hub", "username: me-${PX_NOT_SET}"), "c.yaml:15", "PX_NOT_SET is not set")
 
 
-# ----------------------------------------------------------------------------------------- project_name
-
-
 @pytest.mark.parametrize(
     "name",
     ["../x", "/tmp/phalanx-outside", ".", "runs/../..", "'a b'", "x;y", '"x\\ny"', "'-x'", "$x", "~/x"],
@@ -482,7 +476,7 @@ def test_project_name_that_is_a_file(refuse: Refuse, work: Path, made: str) -> N
 def test_folder_that_holds_another_run(refuse: Refuse, work: Path, left: str) -> None:
     (work / "run" / left).parent.mkdir(parents=True)
     (work / "run" / left).write_text("{}")
-    refuse(GOOD, "c.yaml:3", "run holds another run", "--resume", "--overwrite", "another project_name")
+    refuse(GOOD, "c.yaml:3", "run already contains a run", "--resume", "--overwrite", "another project_name")
 
 
 def test_resume_without_a_checkpoint(refuse: Refuse) -> None:
@@ -494,8 +488,8 @@ def test_resume_from_an_unfinished_checkpoint(refuse: Refuse, work: Path) -> Non
     refuse(
         params("resume: run/checkpoint-5"),
         "c.yaml:14",
-        "run/checkpoint-5 cannot be used: it has no manifest.json, so its save did not end",
-        "resume: true takes the newest that can",
+        "run/checkpoint-5 cannot be used: it has no manifest.json, so its save did not finish",
+        "resume: true uses the newest checkpoint that verifies",
     )
 
 
@@ -504,21 +498,18 @@ def test_resume_from_a_checkpoint_that_lost_a_file(refuse: Refuse, work: Path) -
     refuse(params("resume: run/checkpoint-5"), "c.yaml:14", "model.safetensors is missing")
 
 
-def test_resume_from_what_is_no_checkpoint(refuse: Refuse) -> None:
+def test_resume_from_a_folder_that_is_not_a_checkpoint(refuse: Refuse) -> None:
     refuse(
         params("resume: model"), "c.yaml:14", "model is not a checkpoint", "a folder checkpoint-N of a run"
     )
 
 
-def test_resume_of_a_run_whose_only_checkpoint_is_unfinished_begins_anew(
+def test_resume_of_a_run_whose_only_checkpoint_is_unfinished_is_allowed(
     work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (work / "run" / "checkpoint-5").mkdir(parents=True)
     (work / "c.yaml").write_text(GOOD)
     assert run_command(["show", "c.yaml", "--resume"], monkeypatch) == 0
-
-
-# ------------------------------------------------------------------------------------------ the model
 
 
 def test_model_path_that_does_not_exist(refuse: Refuse) -> None:
@@ -534,12 +525,12 @@ def test_model_path_that_does_not_exist(refuse: Refuse) -> None:
 
 def test_model_folder_without_config(refuse: Refuse, work: Path) -> None:
     (work / "model" / "config.json").unlink()
-    refuse(GOOD, "c.yaml:2", "base_model", "model holds no config.json")
+    refuse(GOOD, "c.yaml:2", "base_model", "model has no config.json")
 
 
 def test_model_folder_without_weights(refuse: Refuse, work: Path) -> None:
     (work / "model" / "model.safetensors").unlink()
-    refuse(GOOD, "c.yaml:2", "base_model", "model holds no weights", "*.safetensors or pytorch_model*.bin")
+    refuse(GOOD, "c.yaml:2", "base_model", "model has no weights", "*.safetensors or pytorch_model*.bin")
 
 
 @pytest.mark.parametrize(
@@ -551,9 +542,6 @@ def test_weights_that_are_not_safetensors(refuse: Refuse, work: Path, content: b
     (work / "model" / "model.safetensors").write_bytes(content)
     words = ("c.yaml:2", "base_model", "model.safetensors", "not a safetensors file", "Git LFS")
     refuse(GOOD, *words, flags=("--num-processes", ranks))
-
-
-# ------------------------------------------------------------------------------------------- the data
 
 
 def test_no_data_at_all(refuse: Refuse, work: Path) -> None:
@@ -595,19 +583,19 @@ def test_folder_without_the_split(refuse: Refuse, work: Path) -> None:
         "c.yaml:8",
         "data.train_split",
         "no split 'training'",
-        "There: test.jsonl, train.jsonl",
+        "Found: test.jsonl, train.jsonl",
         "data/training.jsonl",
     )
 
 
 def test_folder_with_nothing(refuse: Refuse, work: Path) -> None:
     (work / "data" / "train.jsonl").unlink()
-    refuse(GOOD, "data.train_split", "There: nothing")
+    refuse(GOOD, "data.train_split", "Found: nothing")
 
 
-def test_valid_split_that_is_not_there(refuse: Refuse) -> None:
+def test_valid_split_that_does_not_exist(refuse: Refuse) -> None:
     text = spoil("train_split: train", "train_split: train\n  valid_split: valid")
-    refuse(text, "c.yaml:9", "data.valid_split", "There: train.jsonl")
+    refuse(text, "c.yaml:9", "data.valid_split", "Found: train.jsonl")
 
 
 def test_valid_split_of_a_single_file(refuse: Refuse) -> None:
@@ -625,7 +613,7 @@ def test_test_split_of_a_single_file(refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize("mapping", ["text_column: body", "prompt_text_column: ask"])
-def test_column_that_is_not_there(refuse: Refuse, work: Path, mapping: str) -> None:
+def test_column_that_does_not_exist(refuse: Refuse, work: Path, mapping: str) -> None:
     write_rows(work / "data" / "train.jsonl", {"text": "x", "label": 1})
     name = mapping.split(": ")[1]
     refuse(
@@ -659,7 +647,7 @@ def test_column_that_a_trainer_needs(
     refuse(text, "data.column_mapping", *words)
 
 
-def test_no_column_that_could_be_text(refuse: Refuse, work: Path) -> None:
+def test_no_text_column(refuse: Refuse, work: Path) -> None:
     write_rows(work / "data" / "train.jsonl", {"body": "x"})
     refuse(
         spoil("  column_mapping:\n    text_column: text\n", ""), "no column 'text'", "The columns are: body"
@@ -691,7 +679,7 @@ def test_empty_parquet(refuse: Refuse, work: Path) -> None:
     refuse(GOOD, "c.yaml:8", "'train' is empty", "train.parquet")
 
 
-def test_parquet_that_is_none(refuse: Refuse, work: Path) -> None:
+def test_parquet_file_with_other_content(refuse: Refuse, work: Path) -> None:
     (work / "data" / "train.jsonl").rename(work / "data" / "train.parquet")
     refuse(GOOD, "train.parquet", "not a Parquet file")
 
@@ -700,7 +688,7 @@ def test_parquet_that_is_none(refuse: Refuse, work: Path) -> None:
     ("name", "content", "words"),
     [
         pytest.param("train.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n',
-                     [":2", "not valid JSON", "Mend or remove"], id="half-a-row"),
+                     [":2", "not valid JSON", "Fix or remove"], id="half-a-row"),
         pytest.param("train.jsonl", b'{"text": "a"}\n\n["b"]\n', [":3", "must be an object", "not list"],
                      id="row-that-is-a-list"),
         pytest.param("train.jsonl", b'{"text": "a"}\n5\n', [":2", "must be an object", "not int"],
@@ -722,9 +710,6 @@ def test_row_that_cannot_be_read(
     (work / "data" / "train.jsonl").unlink()
     (work / "data" / name).write_bytes(content)
     refuse(GOOD, f"data/{name}", *words)
-
-
-# --------------------------------------------------------------- the machine, and what goes with what
 
 
 @pytest.mark.parametrize(
@@ -788,7 +773,7 @@ PAIRS = [
     (GPUS, [*TWO, "--distributed-backend", "deepspeed", "--peft", "--activation-checkpointing", "selective"],
      ["activation_checkpointing", "not reentrant", "trl#2514", "launch.zero_stage: 2"]),
     (machine(), [*TWO, "--distributed-backend", "deepspeed", "--torch-compile"],
-     ["torch_compile", "compiles anew for every layer", "launch.zero_stage: 2"]),
+     ["torch_compile", "compiles again for every layer", "launch.zero_stage: 2"]),
     (machine(), ["--use-kernels"], ["use_kernels", "GPUs", "Use use_kernels: false"]),
     (machine(), ["--use-liger-kernel"], ["--use-liger-kernel: use_kernels: ", "GPUs"]),
     (machine(), ["--optimizer", "paged_adamw_8bit"], ["optimizer", "full GPU", "without paged_"]),
@@ -805,7 +790,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("found", "flags", "words"), PAIRS, ids=[" ".join(flags) for _, flags, _ in PAIRS])
-def test_what_does_not_go_together(
+def test_combinations_that_are_not_supported(
     refuse: Refuse, hardware: Callable[[Hardware], None], found: Hardware, flags: list[str], words: list[str]
 ) -> None:
     hardware(found)
@@ -816,7 +801,7 @@ BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "ademamix", "rmspr
 
 
 @pytest.mark.parametrize(
-    ("package", "flags", "mend"),
+    ("package", "flags", "fix"),
     [
         ("wandb", ["--log", "wandb"], "phalanx[wandb]"),
         ("tensorboard", ["--log", "tensorboard"], "phalanx[tensorboard]"),
@@ -831,11 +816,11 @@ BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "ademamix", "rmspr
 )
 def test_package_that_is_not_installed(
     refuse: Refuse, hardware: Callable[[Hardware], None], packages: Callable[..., None],
-    package: str, flags: list[str], mend: str,
+    package: str, flags: list[str], fix: str,
 ) -> None:  # fmt: skip
     hardware(GPUS)
     packages(without=package)
-    refuse(spoil("log: none\n", ""), "not installed", mend, flags=tuple(flags))
+    refuse(spoil("log: none\n", ""), "not installed", fix, flags=tuple(flags))
 
 
 def test_compiling_without_a_compiler(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -848,12 +833,9 @@ def test_a_rule_names_the_line_of_the_file(refuse: Refuse) -> None:
     refuse(text, "c.yaml:17: launch.zero_stage: ", "Set that, or remove zero_stage")
 
 
-def test_a_rule_that_a_default_broke(refuse: Refuse, packages: Callable[..., None]) -> None:
+def test_a_rule_that_a_default_breaks(refuse: Refuse, packages: Callable[..., None]) -> None:
     packages(without="bitsandbytes")
     refuse(params("peft: true"), "error: quantization: bitsandbytes is not installed", "quantization: null")
-
-
-# ---------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
@@ -917,15 +899,17 @@ def test_the_installed_command(work: Path, argv: list[str], word: str) -> None:
 def test_fakes_are_enough_to_start(
     work: Path, hardware: object, packages: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guard of all tests above: without a mistake the command reaches the start of the ranks."""
+    """Check the tests above: without a mistake the command would start the ranks."""
     (work / "c.yaml").write_text(GOOD)
     fake_model(work / "other")
-    with pytest.raises(pytest.fail.Exception, match="would have been started"):
+    with pytest.raises(pytest.fail.Exception, match="would start ranks"):
         run_command(["train", "c.yaml", "--base-model", "other"], monkeypatch)
 
 
-def test_csv_as_excel_writes_it(work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a mistake: the byte order mark is no part of the first column's name."""
+def test_csv_with_a_byte_order_mark_is_read(
+    work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Excel writes one. It does not belong to the name of the first column."""
     (work / "data" / "train.jsonl").unlink()
     (work / "data" / "train.csv").write_text("text,n\na,1\n", encoding="utf-8-sig")
     (work / "c.yaml").write_text(GOOD)
@@ -936,12 +920,17 @@ def test_csv_as_excel_writes_it(work: Path, hardware: object, monkeypatch: pytes
     ("username", "name", "offline", "words"),
     [
         ("me", "run", "1", ["push_to_hub: HF_HUB_OFFLINE is set", "Unset it"]),
-        ("me you", "run", "0", ["push_to_hub: me you/run is no name of a repository", "Allowed in username"]),
-        ("me", "a--b", "0", ["push_to_hub: me/a--b is no name of a repository"]),
-        ("me", "a" * 97, "0", ["is no name of a repository", "at most 96"]),
+        (
+            "me you",
+            "run",
+            "0",
+            ["push_to_hub: me you/run is not a valid repository name", "Allowed in username"],
+        ),
+        ("me", "a--b", "0", ["push_to_hub: me/a--b is not a valid repository name"]),
+        ("me", "a" * 97, "0", ["is not a valid repository name", "at most 96"]),
     ],
 )
-def test_an_upload_that_cannot_be(refuse: Refuse, monkeypatch, username, name, offline, words) -> None:
+def test_an_upload_that_is_not_possible(refuse: Refuse, monkeypatch, username, name, offline, words) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     text = spoil("project_name: run", f"project_name: {name}")
     refuse(text + f"hub:\n  username: {username}\n  token: secret\n  push_to_hub: true\n", *words)

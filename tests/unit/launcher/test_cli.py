@@ -1,4 +1,4 @@
-"""The commands: fast, quiet about what they do not need, the same run by file, flags and AutoTrain's form."""
+"""The commands import nothing heavy, and a file, flags and AutoTrain's flags describe the same run."""
 
 from __future__ import annotations
 
@@ -48,18 +48,15 @@ def config(work: Path, hardware: object) -> Path:
 def show(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, object]:
-    """What `phalanx show --json` says."""
+    """Return what `phalanx show --json` prints."""
     assert run_command(["show", *argv, "--json"], monkeypatch) == 0
     plan: dict[str, object] = json.loads(capsys.readouterr().out)
     return plan
 
 
 def values(plan: dict[str, object]) -> dict[str, object]:
-    """The effective values, without where they came from."""
+    """Return the effective values, without their sources."""
     return {name: entry["value"] for name, entry in plan["config"].items()}
-
-
-# ------------------------------------------------------------------------------------------------- light
 
 
 @pytest.mark.parametrize(
@@ -83,7 +80,7 @@ def test_nothing_heavy_is_imported(config: Path, argv: list[str]) -> None:
     assert listing(config.parent.parent) == before
 
 
-def test_a_refused_train_imports_nothing_heavy(config: Path) -> None:
+def test_train_imports_nothing_heavy_if_it_refuses_a_config(config: Path) -> None:
     config.write_text(CONFIG.replace("model", "./nowhere"))
     done = subprocess.run(
         [sys.executable, "-c", PROBE, "train", "c.yaml"], capture_output=True, text=True, timeout=60
@@ -92,14 +89,11 @@ def test_a_refused_train_imports_nothing_heavy(config: Path) -> None:
     assert done.stderr.endswith("loaded:\n")
 
 
-def test_python_m_launcher_is_phalanx(work: Path) -> None:
+def test_python_m_launcher_runs_phalanx(work: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "--version"], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, f"phalanx {version('phalanx')}\n")
-
-
-# -------------------------------------------------------------------------------------------------- help
 
 
 def test_help_names_every_command(
@@ -124,21 +118,20 @@ def test_help_of_a_command_describes_every_field_once(
         assert f" --{hidden.replace('_', '-')} " not in out
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--version"], monkeypatch) == 0
     assert capsys.readouterr().out == f"phalanx {version('phalanx')}\n"
 
 
-def test_schema(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schema_has_every_section(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(["schema"], monkeypatch) == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["title"] == "PhalanxConfig"
     assert {"task", "base_model", "project_name", "data", "params", "hub", "launch", "slurm"} <= set(
         schema["properties"]
     )
-
-
-# ------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
@@ -155,7 +148,7 @@ def test_schema(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     ],
 )
 @pytest.mark.parametrize("form", ["{} 7", "{}=7"])
-def test_spellings_of_a_flag(
+def test_every_spelling_of_a_flag_sets_its_field(
     config: Path,
     flag: str,
     name: str,
@@ -184,14 +177,14 @@ def test_spellings_of_a_flag(
         (["--mixed-precision", "none"], "mixed_precision", None),
     ],
 )
-def test_values_of_flags(
+def test_a_flag_sets_its_value(
     config: Path, flags: list[str], name: str, value: object,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert values(show(["c.yaml", *flags], monkeypatch, capsys))[name] == value
 
 
-def test_block_size_as_a_list(
+def test_block_size_takes_a_list(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_rows(config.parent / "data" / "train.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"})
@@ -200,16 +193,13 @@ def test_block_size_as_a_list(
     assert (found["block_size"], found["max_prompt_length"]) == ([512, 256], 256)
 
 
-def test_a_switch_before_the_config_is_not_taken_for_its_value(
+def test_a_flag_may_come_before_the_config(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert values(show(["--seed", "7", "c.yaml"], monkeypatch, capsys))["seed"] == 7
 
 
-# -------------------------------------------------------------------------------------------------- show
-
-
-def test_show_tells_all_and_writes_nothing(
+def test_show_prints_everything_and_writes_nothing(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = listing(config.parent.parent)
@@ -266,10 +256,7 @@ def test_the_shipped_files_that_show_names_exist(
     assert Path(plan["by_hand"][plan["by_hand"].index("--config_file") + 1]).is_file()
 
 
-# --------------------------------------------------------------------------------- one run, three forms
-
-
-def test_autotrains_flags_are_the_file(
+def test_autotrains_flags_describe_the_same_run_as_the_file(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from launcher.commands import train
@@ -300,7 +287,7 @@ def test_an_effective_config_can_be_shown(
     assert (first["config"], first["notes"]) == (second["config"], second["notes"])
 
 
-def test_train_says_what_was_decided(
+def test_train_prints_what_was_decided(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from launcher import cli
@@ -316,7 +303,7 @@ def test_train_says_what_was_decided(
 
 
 @pytest.mark.parametrize("code", [1, 2, 130, 143])
-def test_train_passes_the_exit_code_on(config: Path, code: int, monkeypatch: pytest.MonkeyPatch,
+def test_train_returns_the_exit_code_of_the_run(config: Path, code: int, monkeypatch: pytest.MonkeyPatch,
                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     from launcher import cli
     from launcher.supervise import supervisor

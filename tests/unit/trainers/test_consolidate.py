@@ -1,4 +1,4 @@
-"""A checkpoint's shards become an ordinary folder: every value, little memory, and nothing half-done."""
+"""The shards of a checkpoint become an ordinary folder: all values, little memory, complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TINY = 100_000  # bytes; the tiny model has 492,000
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
-    """What a command changes for its whole process ends with a test."""
+    """Undo after each test what a command changes for its process."""
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
 
 
 def shard(folder: Path, model, *, only_trained: bool = False) -> Path:
-    """What FSDP saves, of one rank: the model's state, and an optimiser's that is not only tensors."""
+    """Write what FSDP saves on one rank: a model state, and an optimiser state with more than tensors."""
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad} if only_trained else set()
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
     save(
@@ -43,7 +43,7 @@ def shard(folder: Path, model, *, only_trained: bool = False) -> Path:
 
 
 def checkpoint_of(folder: Path, tiny: Path, **config) -> tuple[Path, object]:
-    """A checkpoint of the whole model, and the model."""
+    """Return a checkpoint of a full model, and the model."""
     from transformers import AutoConfig, LlamaForCausalLM
 
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -57,7 +57,7 @@ def checkpoint_of(folder: Path, tiny: Path, **config) -> tuple[Path, object]:
 
 
 def adapter_of(folder: Path, tiny: Path, **lora) -> tuple[Path, object]:
-    """A checkpoint of LoRA, which holds the trained weights alone, and the model."""
+    """Return a LoRA checkpoint, which has only the trained weights, and the model."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -79,11 +79,11 @@ def adapter_of(folder: Path, tiny: Path, **lora) -> tuple[Path, object]:
     return shard(folder, model, only_trained=True), model
 
 
-def test_every_weight_comes_back_in_several_files(tmp_path, tiny_model, capsys):
+def test_every_weight_is_written_to_several_files(tmp_path, tiny_model, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
-    (tmp_path / "out").mkdir()  # it may exist while it is empty
+    (tmp_path / "out").mkdir()  # it may exist if it is empty
     assert main([str(folder), str(tmp_path / "out"), "--max-shard-size", "100KB"]) == 0
     out = tmp_path / "out"
     files = list(out.glob("model-*.safetensors"))
@@ -98,7 +98,7 @@ def test_every_weight_comes_back_in_several_files(tmp_path, tiny_model, capsys):
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_tied_weight_is_written_once_whatever_name_it_has(tmp_path, tiny_model):
+def test_a_tied_weight_is_written_once_under_any_stored_name(tmp_path, tiny_model):
     from transformers import AutoModelForCausalLM
 
     folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model, tie_word_embeddings=True)
@@ -115,7 +115,7 @@ def test_a_tied_weight_is_written_once_whatever_name_it_has(tmp_path, tiny_model
         assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
-def test_the_half_precision_of_the_config_is_written(tmp_path, tiny_model):
+def test_weights_are_cast_to_the_half_precision_of_the_config(tmp_path, tiny_model):
     folder, model = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -124,7 +124,7 @@ def test_the_half_precision_of_the_config_is_written(tmp_path, tiny_model):
     assert all(torch.equal(written[n], value.bfloat16()) for n, value in model.state_dict().items())
 
 
-def test_a_masked_model_keeps_its_class(tmp_path, tiny_masked_model):
+def test_a_masked_language_model_keeps_its_class(tmp_path, tiny_masked_model):
     from transformers import AutoModelForMaskedLM
 
     folder = tmp_path / "checkpoint-3"
@@ -135,7 +135,7 @@ def test_a_masked_model_keeps_its_class(tmp_path, tiny_masked_model):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
-def test_experts_that_are_joined_in_memory_are_written_apart(tmp_path, tiny_model):
+def test_experts_that_are_joined_in_memory_are_written_separately(tmp_path, tiny_model):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     folder = tmp_path / "checkpoint-3"
@@ -165,7 +165,7 @@ LORA = {
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_an_adapter_is_what_peft_would_have_saved(tmp_path, tiny_model, name):
+def test_an_adapter_equals_what_peft_saves(tmp_path, tiny_model, name):
     folder, model = adapter_of(tmp_path / "checkpoint-3", tiny_model, **LORA[name])
     model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     consolidate(folder, tmp_path / "out", TINY)
@@ -190,21 +190,21 @@ def test_an_adapter_opens_with_peft(tmp_path, tiny_model):
 def test_ordinary_files_are_copied(tmp_path, tiny_model):
     shutil.copytree(tiny_model, tmp_path / "checkpoint-3")
     consolidate(tmp_path / "checkpoint-3", tmp_path / "out")
-    written, was = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny_model))
-    assert written.keys() == was.keys() and all(torch.equal(written[n], was[n]) for n in was)
+    written, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny_model))
+    assert written.keys() == original.keys() and all(torch.equal(written[n], original[n]) for n in original)
 
 
 def test_memory_holds_one_file_of_the_output(tmp_path, tiny_model, monkeypatch):
-    """Counts the bytes that are alive whenever more are asked for."""
+    """The test counts the allocated bytes at each allocation."""
     import weakref
 
     live: dict[int, int] = {}
     most = 0
-    plain = module._allocate
+    allocate = module._allocate
 
     def counted(like):
         nonlocal most
-        tensor = plain(like)
+        tensor = allocate(like)
         key = id(tensor)
         live[key] = tensor.nbytes
         weakref.finalize(tensor, live.pop, key)
@@ -218,11 +218,8 @@ def test_memory_holds_one_file_of_the_output(tmp_path, tiny_model, monkeypatch):
     assert not live
 
 
-# ---------------------------------------------------------------------------------------- bad input
-
-
 def refused(capsys, *argv) -> str:
-    """The error of a call that must end with 2 and leave nothing behind."""
+    """Run a command that must end with exit code 2 and write nothing, and return its error."""
     out = Path(argv[1])
     before = sorted(out.parent.rglob("*"))
     assert main([str(word) for word in argv]) == 2
@@ -232,7 +229,7 @@ def refused(capsys, *argv) -> str:
     return text
 
 
-def test_a_taken_output_is_refused(tmp_path, tiny_model, capsys):
+def test_an_output_that_is_not_empty_is_refused(tmp_path, tiny_model, capsys):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
@@ -240,7 +237,7 @@ def test_a_taken_output_is_refused(tmp_path, tiny_model, capsys):
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_missing_or_short_shard_is_named(tmp_path, tiny_model, capsys, cut):
+def test_a_missing_or_truncated_shard_is_named(tmp_path, tiny_model, capsys, cut):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     path = next((folder / "shards").glob("*.distcp"))
     if cut:
@@ -263,7 +260,7 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path, tiny_model, capsys):
     assert "no weights" in refused(capsys, folder, tmp_path / "out")
     (folder / "config.json").unlink()
     assert "config.json is missing" in refused(capsys, folder, tmp_path / "out")
-    assert "is no folder" in refused(capsys, tmp_path / "nothing", tmp_path / "out")
+    assert "is not a folder" in refused(capsys, tmp_path / "nothing", tmp_path / "out")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path, tiny_model, capsys):
@@ -275,14 +272,14 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path, tiny_model, capsy
     assert "lacks model.layers.2" in refused(capsys, folder, tmp_path / "out")
 
 
-def test_a_full_disk_is_known_before(tmp_path, tiny_model, monkeypatch, capsys):
+def test_too_little_disk_space_is_an_error_before_the_start(tmp_path, tiny_model, monkeypatch, capsys):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10, 9, 1))
     assert "free" in refused(capsys, folder, tmp_path / "out")
 
 
-def test_a_failure_midway_leaves_nothing(tmp_path, tiny_model, monkeypatch):
+def test_a_failure_leaves_no_files(tmp_path, tiny_model, monkeypatch):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
 
     def broken(_):
@@ -301,22 +298,22 @@ class Malice:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_an_index_that_holds_code_is_refused(tmp_path, tiny_model, capsys):
+def test_an_index_with_code_is_refused(tmp_path, tiny_model, capsys):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     mark = tmp_path / "ran"
     index = folder / "shards" / ".metadata"
     metadata = FileSystemReader(folder / "shards").read_metadata()
     metadata.planner_data = Malice(mark)
     index.write_bytes(pickle.dumps(metadata))
-    assert ".system, which no index" in refused(capsys, folder, tmp_path / "out")
+    assert ".system, which an index" in refused(capsys, folder, tmp_path / "out")
     assert not mark.exists()
     with pytest.raises(pickle.UnpicklingError):
         SafeReader(folder / "shards").read_metadata()
     assert not mark.exists()
 
 
-def test_an_optimiser_that_holds_code_is_refused(tmp_path):
-    """DCP unpickles what is no tensor; resuming reads it."""
+def test_an_optimiser_state_with_code_is_refused(tmp_path):
+    """DCP unpickles values that are not tensors, and a resume reads them."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -326,7 +323,7 @@ def test_an_optimiser_that_holds_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_is_read_as_torch_reads_it(tmp_path, tiny_model):
+def test_our_reader_reads_an_index_as_torch_does(tmp_path, tiny_model):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     ours = SafeReader(folder / "shards").read_metadata()
     theirs = FileSystemReader(folder / "shards").read_metadata()
@@ -334,15 +331,15 @@ def test_an_index_is_read_as_torch_reads_it(tmp_path, tiny_model):
     assert ours == theirs
 
 
-def test_names_that_the_index_may_hold_exist():
+def test_the_classes_that_an_index_may_have_exist():
     import importlib
 
     for name, members in safe_pickle.INDEX.items():
-        if name != "pathlib._local":  # Python 3.13's
+        if name != "pathlib._local":  # only in Python 3.13
             assert all(hasattr(importlib.import_module(name), member) for member in members)
 
 
-def test_deepspeed_may_load_its_own_classes_and_no_code(tmp_path):
+def test_deepspeed_may_load_its_classes_but_no_code(tmp_path):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 

@@ -1,4 +1,4 @@
-"""`phalanx evaluate`: lm-eval's command, and a real evaluation of rows that lie on this machine."""
+"""`phalanx evaluate`: lm-eval's command, and a real evaluation with local rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.config.errors import ConfigError
 
 
 @pytest.fixture
-def whole(work: Path) -> Path:
+def full_model(work: Path) -> Path:
     folder = Path("run")
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -25,8 +25,8 @@ def whole(work: Path) -> Path:
     return folder
 
 
-def test_a_whole_model(whole: Path) -> None:
-    assert command(whole, ["--tasks", "arc_easy", "--limit", "10"], 0) == [
+def test_a_full_model(full_model: Path) -> None:
+    assert command(full_model, ["--tasks", "arc_easy", "--limit", "10"], 0) == [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=run"),
         *("--output_path", "run/evaluation", "--tasks", "arc_easy", "--limit", "10"),
     ]
@@ -44,26 +44,28 @@ def test_an_adapter_on_its_base(work: Path) -> None:
     assert argv[argv.index("--output_path") + 1] == "elsewhere"
 
 
-def test_each_gpu_takes_a_share_unless_the_model_is_spread_over_them(whole: Path) -> None:
-    argv = command(whole, ["--tasks", "a"], 4)
+def test_each_gpu_takes_a_share_unless_the_model_is_spread_over_them(full_model: Path) -> None:
+    argv = command(full_model, ["--tasks", "a"], 4)
     assert argv[2] == "accelerate.commands.launch" and argv[argv.index("--num_processes") + 1] == "4"
     assert argv[argv.index("lm_eval") - 1] == "-m"
-    assert command(whole, ["--model_args", "parallelize=True"], 4)[2] == "lm_eval"
+    assert command(full_model, ["--model_args", "parallelize=True"], 4)[2] == "lm_eval"
 
 
-def test_what_cannot_be_evaluated(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_or_a_wrong_argument_is_refused(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", "nothing", "--tasks", "arc_easy"]) == 2
     assert "nothing: there is no final model" in capsys.readouterr().err
     Path("run").mkdir()
     Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a,trust=1"}))
-    with pytest.raises(ConfigError, match="no path with a comma"):
+    with pytest.raises(ConfigError, match="cannot load a path with a comma"):
         command(Path("run"), [], 0)
-    with pytest.raises(ConfigError, match="write name=value, not JSON"):
+    with pytest.raises(ConfigError, match=r"JSON cannot be joined .* Write name=value"):
         command(Path("run"), ["--model_args", '{"dtype": "float32"}'], 0)
 
 
-def test_without_lm_eval(
-    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_lm_eval_the_command_to_install_it_is_printed(
+    full_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     assert main(["evaluate", "run", "--tasks", "arc_easy"]) == 2

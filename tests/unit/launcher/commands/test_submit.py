@@ -1,4 +1,4 @@
-"""`phalanx submit`: what is checked on the login node, and what sbatch is given."""
+"""`phalanx submit`: what it checks on the login node, and what it gives to sbatch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ slurm:
 
 @pytest.fixture
 def asked(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """A stub of sbatch, first on the PATH, that notes its arguments; asked() gives those of each call."""
+    """Put a stub of sbatch first on the PATH. asked() returns the arguments of each call."""
     Path("c.yaml").write_text(BASE)
     script = tmp_path / "bin" / "sbatch"
     script.parent.mkdir()
@@ -48,7 +48,9 @@ def asked(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 Asked = Callable[[], list[list[str]]]
 
 
-def test_the_same_template_and_the_flags_of_both(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sbatch_gets_its_flags_and_the_script_gets_the_others(
+    asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (
         main(["submit", "c.yaml", "--nodes", "2", "--gpus-per-node", "8", "--lr", "1e-4", "--parsable"]) == 0
     )
@@ -74,9 +76,9 @@ def test_a_dry_run_submits_nothing(asked: Asked, capsys: pytest.CaptureFixture[s
         (["--data-path", "./nowhere"], "nowhere"),
         (["--base-model", "./none"], "base_model: the folder ./none does not exist"),
         (["--nodes", "2", "--num-processes", "3"], "3 ranks do not fit on 2 nodes"),
-        (["--gres", "gpu:2", "--num-processes", "4"], "4 ranks do not fit on 1 nodes of 2 GPUs"),
-        (["--nodes", "2", "--num-machines", "4"], "4 is not the 2 of slurm.nodes"),
-        (["--partition", "gpu --wrap=id"], "partition: 'gpu --wrap=id' holds a character"),
+        (["--gres", "gpu:2", "--num-processes", "4"], "4 ranks do not fit on 1 nodes with 2 GPUs each"),
+        (["--nodes", "2", "--num-machines", "4"], "4 differs from slurm.nodes (2)"),
+        (["--partition", "gpu --wrap=id"], "partition: 'gpu --wrap=id' has a character"),
         (["--machine-rank", "0"], "launch.machine_rank: it is for machines without SLURM"),
         (["--main-process-ip", "node1"], "launch.main_process_ip: it is for machines without SLURM"),
         (["--token", "hf_secret"], "--token: everybody could read it in the job's command"),
@@ -97,7 +99,7 @@ def test_a_mistake_is_found_before_sbatch_is_called(
     assert asked() == []
 
 
-def test_what_sbatch_refuses_is_said(
+def test_an_error_of_sbatch_is_printed(
     asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bin" / "sbatch").write_text(
@@ -108,7 +110,7 @@ def test_what_sbatch_refuses_is_said(
     assert not Path("run").exists()
 
 
-def test_without_slurm(
+def test_without_slurm_the_error_names_sbatch(
     asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -116,7 +118,7 @@ def test_without_slurm(
     assert "sbatch: " in capsys.readouterr().err
 
 
-def test_no_library_of_a_rank_is_imported(asked: Asked) -> None:
+def test_submit_imports_nothing_heavy(asked: Asked) -> None:
     import subprocess
 
     code = (
@@ -127,10 +129,7 @@ def test_no_library_of_a_rank_is_imported(asked: Asked) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------ arrays
-
-
-def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_line_of_a_file_is_a_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
     Path("sweep.txt").write_text("--lr 1e-4 --project-name low\n--lr 1e-3 --project-name high\n\n")
     assert main(["submit", "c.yaml", "--array", "sweep.txt", "--epochs", "2"]) == 0
     (argv,) = asked()
@@ -144,25 +143,25 @@ def test_a_line_for_each_run(asked: Asked, capsys: pytest.CaptureFixture[str]) -
     ("text", "words"),
     [
         ("--lr fast --project-name a", "sweep.txt:1: flag --lr"),
-        ("--project-name a\n--project-name a", "two tasks have one project_name, a"),
+        ("--project-name a\n--project-name a", "two tasks have the same project_name, a"),
         ("--project-name a\nlr 2", "sweep.txt:2: 'lr 2' is not a list of `--flag value`"),
         (
             "--project-name a\nc.yaml --lr 2",
             "sweep.txt:2: c.yaml: the command names a config already, c.yaml",
         ),
-        ("--project-name a --nodes 2", "sweep.txt:1: nodes is asked for all tasks at once"),
+        ("--project-name a --nodes 2", "sweep.txt:1: nodes applies to all tasks"),
         ("--project-name a --token hf_x", "sweep.txt:1: --token: everybody could read it"),
-        ("--project-name a\r\n--project-name b\r\n", "sweep.txt:1: control characters (a file of Windows?)"),
-        ("--project-name a\n--project-name\u2028b", "sweep.txt:2: control characters"),
-        ("--project-name a --data-path -x", "sweep.txt:1: -x would be taken for a flag"),
+        ("--project-name a\r\n--project-name b\r\n", "sweep.txt:1: the line has control characters"),
+        ("--project-name a\n--project-name\u2028b", "sweep.txt:2: the line has control characters"),
+        ("--project-name a --data-path -x", "sweep.txt:1: -x would be read as a flag"),
         ("--project-name a\n-x.yaml --lr 2", "sweep.txt:2: '-x.yaml --lr 2' is not a list"),
-        ("--project-name $(id)", "sweep.txt:1: '$(id)' may not stand here"),
+        ("--project-name $(id)", "sweep.txt:1: '$(id)' has a character that is not allowed"),
         ("--project-name a --lr", "sweep.txt:1: "),
-        ("--project-name é", "sweep.txt is no text in UTF-8"),
+        ("--project-name é", "sweep.txt is not UTF-8 text"),
         ("\n\n", "has no lines"),
     ],
 )
-def test_lines_that_are_refused(
+def test_malformed_lines_are_refused(
     asked: Asked, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
     Path("sweep.txt").write_bytes(text.encode("latin-1" if "é" in text else "utf-8"))
@@ -171,7 +170,7 @@ def test_lines_that_are_refused(
     assert asked() == []
 
 
-def test_lines_with_a_config_of_their_own(asked: Asked) -> None:
+def test_lines_may_begin_with_their_own_config(asked: Asked) -> None:
     Path("other.yaml").write_text(BASE.replace("project_name: run", "project_name: other"))
     Path("sweep.txt").write_text("c.yaml --lr 1e-4\nother.yaml\n")
     assert main(["submit", "--array", "sweep.txt%1", "--epochs", "2"]) == 0
@@ -181,7 +180,7 @@ def test_lines_with_a_config_of_their_own(asked: Asked) -> None:
     assert jobs(Path("run")) == ["4711_1"] and jobs(Path("other")) == ["4711_2"]
 
 
-def test_numbers_as_sbatch_takes_them(asked: Asked) -> None:
+def test_each_number_of_sbatchs_list_is_a_run(asked: Asked) -> None:
     Path("c.yaml").write_text(BASE.replace("project_name: run", "project_name: run-${SLURM_ARRAY_TASK_ID}"))
     assert main(["submit", "c.yaml", "--array", "1,4-8:2%2", "--parsable"]) == 0
     (argv,) = asked()
@@ -196,18 +195,21 @@ def test_numbers_as_sbatch_takes_them(asked: Asked) -> None:
     [
         ([], "submit: no config"),
         (["--array", "1-3"], "submit: no config"),
-        (["c.yaml", "--array", "1-3"], "two tasks have one project_name, run. Write ${SLURM_ARRAY_TASK_ID}"),
-        (["c.yaml", "--array", "1-999999999"], "no range of at most 10000 tasks"),
-        (["c.yaml", "--array", "3-1"], "--array=3-1 names no task"),
-        (["c.yaml", "--array", "1-9:0"], "no range of at most"),
+        (
+            ["c.yaml", "--array", "1-3"],
+            "two tasks have the same project_name, run. Write ${SLURM_ARRAY_TASK_ID}",
+        ),
+        (["c.yaml", "--array", "1-999999999"], "not a range of at most 10000 tasks"),
+        (["c.yaml", "--array", "3-1"], "--array=3-1 has no task"),
+        (["c.yaml", "--array", "1-9:0"], "not a range of at most"),
         (["c.yaml", "--array", "1-3", "--lr", "fast"], "SLURM_ARRAY_TASK_ID=1: flag --lr"),
-        (["c.yaml", "--array", "lines.txt%x"], "'x' is no number of tasks that may run at once"),
-        (["--array", "lines.txt"], "lines.txt:1: no config. Begin the line with one"),
+        (["c.yaml", "--array", "lines.txt%x"], "'x' is not a number of tasks that run at a time"),
+        (["--array", "lines.txt"], "lines.txt:1: no config. Begin the line with a config"),
         (["c.yaml", "--array", "nowhere.txt"], "--array: nowhere.txt: No such file"),
-        (["--array", "two.txt"], "two.txt: the tasks differ in what they ask of SLURM"),
+        (["--array", "two.txt"], "two.txt: the tasks have different slurm settings"),
     ],
 )
-def test_arrays_that_are_refused(
+def test_malformed_arrays_are_refused(
     asked: Asked, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
     Path("other.yaml").write_text(BASE.replace("run", "other").replace("gpu", "cpu"))
@@ -216,9 +218,6 @@ def test_arrays_that_are_refused(
     assert main(["submit", *argv]) == 2
     assert words in capsys.readouterr().err
     assert asked() == []
-
-
-# ------------------------------------------------------------------------------------------------- request
 
 
 @pytest.mark.parametrize(
@@ -234,49 +233,51 @@ def test_arrays_that_are_refused(
         ({"nodes": "2", "num_processes": "4"}, 2, 4),
     ],
 )
-def test_the_request(asked: Asked, flags: dict[str, str], machines: int, ranks: int) -> None:
+def test_the_topology_follows_from_the_request(
+    asked: Asked, flags: dict[str, str], machines: int, ranks: int
+) -> None:
     found = requested(load_run(Path("c.yaml"), flags))
     assert (found.num_machines, found.num_processes) == (machines, ranks)
 
 
-def test_a_thousand_nodes_of_eight(asked: Asked) -> None:
+def test_1024_nodes_with_eight_gpus_each(asked: Asked) -> None:
     assert main(["submit", "c.yaml", "--nodes", "1024", "--gpus-per-node", "8", "--dry-run"]) == 0
     assert requested(load_run(Path("c.yaml"), {"nodes": "1024", "gpus_per_node": "8"})).num_processes == 8192
 
 
-def test_the_jobs_of_a_run(work: Path) -> None:
-    """One that starts stands behind one that was submitted to follow it."""
+def test_the_job_that_was_submitted_or_started_last_is_the_last(work: Path) -> None:
+    """A job that starts comes after a job that was submitted to follow it."""
     for job, step in (("1", None), ("2", None), ("1", 0)):
         note(Path("run"), job, step)
     assert jobs(Path("run")) == ["2", "1"]
     assert started(Path("run"), "1") and not started(Path("run"), "2")
     with Path("run/launch/jobs.jsonl").open("a") as file:
-        file.write('{"job": "3", "ti\n')  # two machines wrote at once, on a network file system
+        file.write('{"job": "3", "ti\n')  # two machines wrote at the same time, on a network file system
     assert jobs(Path("run")) == ["2", "1"]
 
 
 @pytest.mark.parametrize(
-    ("steps", "in_vain"),
+    ("steps", "without_progress"),
     [([0], 0), ([0, 0], 1), ([0, 0, 0, 0], 3), ([0, 0, 0, 4], 0), ([0, 4, 4, 4], 2), ([4, 4, 0], 0)],
 )
-def test_starts_of_a_job_that_came_no_further(work: Path, steps: list[int], in_vain: int) -> None:
-    """Another job of the run is another matter: somebody has submitted it anew."""
+def test_starts_without_progress_are_counted(work: Path, steps: list[int], without_progress: int) -> None:
+    """Only starts of the same job count: a user has submitted the other one."""
     for job in ("1", "2"):
         note(Path("run"), job)
         for restart, step in enumerate(steps):
             note(Path("run"), job, step, restart)
-        assert starts_in_vain(Path("run"), job) == in_vain
+        assert starts_in_vain(Path("run"), job) == without_progress
 
 
-def test_runs_that_one_start_of_a_job_makes_are_no_restarts(work: Path) -> None:
-    """As in an interactive job."""
+def test_several_runs_in_one_start_of_a_job_are_not_restarts(work: Path) -> None:
+    """This happens in an interactive job."""
     for _ in range(5):
         note(Path("run"), "1", 0)
     assert starts_in_vain(Path("run"), "1") == 0
 
 
-def test_the_folder_of_a_job_that_waits_is_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
-    """What submit notes there is no run: a second submission is not refused, and nothing can resume."""
+def test_the_folder_of_a_waiting_job_is_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
+    """What submit writes there is not a run: a second submission is accepted, and --resume is refused."""
     for _ in range(2):
         assert main(["submit", "c.yaml"]) == 0
     assert main(["submit", "c.yaml", "--resume"]) == 2

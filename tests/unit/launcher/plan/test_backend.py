@@ -1,7 +1,7 @@
-"""Which backend a run gets and why, the static files behind it, and the files and the command made from them.
+"""Which backend a run gets and why, its static files, and the files and the command generated from them.
 
-The files in tests/golden/ are compared whole. After a change that is meant:
-PHALANX_GOLDEN=write pytest tests/test_backend.py
+The generated files must equal those in golden/, next to this file. After an intended change:
+PHALANX_GOLDEN=write pytest tests/unit/launcher/plan/test_backend.py
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BILLION = 10**9
 
 @pytest.fixture
 def resolve(work: Path, packages: object) -> Callable[..., tuple[Run, Topology, Backend]]:
-    """`resolve(hardware, zero_stage=2, ...)`: a run with these flags, its topology and its backend."""
+    """Return resolve(): `resolve(hardware, zero_stage=2, ...)` is a run, its topology and its backend."""
 
     def decide(hardware: Hardware = CPU, **flags: object) -> tuple[Run, Topology, Backend]:
         given = {"trainer": "sft", "model": "model", "main_process_port": "23456", **flags}
@@ -54,16 +54,13 @@ def resolve(work: Path, packages: object) -> Callable[..., tuple[Run, Topology, 
 Resolve = Callable[..., tuple[Run, Topology, Backend]]
 
 
-# -------------------------------------------------------------------------------------------- the choice
-
-
 @pytest.mark.parametrize(
     ("hardware", "parameters", "flags", "name", "reason"),
     [
         (CPU, 1000, {}, "none", "one process"),
         (machine(gpus=1), 100 * BILLION, {}, "none", "one process"),
         (machine(gpus=2), 1000, {}, "ddp", "fits on each rank"),
-        (machine(gpus=2), 3 * BILLION, {}, "ddp", "predicted 44.7 GiB a rank, 80.0 GiB there"),
+        (machine(gpus=2), 3 * BILLION, {}, "ddp", "predicted 44.7 GiB per rank, 80.0 GiB available"),
         (machine(gpus=2), 7 * BILLION, {}, "fsdp", "does not fit on each rank"),
         (machine(gpus=2), 7 * BILLION, {"peft": "true"}, "ddp", "fits on each rank"),
         (machine(gpus=2), 70 * BILLION, {"peft": "true", "quantization": "none"}, "fsdp", "does not fit"),
@@ -73,13 +70,13 @@ Resolve = Callable[..., tuple[Run, Topology, Backend]]
             3 * BILLION,
             {"optimizer": "adamw_8bit"},
             "deepspeed",
-            "adamw_8bit does not go with fsdp",
+            "fsdp does not support adamw_8bit",
         ),
         (CPU, 1000, {"num_processes": 2}, "ddp", "fits on each rank"),
         (CPU, BILLION, {"num_processes": 2}, "fsdp", "does not fit"),
     ],
 )
-def test_auto(
+def test_auto_chooses_the_backend(
     resolve: Resolve,
     work: Path,
     hardware: Hardware,
@@ -100,7 +97,7 @@ def test_auto_of_unknown_size_is_fsdp(resolve: Resolve) -> None:
     assert "not known before it is downloaded" in chosen.reason
 
 
-def test_auto_knows_a_model_in_the_hub_cache(
+def test_auto_finds_a_model_in_the_hub_cache(
     resolve: Resolve, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(work / "hf"))
@@ -143,7 +140,9 @@ def test_what_was_asked_for_is_taken(resolve: Resolve, name: str) -> None:
          "deepspeed_zero3_offload.yaml", "zero3_offload.json"),
     ],
 )  # fmt: skip
-def test_templates(resolve: Resolve, flags: dict[str, Any], template: str, deepspeed: str | None) -> None:
+def test_each_backend_has_its_templates(
+    resolve: Resolve, flags: dict[str, Any], template: str, deepspeed: str | None
+) -> None:
     _, _, chosen = resolve(machine(gpus=4), **{"num_processes": 2, **flags})
     assert chosen.template == ACCELERATE_CONFIGS / template
     assert chosen.deepspeed_template == (DEEPSPEED_CONFIGS / deepspeed if deepspeed else None)
@@ -151,20 +150,21 @@ def test_templates(resolve: Resolve, flags: dict[str, Any], template: str, deeps
     assert deepspeed is None or chosen.deepspeed_template.is_file()
 
 
-def test_deepspeed_without_a_stage_does_as_autotrain(resolve: Resolve) -> None:
+def test_deepspeed_without_a_stage_uses_the_stage_of_autotrain(resolve: Resolve) -> None:
     assert (
-        "ZeRO stage 3 (as AutoTrain)" in resolve(num_processes=2, distributed_backend="deepspeed")[2].reason
+        "ZeRO stage 3 (as in AutoTrain)"
+        in resolve(num_processes=2, distributed_backend="deepspeed")[2].reason
     )
     chosen = resolve(num_processes=2, distributed_backend="deepspeed", zero_stage=3)[2]
     assert "AutoTrain" not in chosen.reason
 
 
-def test_flags_of_an_auto_run_are_checked_against_what_was_chosen(resolve: Resolve) -> None:
+def test_flags_of_an_auto_run_are_checked_against_the_chosen_backend(resolve: Resolve) -> None:
     with pytest.raises(ConfigError, match=r"launch.sharding: .*fsdp"):
         resolve(num_processes=2, sharding="full_shard")
 
 
-def test_every_rule_names_a_key_and_a_mend() -> None:
+def test_every_rule_names_a_key_and_a_fix() -> None:
     for rule in RULES:
         section, _, name = rule.key.rpartition(".")
         assert name in {"": TrainConfig, "launch": LaunchConfig}[section].model_fields
@@ -175,9 +175,6 @@ def test_every_rule_names_a_key_and_a_mend() -> None:
 def test_installed() -> None:
     assert installed("pyyaml")
     assert not installed("no-such-distribution")
-
-
-# -------------------------------------------------------------------------------------- the static files
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE_CONFIGS.glob("*")), ids=lambda path: path.name)
@@ -191,7 +188,7 @@ def test_shipped_accelerate_configs(path: Path) -> None:
         config["distributed_type"]
         == {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}[kind]
     )
-    assert config.get("mixed_precision", "no") == "no", "the trainer's mixed_precision is the only switch"
+    assert config.get("mixed_precision", "no") == "no", "only the trainer's mixed_precision may set it"
     if kind == "deepspeed":
         pointer = config["deepspeed_config"]["deepspeed_config_file"]
         assert (ACCELERATE_CONFIGS.parent / pointer).is_file()
@@ -213,13 +210,11 @@ def test_shipped_deepspeed_configs(path: Path) -> None:
 
 
 def test_no_sharding_policy_in_python() -> None:
-    """Everything but the topology, the offload switch and the pointer comes from the template."""
+    """The template has everything except the topology, the offload switch and the path of deepspeed.json."""
     words = re.compile(r"fsdp_(?!config|offload_params)\w+|stage3_\w+|reduce_bucket\w*|overlap_comm")
     for path in (SHIPPED / "launcher").rglob("*.py"):
         assert not words.findall(path.read_text()), path
 
-
-# ------------------------------------------------------------------------------------- the generated files
 
 TWO_MACHINES = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "node07"}
 FSDP = {"num_processes": 4, "distributed_backend": "fsdp"}
@@ -265,13 +260,10 @@ def test_hybrid_sizes_multiply_to_the_ranks(resolve: Resolve) -> None:
     assert sizes["parallelism_config_dp_replicate_size"] * sizes["parallelism_config_dp_shard_size"] == 8
 
 
-def test_a_relative_pointer_is_a_mistake_of_ours(resolve: Resolve) -> None:
+def test_a_relative_path_of_the_deepspeed_config_is_a_bug(resolve: Resolve) -> None:
     run, topology, chosen = resolve(num_processes=2, distributed_backend="deepspeed")
     with pytest.raises(AssertionError):
         build_accelerate_config(chosen, topology, run.launch, Path("deepspeed.json"))
-
-
-# ---------------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize(
@@ -289,7 +281,7 @@ def test_command(resolve: Resolve, name: str, hardware: Hardware, flags: dict[st
     same_as_golden(f"{name}.txt", "\n".join(["python", *argv[1:]]) + "\n")
 
 
-def test_more_ranks_than_cores_get_a_thread_each(resolve: Resolve) -> None:
+def test_with_more_ranks_than_cores_each_rank_gets_one_thread(resolve: Resolve) -> None:
     run, topology, chosen = resolve(num_processes=16, distributed_backend="ddp")
     argv = build_command(run, topology, chosen, AttemptFiles(HERE))
     assert argv[argv.index("--num_cpu_threads_per_process") + 1] == "1"
@@ -312,18 +304,18 @@ def test_environment(resolve: Resolve) -> None:
 
 
 def test_the_interface_between_machines(resolve: Resolve) -> None:
-    """The one that leads to machine 0; what the site has set stays."""
+    """It is the interface to machine 0. What the site has set stays."""
     run, topology, _ = resolve(num_machines=2, main_process_ip="127.0.0.1", num_processes=2)
     made = build_environment(run, topology, {"NCCL_SOCKET_IFNAME": "ib0"}, HERE, live_terminal=False)
     assert (made["NCCL_SOCKET_IFNAME"], made["GLOO_SOCKET_IFNAME"]) == ("ib0", "lo")
     made = build_environment(run, topology, {}, HERE, live_terminal=False)
-    assert made["NCCL_SOCKET_IFNAME"] == "=lo", "and not every one whose name begins so"
+    assert made["NCCL_SOCKET_IFNAME"] == "=lo", "not every interface whose name begins with lo"
     run, topology, _ = resolve(num_processes=2)
     made = build_environment(run, topology, {}, HERE, live_terminal=False)
-    assert made["GLOO_SOCKET_IFNAME"] == "lo", "the ranks of one machine need no other"
+    assert made["GLOO_SOCKET_IFNAME"] == "lo", "the ranks of one machine use loopback"
 
 
-def test_threads_that_were_asked_for_stay(resolve: Resolve) -> None:
+def test_the_users_number_of_threads_stays(resolve: Resolve) -> None:
     run, topology, _ = resolve(num_processes=4)
     threads = [
         build_environment(run, topology, base, HERE, live_terminal=False)["OMP_NUM_THREADS"]
@@ -346,9 +338,6 @@ def test_one_process_sees_one_gpu(resolve: Resolve, visible: str | None, expecte
     )
 
 
-# -------------------------------------------------------------------------------------------- predictions
-
-
 @pytest.mark.parametrize(
     ("values", "weights"),
     [
@@ -362,11 +351,11 @@ def test_one_process_sees_one_gpu(resolve: Resolve, visible: str | None, expecte
     ],
 )
 def test_a_reference_model_counts_as_memory(values: dict[str, Any], weights: int) -> None:
-    alone = predict_bytes_per_rank(1000, TrainConfig(**values | {"trainer": "sft", "model_ref": None}))
-    assert predict_bytes_per_rank(1000, TrainConfig(**values)) - alone == (weights - 1) * 4 * 1000
+    single = predict_bytes_per_rank(1000, TrainConfig(**values | {"trainer": "sft", "model_ref": None}))
+    assert predict_bytes_per_rank(1000, TrainConfig(**values)) - single == (weights - 1) * 4 * 1000
 
 
-def test_int8_goes_with_the_stages_that_keep_the_weights_whole(resolve: Resolve) -> None:
+def test_int8_works_only_with_stages_that_do_not_shard_the_weights(resolve: Resolve) -> None:
     flags = {"num_processes": 2, "distributed_backend": "deepspeed", "peft": True, "quantization": "int8"}
     assert resolve(machine(gpus=2), **flags, zero_stage=2)[2].name == "deepspeed"
     with pytest.raises(ConfigError, match="int8 weights cannot be sharded"):

@@ -1,7 +1,7 @@
-"""auto_find_batch_size without ranks: what an out of memory is, what is tried next, and what is said.
+"""auto_find_batch_size without ranks: which errors mean out of memory, what is tried next, what is printed.
 
-In place of accelerate a few lines of Python stand for the ranks: they read the config of their attempt, and
-leave the note that a rank would leave.
+A short script replaces accelerate and the ranks. It reads the config of its attempt, and writes the note that
+a rank would write.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ from trainers.storage import run_folder
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 
-# -------------------------------------------------------------------------------- what it is
-
 
 @pytest.mark.parametrize(
     "error",
@@ -53,7 +51,7 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
     ],
     ids=str,
 )
-def test_memory_that_ran_out(error: Exception) -> None:
+def test_these_errors_mean_out_of_memory(error: Exception) -> None:
     assert ran_out_of_memory(error)
 
 
@@ -68,17 +66,17 @@ def test_memory_that_ran_out(error: Exception) -> None:
     ],
     ids=str,
 )
-def test_other_errors(error: Exception) -> None:
+def test_other_errors_do_not_mean_out_of_memory(error: Exception) -> None:
     assert not ran_out_of_memory(error)
 
 
-def test_a_real_allocation_that_fails() -> None:
+def test_a_real_failed_allocation_means_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**55, dtype=torch.uint8)
     assert ran_out_of_memory(error.value)
 
 
-def test_batches_are_to_blame_only_where_they_are_taken() -> None:
+def test_only_errors_while_batches_are_taken_are_batch_too_large() -> None:
     with pytest.raises(BatchTooLarge, match="CUDA out of memory") as error, taking_batches():
         raise torch.OutOfMemoryError(CUDA)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
@@ -94,7 +92,7 @@ def rank_that_raises(error: Exception) -> int:
     return process.run_rank(fail)
 
 
-def test_by_hand_the_rank_says_that_the_launcher_searches(
+def test_a_rank_started_by_hand_recommends_the_launchers_search(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
@@ -104,12 +102,9 @@ def test_by_hand_the_rank_says_that_the_launcher_searches(
         "error: rank 0 ran out of memory. Lower batch_size and raise gradient_accumulation"
     )
     assert "phalanx train config.yaml --auto-find-batch-size" in last
-    assert rank_that_raises(RuntimeError(CUDA)) == OUT_OF_MEMORY  # while it loaded the model, say
+    assert rank_that_raises(RuntimeError(CUDA)) == OUT_OF_MEMORY  # for example while it loaded the model
     assert "Lower batch_size" not in capsys.readouterr().err
     assert rank_that_raises(RuntimeError("planted")) == RUN_FAILED
-
-
-# -------------------------------------------------------------------------------- what comes next
 
 
 @pytest.mark.parametrize(
@@ -136,7 +131,7 @@ def test_each_batch_divides_the_one_before(start: tuple[int, int], batches: list
     ("loss", "sizes"),
     [(None, {8: 4, 4: 2, 2: None, 3: None, 6: 3, 9: 3}), ("apo_zero_unpaired", {2: 1, 3: 1})],
 )
-def test_kto_keeps_the_rows_that_it_needs(loss: str | None, sizes: dict[int, int | None]) -> None:
+def test_kto_keeps_the_batch_size_that_it_needs(loss: str | None, sizes: dict[int, int | None]) -> None:
     for size, expected in sizes.items():
         found = next_smaller(TrainConfig(trainer="kto", loss_type=loss, batch_size=size))
         assert (found and found[0]) == expected, size
@@ -144,7 +139,7 @@ def test_kto_keeps_the_rows_that_it_needs(loss: str | None, sizes: dict[int, int
 
 @pytest.fixture
 def asked(work: Path) -> Callable[..., Run]:
-    """`asked(batch_size=8, ...)`: a run with these flags."""
+    """Return asked(): `asked(batch_size=8, ...)` is a run with these flags."""
 
     def make(**flags: Any) -> Run:
         given = {"trainer": "sft", "model": "model", "project_name": "run", "batch_size": 8, **flags}
@@ -153,7 +148,7 @@ def asked(work: Path) -> Callable[..., Run]:
     return make
 
 
-def test_the_next_attempt_differs_by_its_batch_alone(asked: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_next_attempt_differs_only_in_its_batch(asked: Callable[..., Run], tmp_path: Path) -> None:
     run = asked(gradient_accumulation=2, auto_find_batch_size=True, valid_split="train", lr=0.5)
     new = with_smaller_batch(run)
     assert new is not None
@@ -169,14 +164,14 @@ def test_the_next_attempt_differs_by_its_batch_alone(asked: Callable[..., Run], 
     assert sources["per_device_eval_batch_size"] == "derived: batch_size"
     assert sources["lr"] == "flag --lr" and sources["seed"] == "default"
     assert new.settings.notes == run.settings.notes
-    # What a rank reads of it.
+    # A rank reads the same values.
     write_effective(new.settings, tmp_path / "config.json")
     read = load_settings(tmp_path / "config.json")
     assert (read.train.batch_size, read.train.gradient_accumulation) == (4, 4)
     assert read.sources["batch_size"] == why
 
 
-def test_an_evaluation_batch_that_was_asked_for_stays(asked: Callable[..., Run]) -> None:
+def test_an_evaluation_batch_that_the_user_set_stays(asked: Callable[..., Run]) -> None:
     new = with_smaller_batch(asked(valid_split="train", per_device_eval_batch_size=16))
     assert new is not None and new.train.per_device_eval_batch_size == 16
 
@@ -189,7 +184,7 @@ def test_the_token_is_kept(asked: Callable[..., Run], monkeypatch: pytest.Monkey
     assert new is not None and new.train.token == "secret"
 
 
-def test_the_line_says_where_the_next_attempt_begins(asked: Callable[..., Run]) -> None:
+def test_the_line_says_where_the_next_attempt_starts(asked: Callable[..., Run]) -> None:
     run = asked()
     new = with_smaller_batch(run)
     assert new is not None
@@ -202,13 +197,11 @@ def test_the_line_says_where_the_next_attempt_begins(asked: Callable[..., Run]) 
     assert announce(new, again, 0, None).endswith("from the start")
 
 
-# -------------------------------------------------------------------------------- what is said
-
 GPUS = machine(gpus=2)
 
 
 @pytest.mark.parametrize(
-    ("hardware", "flags", "tried", "of_batches", "said", "unsaid"),
+    ("hardware", "flags", "tried", "of_batches", "present", "absent"),
     [
         (GPUS, {}, [8], True,
          ["Set batch_size: 4 and gradient_accumulation: 8 (the same global batch), or "
@@ -218,7 +211,7 @@ GPUS = machine(gpus=2)
          ["Lower tokens_per_batch (4096) and raise gradient_accumulation"], ["batch_size: 4", "auto_find"]),
         (GPUS, {"batch_size": 1}, [1], True,
          ["batch_size 1 is the smallest.", "activation_checkpointing: offload; a block_size below 1024; "
-          "peft: true; quantization: int4 with it; distributed_backend: fsdp, or deepspeed with "
+          "peft: true; quantization: int4 (with peft: true); distributed_backend: fsdp, or deepspeed with "
           "launch.zero_stage: 3"],
          ["offload: cpu", "auto_find", "precompute"]),
         (GPUS, {"batch_size": 1, "auto_find_batch_size": True, "distributed_backend": "fsdp", "peft": True,
@@ -228,25 +221,27 @@ GPUS = machine(gpus=2)
          ["peft", "quantization", "distributed_backend"]),
         (GPUS, {"batch_size": 3, "trainer": "kto", "auto_find_batch_size": True,
                 "text_column": "a", "prompt_text_column": "b"}, [6, 3], True,
-         ["tried batch_size 6 and 3; 3 has no smaller divisor", "precompute_ref_log_probs: true"], []),
+         ["tried batch_size 6 and 3; 3 has no smaller usable divisor", "precompute_ref_log_probs: true"], []),
         (GPUS, {"batch_size": 1, "valid_split": "train", "per_device_eval_batch_size": 64}, [1], True,
          ["What needs less memory: per_device_eval_batch_size: 1;"], []),
         (GPUS, {"distributed_backend": "deepspeed", "auto_find_batch_size": True}, [8], False,
-         ["No batch needed it", "peft: true", "launch.offload: cpu"], ["block_size below", "activation_"]),
+         ["Memory ran out while the model was loaded or saved", "peft: true", "launch.offload: cpu"],
+         ["block_size below", "activation_"]),
         (machine(), {"peft": True, "quantization": "int4", "num_processes": 2, "distributed_backend": "fsdp"},
-         [8], False, ["No batch needed it", "Use larger GPUs."], ["What needs less"]),
+         [8], False,
+         ["Memory ran out while the model was loaded or saved", "Use larger GPUs."], ["What needs less"]),
     ],
 )  # fmt: skip
 def test_advice(
     asked: Callable[..., Run], packages: object, hardware: Hardware, flags: dict[str, Any], tried: list[int],
-    of_batches: bool, said: list[str], unsaid: list[str],
+    of_batches: bool, present: list[str], absent: list[str],
 ) -> None:  # fmt: skip
     run = asked(**{"distributed_backend": "ddp", **flags})
     topology = resolve_topology(run.launch, hardware, {})
     text = "\n".join(advice(run, resolve_backend(run, topology), topology, tried, of_batches))
-    for words in said:
+    for words in present:
         assert words in text
-    for words in unsaid:
+    for words in absent:
         assert words not in text
 
 
@@ -255,8 +250,8 @@ def note(folder: Path, rank: int, time: float, code: int, kind: str, message: st
     (folder / f"rank-{rank}.error.json").write_text(json.dumps(entry))
 
 
-def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
-    """The rank that lost its peer may be killed by its own watchdog, and note an error of any text."""
+def test_out_of_memory_has_priority_over_its_consequences(tmp_path: Path) -> None:
+    """A rank that lost its peer may be killed by its own watchdog, and may write a note with any text."""
     note(tmp_path, 0, 1.0, RUN_FAILED, "RuntimeError", "a collective timed out")
     note(tmp_path, 1, 2.0, OUT_OF_MEMORY, "BatchTooLarge", CUDA)
     failure = diagnose(Outcome(AttemptFiles(tmp_path), 1, exits={0: -signal.SIGABRT, 1: 1}))
@@ -264,10 +259,9 @@ def test_an_out_of_memory_comes_before_what_it_causes(tmp_path: Path) -> None:
     assert failure.reason == f"BatchTooLarge: {CUDA}"
 
 
-# -------------------------------------------------------------------------------- the attempts
-
-# Stands for the ranks. Above `fits` rows rank 1 notes an error; `codes` are its exit codes, by attempt.
-# `step`: the first attempt leaves a checkpoint there. `hold`: seconds that one which fits takes.
+# The script in place of the ranks. If batch_size is above `fits`, rank 1 writes an error note.
+# `codes`: its exit codes, by attempt. `step`: the first attempt writes a checkpoint of this step.
+# `hold`: seconds that an attempt takes if its batch fits.
 LAUNCH = f"""
 import json, os, pathlib, sys, time
 sys.path.insert(0, {str(HELPERS)!r})
@@ -284,7 +278,7 @@ if config["batch_size"] > fits:
              "message": "CUDA out of memory.", "peer_lost": False}}
     (folder / "rank-1.error.json").write_text(json.dumps(note))
     sys.exit(1)
-(folder / "rank-0.log").write_text("rank 0 speaks\\n")
+(folder / "rank-0.log").write_text("a line of rank 0\\n")
 time.sleep(hold)
 """
 
@@ -293,7 +287,7 @@ time.sleep(hold)
 def launched(
     work: Path, hardware: Callable[[Hardware], None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    """`launched("--flag", fits=2)`: the exit code of a run whose ranks are LAUNCH."""
+    """Return launched(): `launched("--flag", fits=2)` is the exit code of a run with LAUNCH as its ranks."""
 
     def train(
         *flags: str,
@@ -303,15 +297,15 @@ def launched(
         step: int = 0,
         hold: float = 0.0,
     ) -> int:
-        stands_for = [sys.executable, "-c", LAUNCH, json.dumps([fits, codes, kind, step, hold])]
-        monkeypatch.setattr(attempt, "build_command", lambda *given: [*stands_for, str(given[-1].config)])
+        stub = [sys.executable, "-c", LAUNCH, json.dumps([fits, codes, kind, step, hold])]
+        monkeypatch.setattr(attempt, "build_command", lambda *given: [*stub, str(given[-1].config)])
         argv = ["llm", "--train", "--trainer", "sft", "--model", "model", "--project-name", "run", *flags]
         argv += ["--data-path", "data", "--num-processes", "2", "--distributed-backend", "ddp"]
         try:
             return main([*argv, "--start", "accelerate"])
         finally:
             while run_folder._held:
-                run_folder._held.pop().close()  # the process of a real start ends here
+                run_folder._held.pop().close()  # in a real start the process ends here
 
     return train
 
@@ -338,7 +332,7 @@ def test_it_searches_until_it_fits(launched: Callable[..., int], capfd: pytest.C
         "rank 1 ran out of memory with batch_size 4: trying batch_size 2 and gradient_accumulation 4 "
         "(the same global batch), from the start",
     ]
-    assert "rank 0 speaks" in out and "done: run" in out
+    assert "a line of rank 0" in out and "done: run" in out
     assert err == ""
 
 
@@ -351,7 +345,7 @@ def test_it_gives_up_at_the_smallest(launched: Callable[..., int], capfd: pytest
     assert lines[3].strip().startswith("logs of all ranks: ") and lines[3].endswith("run/launch/attempt-4")
 
 
-def test_unasked_it_stops_with_the_mend(
+def test_without_the_search_the_error_names_a_smaller_batch(
     launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launched("--batch-size", "8", fits=2) == OUT_OF_MEMORY
@@ -360,7 +354,7 @@ def test_unasked_it_stops_with_the_mend(
     assert not Path("run/launch/attempt-2").exists()
 
 
-def test_no_batch_is_blamed_for_loading(
+def test_out_of_memory_while_loading_starts_no_search(
     launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launched(*SEARCH, fits=2, kind="OutOfMemoryError") == OUT_OF_MEMORY
@@ -368,7 +362,7 @@ def test_no_batch_is_blamed_for_loading(
     assert not Path("run/launch/attempt-2").exists()
 
 
-def test_the_next_attempt_goes_on_from_what_this_start_wrote(
+def test_the_next_attempt_resumes_from_a_checkpoint_of_this_start(
     launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launched(*SEARCH, fits=2, step=5) == 0
@@ -377,7 +371,7 @@ def test_the_next_attempt_goes_on_from_what_this_start_wrote(
     assert len(lines) == 2 and all(line.endswith("from run/checkpoint-5") for line in lines)
 
 
-def test_a_checkpoint_of_a_past_that_was_left_is_not_gone_on_from(
+def test_a_checkpoint_newer_than_the_named_one_is_set_aside(
     launched: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for step in (3, 6):
@@ -391,7 +385,7 @@ def test_a_checkpoint_of_a_past_that_was_left_is_not_gone_on_from(
     ]
 
 
-def test_overwrite_deletes_once(launched: Callable[..., int]) -> None:
+def test_overwrite_applies_only_to_the_first_attempt(launched: Callable[..., int]) -> None:
     assert launched(*SEARCH, fits=8) == 0
     assert launched(*SEARCH, "--overwrite", fits=2, step=5) == 0
     assert [config_of(n)["batch_size"] for n in (1, 2, 3)] == [8, 4, 2]

@@ -19,17 +19,17 @@ from launcher.plan.nodelist import hosts
         ("", []),
     ],
 )
-def test_names(text: str, names: list[str]) -> None:
+def test_a_list_is_expanded(text: str, names: list[str]) -> None:
     assert hosts(text) == names
 
 
 @pytest.mark.parametrize("text", ["node[1-3", "node[a-b]", "node[]", "node[1-]"])
-def test_what_is_no_list(text: str) -> None:
+def test_a_malformed_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"bracket|numbers"):
         hosts(text)
 
 
-def test_a_thousand_nodes() -> None:
+def test_1024_nodes_are_expanded() -> None:
     names = hosts("r[01-32]n[01-32]")
     assert len(set(names)) == 1024
     assert (names[0], names[-1]) == ("r01n01", "r32n32")

@@ -1,4 +1,4 @@
-"""Machines, ranks and ports: the config first, then SLURM, then what the hardware has."""
+"""Machines, ranks and ports: from the config first, then from SLURM, then from the hardware."""
 
 from __future__ import annotations
 
@@ -36,9 +36,6 @@ def layout(hardware: Hardware = CPU, environ: Mapping[str, str] | None = None, *
     return resolve_topology(LaunchConfig.model_validate(launch), hardware, environ or {})
 
 
-# ------------------------------------------------------------------------------------------------ counts
-
-
 @pytest.mark.parametrize(
     ("gpus", "launch", "processes", "local"),
     [
@@ -52,7 +49,7 @@ def layout(hardware: Hardware = CPU, environ: Mapping[str, str] | None = None, *
         (4, {"num_machines": 2, "num_processes": 2, "main_process_ip": "h"}, 2, 1),
     ],
 )
-def test_number_of_ranks(gpus: int, launch: dict[str, object], processes: int, local: int) -> None:
+def test_the_number_of_ranks(gpus: int, launch: dict[str, object], processes: int, local: int) -> None:
     found = layout(machine(gpus=gpus), **launch)
     assert (found.num_processes, found.local_processes, found.on_gpu) == (processes, local, gpus > 0)
 
@@ -68,57 +65,51 @@ def test_number_of_ranks(gpus: int, launch: dict[str, object], processes: int, l
         (0, {"num_machines": 2}, "--main-process-ip"),
     ],
 )
-def test_counts_that_do_not_fit(gpus: int, launch: dict[str, object], words: str) -> None:
+def test_contradictory_counts_are_refused(gpus: int, launch: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         layout(machine(gpus=gpus), **launch)
 
 
-# ------------------------------------------------------------------------------------------------- SLURM
-
-
-def test_a_step_on_two_nodes() -> None:
+def test_a_step_on_two_nodes_gives_two_machines() -> None:
     found = layout(machine(gpus=4), STEP)
     assert (found.num_machines, found.machine_rank, found.num_processes) == (2, 1, 8)
     assert found.main_process_ip == "node07"
 
 
-def test_every_node_of_a_step_agrees() -> None:
-    """But for the port, which machine 0 tells the others."""
+def test_all_nodes_of_a_step_find_the_same_topology() -> None:
+    """All but the port, which machine 0 sends to the others."""
     first, second = (layout(machine(gpus=4), {**STEP, "SLURM_NODEID": rank}) for rank in "01")
     assert (first.machine_rank, second.machine_rank) == (0, 1)
     same = ("num_machines", "num_processes", "main_process_ip")
     assert [getattr(first, name) for name in same] == [getattr(second, name) for name in same]
 
 
-def test_a_step_on_some_nodes_of_a_job() -> None:
+def test_a_step_may_use_only_some_nodes_of_a_job() -> None:
     assert layout(CPU, {**STEP, "SLURM_STEP_NODELIST": "node[11,13]"}).main_process_ip == "node11"
 
 
 def test_the_batch_script_is_not_a_step() -> None:
-    """There, SLURM_NODEID is 0 on whichever node it runs."""
+    """In the batch script SLURM_NODEID is 0, whichever node it runs on."""
     outside = {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}
     assert layout(machine(gpus=4), outside).num_machines == 1
 
 
-def test_a_step_on_one_node_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_one_node_needs_no_slurm_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     found = layout(machine(gpus=4), {**STEP, "SLURM_NNODES": "1", "SLURM_NODEID": "0"})
     assert (found.num_machines, found.main_process_ip) == (1, "127.0.0.1")
 
 
-def test_the_config_wins_over_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_overrides_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     found = layout(CPU, STEP, num_machines=4, machine_rank=3, main_process_ip="head", main_process_port=4000)
     assert (found.num_machines, found.machine_rank) == (4, 3)
     assert (found.main_process_ip, found.main_process_port) == ("head", 4000)
 
 
-def test_a_list_of_nodes_that_cannot_be_read() -> None:
+def test_a_malformed_list_of_nodes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'node\[1-' cannot be read\. Give --main-process-ip"):
         layout(CPU, {**STEP, "SLURM_JOB_NODELIST": "node[1-"})
-
-
-# ------------------------------------------------------------------------------------------------- ports
 
 
 def test_a_free_port_is_free() -> None:
@@ -134,15 +125,12 @@ def test_one_machine_takes_a_free_port_or_the_one_given(monkeypatch: pytest.Monk
 
 def test_the_interface_to_an_address() -> None:
     assert interface_to("127.0.0.1") == "lo"
-    assert interface_to("localhost") is None, "as a machine's own name on Debian"
+    assert interface_to("localhost") is None, "a name for loopback, as a machine's own name on Debian"
     assert interface_to("no such host.invalid") is None
 
 
-# ---------------------------------------------------------------------------------------------- hardware
-
-
 def fake_nvml(cards: int) -> types.ModuleType:
-    """What _nvml_gpus uses of pynvml."""
+    """Return a stub of pynvml with what _nvml_gpus uses."""
     module = types.ModuleType("pynvml")
     members = {
         "NVMLError": RuntimeError,
@@ -171,7 +159,9 @@ def fake_nvml(cards: int) -> types.ModuleType:
         ("0,9,1", ["card 0"]),
     ],
 )
-def test_visible_gpus(visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_visible_devices_chooses_the_gpus(
+    visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(4))
     found = detect_hardware({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert [gpu.name for gpu in found.gpus] == names

@@ -1,4 +1,7 @@
-"""sbatch's argv from the slurm section: a list, quoted only to be shown; nothing that a shell misreads."""
+"""sbatch's argv from the section slurm: a list of words, in which a shell can misread nothing.
+
+The words are quoted only when they are shown.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Read = Callable[..., Run]
 
 @pytest.fixture
 def read(work: Path) -> Read:
-    """`read(partition="gpu")`: a run with this slurm section."""
+    """Return read(): `read(partition="gpu")` loads a run with this section slurm."""
 
     def load(**slurm: object) -> Run:
         Path("c.yaml").write_text(BASE + yaml.safe_dump({"slurm": slurm}))
@@ -30,7 +33,7 @@ def read(work: Path) -> Read:
     return load
 
 
-def test_all_keys(read: Read) -> None:
+def test_keys_become_flags(read: Read) -> None:
     run = read(
         nodes=2, gpus_per_node=8, cpus_per_task=64, time="1-12:00:00", partition="gpu,long", account="proj.1",
         qos="high", job_name="my-run",
@@ -50,15 +53,15 @@ def test_all_keys(read: Read) -> None:
     ]
 
 
-def test_what_is_not_set_is_left_to_the_site(read: Read) -> None:
+def test_a_key_that_is_not_set_gives_no_flag(read: Read) -> None:
     assert sbatch_argv(read()) == ["sbatch", str(SCRIPT), "c.yaml"]
 
 
-def test_no_gpus_is_a_choice(read: Read) -> None:
+def test_zero_gpus_gives_a_flag(read: Read) -> None:
     assert "--gpus-per-node=0" in sbatch_argv(read(gpus_per_node=0))
 
 
-def test_without_a_file(work: Path) -> None:
+def test_without_a_file_the_command_names_config_yaml(work: Path) -> None:
     assert sbatch_argv(load_run(None, {"trainer": "sft"}))[-1] == "config.yaml"
 
 
@@ -76,15 +79,15 @@ TEXTS = [
 ]
 
 
-def test_a_name_may_have_spaces(read: Read) -> None:
+def test_a_job_name_may_have_spaces(read: Read) -> None:
     assert "--job-name=my run" in sbatch_argv(read(job_name="my run"))
 
 
-def test_features_have_operators(read: Read) -> None:
+def test_a_constraint_may_have_operators(read: Read) -> None:
     assert "--constraint=a100&ib*2" in sbatch_argv(read(constraint="a100&ib*2"))
 
 
-def test_a_dependency_that_cannot_come_ends_the_job(read: Read) -> None:
+def test_a_dependency_that_cannot_be_met_ends_the_job(read: Read) -> None:
     assert "--kill-on-invalid-dep=yes" in sbatch_argv(read(dependency="afterok:12"))
     assert "--kill-on-invalid-dep=yes" not in sbatch_argv(read(dependency="singleton"))
 
@@ -109,7 +112,7 @@ def test_a_dependency_that_cannot_come_ends_the_job(read: Read) -> None:
         "ä",
     ],
 )
-def test_values_that_are_refused(read: Read, key: str, value: str) -> None:
+def test_other_characters_are_refused(read: Read, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"c.yaml:\d+: slurm.{key}: ") as refused:
         read(**{key: value})
     assert len(str(refused.value).splitlines()) == 1
@@ -117,12 +120,12 @@ def test_values_that_are_refused(read: Read, key: str, value: str) -> None:
 
 @pytest.mark.parametrize("key", TEXTS)
 @pytest.mark.parametrize("value", ["a b", "a&b", "a|b", "a*"])
-def test_values_that_only_some_refuse(read: Read, key: str, value: str) -> None:
+def test_spaces_and_operators_are_refused_in_other_keys(read: Read, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"c.yaml:\d+: slurm.{key}: "):
         read(**{key: value})
 
 
-def test_a_variable_is_checked_after_it_is_read(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_checked_after_it_is_replaced(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_ACCOUNT", "team --wrap=id")
     with pytest.raises(ConfigError, match=r"slurm\.account"):
         read(account="${PX_ACCOUNT}")
@@ -133,12 +136,12 @@ def test_a_variable_is_checked_after_it_is_read(read: Read, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("key", "value"), [("nodes", 0), ("nodes", 1.5), ("gpus_per_node", -1), ("cpus_per_task", "x")]
 )
-def test_numbers_that_are_refused(read: Read, key: str, value: object) -> None:
+def test_wrong_numbers_are_refused(read: Read, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"slurm.{key}: "):
         read(**{key: value})
 
 
-def test_show_prints_it_and_submits_nothing(
+def test_show_prints_the_command_and_submits_nothing(
     read: Read,
     work: Path,
     hardware: object,

@@ -1,4 +1,4 @@
-"""`phalanx status | logs | cancel` on folders that runs left; tests/slurm has a real SLURM."""
+"""`phalanx status`, `logs` and `cancel` on the folders of runs. tests/slurm uses a real SLURM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
-from launcher.commands.logs import _goes_on
+from launcher.commands.logs import _is_active
 from launcher.config import load_run
 from launcher.slurm import job as slurm
 from launcher.slurm.journal import note, note_end
@@ -37,7 +37,7 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
 
 
 def run_in(folder: str, **progress: object) -> Path:
-    """A folder that a run was started in."""
+    """Create a folder in which a run was started."""
     path = Path(folder)
     attempt = path / "launch" / "attempt-1"
     attempt.mkdir(parents=True)
@@ -50,7 +50,7 @@ def run_in(folder: str, **progress: object) -> Path:
 
 @pytest.fixture
 def held() -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the folder `run`, as its launcher does."""
+    """Yield a process that holds the lock on the folder `run`, as a launcher does."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, "run"], text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
@@ -58,13 +58,15 @@ def held() -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_a_run_that_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_a_stopped_run(capsys: pytest.CaptureFixture[str]) -> None:
     run_in("run", step=2, max_steps=4, loss=1.25, tokens_per_second=812.4, seconds_left=3700)
     assert main(["status", "run"]) == 0
     assert capsys.readouterr().out == "run  stopped  step 2/4  loss 1.2500  812 tokens/s\n"
 
 
-def test_a_run_that_goes_on(held: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_cancel_of_a_running_run(
+    held: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run_in("run", step=2, max_steps=4, loss=1.25, seconds_left=3700)
     assert main(["status", "run"]) == 0
     assert capsys.readouterr().out == "run  running  step 2/4  loss 1.2500  ETA 1:01:40\n"
@@ -73,24 +75,24 @@ def test_a_run_that_goes_on(held: subprocess.Popen[str], capsys: pytest.CaptureF
     assert held.wait(timeout=30) == -signal.SIGTERM
 
 
-def test_a_run_that_ended() -> None:
+def test_a_run_with_a_record_and_a_model_has_ended() -> None:
     folder = run_in("run")
     (folder / "run.json").write_text("{}")
     (folder / "model.safetensors").touch()
     assert read_status(folder).state == "ended"
 
 
-def test_all_runs_below(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_lists_all_runs_below_the_working_folder(capsys: pytest.CaptureFixture[str]) -> None:
     run_in("runs/a")
     run_in("b")
     note(Path("waiting"), "12")
     Path("none/launch").mkdir(parents=True)
     assert main(["status", "--json"]) == 0
-    told = {one["run"]: (one["state"], one["job"]) for one in json.loads(capsys.readouterr().out)}
-    assert told == {"b": ("stopped", None), "runs/a": ("stopped", None), "waiting": ("stopped", "12")}
+    found = {one["run"]: (one["state"], one["job"]) for one in json.loads(capsys.readouterr().out)}
+    assert found == {"b": ("stopped", None), "runs/a": ("stopped", None), "waiting": ("stopped", "12")}
 
 
-def test_what_slurm_says_of_a_job(
+def test_status_shows_what_slurm_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "JobId=12 JobState=PENDING Reason=Resources Dependency=(null) Requeue=1 Restarts=2"
@@ -101,18 +103,18 @@ def test_what_slurm_says_of_a_job(
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel"])
-def test_what_is_no_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_not_a_run_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "4711"]) == 2
-    assert "error: 4711: no run lies there, and no run below" in capsys.readouterr().err
+    assert "error: 4711: it is not a run's folder, and no run below" in capsys.readouterr().err
 
 
-def test_the_log_of_a_rank_in_the_newest_attempt(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_prints_the_newest_attempt_that_has_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_in("run")
     newest = folder / "launch" / "attempt-10" / "machine-1"
     newest.mkdir(parents=True)
-    (newest / "rank-1.log").write_text("of rank 1\n")
+    (newest / "rank-1.log").write_text("a line of rank 1\n")
     assert main(["logs", "run", "--rank", "1"]) == 0
-    assert capsys.readouterr().out == "of rank 1\n"
+    assert capsys.readouterr().out == "a line of rank 1\n"
     assert main(["logs", "run"]) == 0
     assert capsys.readouterr().out == "step 1/4\nstep 2/4\n"
     assert main(["logs", "run", "--rank", "7"]) == 2
@@ -132,9 +134,6 @@ def test_a_log_is_followed_to_the_end_of_the_run(held: subprocess.Popen[str]) ->
     assert follower.wait(timeout=60) == 0
 
 
-# --------------------------------------------------------------------------------------- inside of a job
-
-
 def test_the_job_of_a_task() -> None:
     assert slurm.this_job({"SLURM_JOB_ID": "7"}) is None, "the batch script, or a shell of salloc"
     assert slurm.this_job({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}) == "7"
@@ -142,20 +141,20 @@ def test_the_job_of_a_task() -> None:
     assert slurm.this_job({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", **array}) == "5_2"
 
 
-def test_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_job_is_read_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     assert slurm.end_time({}) is None
     assert slurm.end_time({**task, "SLURM_JOB_END_TIME": "1700000000"}) == 1.7e9
     asked: list[tuple[str, ...]] = []
-    for told, end in (("2026-01-02T03:04:05", (2026, 1, 2, 3, 4, 5)), ("N/A", None), ("", None)):
-        monkeypatch.setattr(slurm, "ask", lambda *argv, told=told: asked.append(argv) or told)
+    for answer, end in (("2026-01-02T03:04:05", (2026, 1, 2, 3, 4, 5)), ("N/A", None), ("", None)):
+        monkeypatch.setattr(slurm, "ask", lambda *argv, answer=answer: asked.append(argv) or answer)
         found = slurm.end_time(task)
         assert (found and time.localtime(found)[:6]) == end
     assert asked[0] == ("squeue", "-h", "-j", "7", "-o", "%e")
 
 
 @pytest.mark.parametrize(
-    ("known", "comes_back"),
+    ("known", "requeued"),
     [
         ("JobState=RUNNING Requeue=1 BatchFlag=1", True),
         ("JobState=RUNNING Requeue=1 BatchFlag=2", True),
@@ -164,28 +163,28 @@ def test_the_end_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
         ("JobState=CANCELLED Requeue=1 BatchFlag=1", False),
     ],
 )
-def test_which_job_comes_back(monkeypatch: pytest.MonkeyPatch, known: str, comes_back: bool) -> None:
+def test_which_jobs_are_requeued(monkeypatch: pytest.MonkeyPatch, known: str, requeued: bool) -> None:
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(slurm, "ask", lambda *argv: asked.append(argv) or known)
-    assert slurm.requeue("7") is comes_back
-    assert (("scontrol", "requeue", "7") in asked) is comes_back
+    assert slurm.requeue("7") is requeued
+    assert (("scontrol", "requeue", "7") in asked) is requeued
 
 
-def test_a_job_that_is_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    for told, makes_room in (("None", False), ("2026-01-02T03:04:05", True)):
-        monkeypatch.setattr(slurm, "ask", lambda *_, told=told: f"JobId=7 PreemptTime={told} Requeue=1")
-        assert slurm.preempted("7") is makes_room
+def test_a_job_with_a_preempt_time_is_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for when, preempted in (("None", False), ("2026-01-02T03:04:05", True)):
+        monkeypatch.setattr(slurm, "ask", lambda *_, when=when: f"JobId=7 PreemptTime={when} Requeue=1")
+        assert slurm.preempted("7") is preempted
 
 
-def test_what_all_tasks_of_a_start_know() -> None:
+def test_the_id_of_a_start_has_the_restart_count() -> None:
     task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     assert slurm.this_start({}) is None
     assert slurm.this_start(task) == "7.0.0"
     assert slurm.this_start({**task, "SLURM_RESTART_COUNT": "2"}) == "7.0.2"
 
 
-def test_a_job_that_came_back_goes_on_with_what_is_its_own() -> None:
-    """Before its first start had the folder, another's run lay there, to be overwritten."""
+def test_a_requeued_job_resumes_only_its_own_run() -> None:
+    """Until the job has started in the folder, the run there is another one, which may be overwritten."""
     Path("c.yaml").write_text("task: llm-sft\nbase_model: m\nproject_name: run\ndata: {path: data}\n")
     run_in("run")
     run = load_run(Path("c.yaml"), {"overwrite": "true"})
@@ -196,16 +195,11 @@ def test_a_job_that_came_back_goes_on_with_what_is_its_own() -> None:
     note(Path("run"), "7", 0)
     train = slurm.resumed_by_slurm(run, environ).train
     assert (train.resume, train.overwrite) == (True, False)
-    assert slurm.resumed_by_slurm(run, {"SLURM_RESTART_COUNT": "1"}) is run, (
-        "a variable that somebody exported"
-    )
-
-
-# ----------------------------------------------------------------------------- cancel, where SLURM answers
+    assert slurm.resumed_by_slurm(run, {"SLURM_RESTART_COUNT": "1"}) is run, "a variable that a user exported"
 
 
 class Controller:
-    """What scontrol, scancel and squeue are asked, and what they say of these jobs."""
+    """A stub of scontrol, scancel and squeue, which knows these jobs and records the other commands."""
 
     def __init__(self, **states: str) -> None:
         self.states = {name.removeprefix("job"): state for name, state in states.items()}
@@ -238,9 +232,9 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller]:
 def test_all_jobs_of_a_run_are_cancelled(
     controller: Callable[..., Controller], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
+    stub = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
     assert main(["cancel", "run"]) == 0
-    assert told.asked == [
+    assert stub.asked == [
         ("scontrol", "update", "JobId=2", "Requeue=0"),
         ("scancel", "--signal=TERM", "2"),
         ("scancel", "3"),
@@ -249,27 +243,27 @@ def test_all_jobs_of_a_run_are_cancelled(
 
 
 @pytest.mark.parametrize(("job", "asked"), [("1", []), ("3", [("scancel", "3")])])
-def test_a_job_that_is_named_is_cancelled_alone(
+def test_only_the_named_job_is_cancelled(
     controller: Callable[..., Controller], job: str, asked: list[tuple[str, ...]]
 ) -> None:
-    told = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
+    stub = controller(job1="COMPLETED", job2="RUNNING", job3="PENDING")
     assert main(["cancel", job]) == 0
-    assert told.asked == asked
+    assert stub.asked == asked
 
 
-def test_a_job_that_is_still_setting_up_has_nothing_to_save(
+def test_a_running_job_without_a_step_is_cancelled_at_once(
     controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = controller(job2="RUNNING")
+    stub = controller(job2="RUNNING")
     monkeypatch.setattr("launcher.commands.cancel._has_begun", lambda job: False)
     assert main(["cancel", "run"]) == 0
-    assert told.asked == [("scancel", "2")]
+    assert stub.asked == [("scancel", "2")]
 
 
-def test_a_controller_that_does_not_answer(
+def test_without_an_answer_the_state_is_unknown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is taken for its end."""
+    """The run does not count as ended."""
     Path("bin").mkdir()
     Path("bin/scontrol").write_text(
         "#!/bin/sh\necho 'Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
@@ -279,20 +273,20 @@ def test_a_controller_that_does_not_answer(
     note(run_in("run"), "7")
     assert main(["status", "run"]) == 0
     assert capsys.readouterr().out.startswith("run  UNKNOWN (scontrol: Unable to contact slurm controller")
-    assert _goes_on(Path("run"))
+    assert _is_active(Path("run"))
     assert main(["cancel", "run"]) == 2
 
 
-def test_a_job_that_goes_on_after_the_run(
+def test_a_job_may_continue_after_the_run(
     controller: Callable[..., Controller], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its next run, or the shell of an interactive job, is not this run."""
-    told = controller(job2="RUNNING")
+    """The next run of the job, or the shell of an interactive job, is not this run."""
+    stub = controller(job2="RUNNING")
     note(run_in("run"), "2", 0)
     note_end(Path("run"), "2")
     assert main(["status", "run"]) == 0 and main(["cancel", "run"]) == 0
-    assert told.asked == []
-    assert capsys.readouterr().out == "run  stopped  job 2\nrun: it does not run\n"
+    assert stub.asked == []
+    assert capsys.readouterr().out == "run  stopped  job 2\nrun: it is not running\n"
     note(Path("run"), "2", 0)
     assert main(["status", "run"]) == 0
     assert capsys.readouterr().out == "run  RUNNING  job 2\n"

@@ -1,4 +1,4 @@
-"""What an error of a rank stands for, which of several errors is the cause, and what is said of it."""
+"""The class of a rank's error, which of several errors is the cause, and what is printed about it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,9 @@ GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:34567"
 )
 
-# ------------------------------------------------------------------------------------ what an error is
-
 
 def raised(action: Callable[[], Any]) -> BaseException:
-    """The error that an action raises, with its traceback."""
+    """Return the error that an action raises, with its traceback."""
     with pytest.raises(Exception) as error:
         action()
     return error.value
@@ -133,7 +131,7 @@ class Rows:
 
 
 def batches(loader: DataLoader[Any]) -> None:
-    """Takes all; its workers end with the call, and not when the traceback is collected."""
+    """Read all batches. The workers end with the call, not when the traceback is garbage-collected."""
     iterator = iter(loader)
     try:
         list(iterator)
@@ -143,12 +141,12 @@ def batches(loader: DataLoader[Any]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_a_row_is_one_of_the_data(workers: int) -> None:
+def test_an_error_in_a_row_is_a_data_error(workers: int) -> None:
     assert code_of(raised(lambda: batches(DataLoader(Rows(), num_workers=workers)))) == DATA_FAILED
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_collator_is_one_of_the_data(workers: int) -> None:
+def test_an_error_in_the_collator_is_a_data_error(workers: int) -> None:
     def collate(rows: list[int]) -> int:
         raise TypeError("planted")
 
@@ -156,11 +154,11 @@ def test_an_error_of_the_collator_is_one_of_the_data(workers: int) -> None:
     assert code_of(raised(lambda: batches(loader))) == DATA_FAILED
 
 
-def test_a_full_disk_under_the_data_is_the_disk() -> None:
+def test_a_full_disk_while_rows_are_read_is_a_disk_error() -> None:
     assert code_of(raised(lambda: batches(DataLoader(Rows(NO_ROOM))))) == DISK_FAILED
 
 
-def test_a_worker_whose_process_dies_is_one_of_the_data() -> None:
+def test_a_worker_process_that_dies_is_a_data_error() -> None:
     class Dies(Rows):
         def __getitem__(self, index: int) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -169,26 +167,26 @@ def test_a_worker_whose_process_dies_is_one_of_the_data() -> None:
     assert code_of(raised(lambda: batches(DataLoader(Dies(), num_workers=1)))) == DATA_FAILED
 
 
-def test_what_torch_says_of_a_full_disk(tmp_path: Path) -> None:
-    """A link: what would be renamed over it must not take the device's place."""
+def test_torchs_error_for_a_full_disk_is_recognised(tmp_path: Path) -> None:
+    """The file is a link to the device, so that a rename over it cannot replace the device."""
     (tmp_path / "full").symlink_to("/dev/full")
     error = raised(lambda: torch.save({"weights": torch.zeros(100_000)}, tmp_path / "full"))
     assert disk_is_full(error) and code_of(error) == DISK_FAILED
 
 
-def test_an_input_or_output_error_is_no_full_disk() -> None:
-    """A save that a full disk stops costs that save; another error ends the run."""
+def test_an_io_error_is_not_a_full_disk() -> None:
+    """If the disk is full, the run only loses that save. Another error ends the run."""
     assert not disk_is_full(OSError(errno.EIO, os.strerror(errno.EIO)))
     assert disk_is_full(NO_ROOM)
 
 
-def test_errors_that_cause_each_other_are_read_once() -> None:
+def test_a_cycle_of_causes_does_not_loop_forever() -> None:
     one, other = RuntimeError("one"), RuntimeError("other")
     one.__cause__, other.__cause__ = other, one
     assert code_of(one) == RUN_FAILED
 
 
-def test_a_lost_peer_is_no_cause_of_its_own() -> None:
+def test_a_lost_peer_is_recognised_by_type_and_message() -> None:
     assert is_lost_peer(RuntimeError(GLOO))
     assert not is_lost_peer(RuntimeError("planted"))
     assert not is_lost_peer(ValueError(GLOO))
@@ -198,7 +196,7 @@ def test_a_lost_peer_is_no_cause_of_its_own() -> None:
     ("error", "code"),
     [(NotFinite("planted"), NOT_FINITE), (RuntimeError(GLOO), PEER_LOST), (KeyError("planted"), RUN_FAILED)],
 )
-def test_a_rank_ends_with_the_code_of_its_error(
+def test_a_rank_exits_with_the_code_of_its_error(
     error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
@@ -210,11 +208,8 @@ def test_a_rank_ends_with_the_code_of_its_error(
     assert process.run_rank(fail) == code
 
 
-# ------------------------------------------------------------------------------ which rank failed first
-
-
 def note(folder: Path, number: int, error: Exception, time: float) -> None:
-    """What that rank leaves of an error (trainers/rank/process.py)."""
+    """Write the note of an error as that rank does (trainers/rank/process.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(number))
         patch.setattr("time.monotonic", lambda: time)
@@ -227,7 +222,7 @@ def diagnosed(folder: Path, exits: dict[int, int], hang: Hang | None = None, cod
 
 OOM = BatchTooLarge("CUDA out of memory.")
 STACK = (
-    "Thread 0x1 (most recent call first):\n  of another\n\nCurrent thread 0x2 (most recent call first):\n"
+    "Thread 0x1 (most recent call first):\n  another thread\n\nCurrent thread 0x2 (most recent call first):\n"
     + ("".join(f'  File "f.py", line {n} in f{n}\n' for n in range(20)))
 )
 
@@ -236,7 +231,7 @@ def hang(number: int) -> Hang:
     return Hang(number, 75.0, Beat(0.0, 50, 6, 0.5, STEP), stopped=False, stack=STACK)
 
 
-def test_memory_that_ran_out_comes_before_all(tmp_path: Path) -> None:
+def test_out_of_memory_has_priority_over_all_other_failures(tmp_path: Path) -> None:
     note(tmp_path, 0, KeyError("planted"), time=1.0)
     note(tmp_path, 2, OOM, time=3.0)
     note(tmp_path, 3, torch.OutOfMemoryError("later"), time=4.0)
@@ -244,33 +239,33 @@ def test_memory_that_ran_out_comes_before_all(tmp_path: Path) -> None:
     assert (failure.rank, failure.code, failure.of_batches) == (2, OUT_OF_MEMORY, True)
 
 
-def test_memory_that_no_batch_took_is_not_mended_by_a_smaller_one(tmp_path: Path) -> None:
+def test_out_of_memory_while_loading_is_not_due_to_a_batch(tmp_path: Path) -> None:
     note(tmp_path, 0, torch.OutOfMemoryError("while loading"), time=1.0)
     failure = diagnosed(tmp_path, {0: 1})
     assert (failure.code, failure.of_batches) == (OUT_OF_MEMORY, False)
 
 
-def test_a_hang_comes_before_what_its_peers_report(tmp_path: Path) -> None:
+def test_a_hang_has_priority_over_the_errors_of_its_peers(tmp_path: Path) -> None:
     note(tmp_path, 0, RuntimeError(GLOO), time=1.0)
-    note(tmp_path, 2, RuntimeError("of any text"), time=2.0)
+    note(tmp_path, 2, RuntimeError("any text"), time=2.0)
     failure = diagnosed(tmp_path, {0: 1, 1: -9}, hang(1))
     assert (failure.rank, failure.code, failure.stack) == (1, HUNG, STACK)
-    assert failure.reason == "hung: no sign of life for 75 s, in phase 'step' after step 6"
+    assert failure.reason == "hung: no heartbeat for 75 s, in phase 'step' after step 6"
 
 
-def test_a_killed_rank_comes_before_what_its_peers_report(tmp_path: Path) -> None:
-    note(tmp_path, 0, RuntimeError("of any text"), time=1.0)
+def test_a_killed_rank_has_priority_over_the_errors_of_its_peers(tmp_path: Path) -> None:
+    note(tmp_path, 0, RuntimeError("any text"), time=1.0)
     failure = diagnosed(tmp_path, {0: 1, 1: -signal.SIGKILL})
     assert (failure.rank, failure.code) == (1, KILLED)
     assert failure.reason == "killed by SIGKILL (host memory ran out, or by hand)"
 
 
-def test_of_other_signals_no_memory_is_suspected(tmp_path: Path) -> None:
+def test_memory_is_suspected_only_after_sigkill(tmp_path: Path) -> None:
     assert diagnosed(tmp_path, {1: -signal.SIGSEGV}).reason == "killed by SIGSEGV"
 
 
 def test_a_rank_that_its_own_watchdog_aborts_is_not_the_cause(tmp_path: Path) -> None:
-    """NCCL's watchdog aborts a rank whose peer is gone (SIGABRT)."""
+    """NCCL's watchdog aborts a rank whose peer has ended (SIGABRT)."""
     note(tmp_path, 1, TypeError("planted"), time=1.0)
     failure = diagnosed(tmp_path, {1: 1, 0: -signal.SIGABRT})
     assert (failure.rank, failure.code, failure.repeats) == (1, RUN_FAILED, True)
@@ -282,39 +277,40 @@ def test_the_earliest_error_is_the_cause(tmp_path: Path) -> None:
     assert diagnosed(tmp_path, {0: 1, 1: 1}).rank == 1
 
 
-def test_an_error_of_its_own_comes_before_an_earlier_lost_peer(tmp_path: Path) -> None:
+def test_an_error_has_priority_over_an_earlier_lost_peer(tmp_path: Path) -> None:
     note(tmp_path, 0, RuntimeError(GLOO), time=1.0)
     note(tmp_path, 1, RuntimeError("planted"), time=2.0)
     failure = diagnosed(tmp_path, {0: 1, 1: 1})
     assert (failure.rank, failure.reason) == (1, "RuntimeError: planted")
 
 
-def test_where_all_lost_a_peer_another_machine_is_to_blame(tmp_path: Path) -> None:
+def test_if_all_ranks_lost_a_peer_the_first_is_reported(tmp_path: Path) -> None:
     note(tmp_path, 0, RuntimeError(GLOO), time=1.0)
     note(tmp_path, 1, RuntimeError(GLOO), time=2.0)
     failure = diagnosed(tmp_path, {0: 1, 1: 1})
     assert (failure.rank, failure.code) == (0, PEER_LOST)
 
 
-def test_a_rank_that_left_no_word_is_named_by_its_code(tmp_path: Path) -> None:
+def test_a_rank_without_a_note_is_reported_with_its_exit_code(tmp_path: Path) -> None:
     failure = diagnosed(tmp_path, {0: 0, 1: 7})
-    assert (failure.rank, failure.reason) == (1, "it exited with code 7 and left no word")
+    assert (failure.rank, failure.reason) == (1, "it exited with code 7 without reporting an error")
 
 
-def test_no_rank_may_be_known(tmp_path: Path) -> None:
+def test_a_failure_may_have_no_rank(tmp_path: Path) -> None:
     failure = diagnosed(tmp_path, {}, code=-signal.SIGKILL)
-    assert failure.line == "the launch failed: the process above the ranks was killed by SIGKILL"
+    assert failure.line == "the launch failed: the parent process of the ranks was killed by SIGKILL"
     assert failure.code == KILLED
-    assert diagnosed(tmp_path, {}).line.startswith("the launch failed: it ended before a rank could say why")
+    line = diagnosed(tmp_path, {}).line
+    assert line.startswith("the launch failed: it ended before a rank could report an error")
 
 
-def test_a_mistake_of_the_user_is_told_whole(tmp_path: Path) -> None:
+def test_a_mistake_of_the_user_is_reported_in_full(tmp_path: Path) -> None:
     note(tmp_path, 1, ConfigError("data.path: one\ntwo"), time=1.0)
     failure = diagnosed(tmp_path, {1: 1})
     assert (failure.code, failure.reason) == (USAGE_ERROR, "data.path: one\ntwo")
 
 
-def test_of_a_long_message_the_first_line_is_told(tmp_path: Path) -> None:
+def test_only_the_first_line_of_a_message_is_reported(tmp_path: Path) -> None:
     note(tmp_path, 1, RuntimeError("\nfirst\nsecond"), time=1.0)
     assert diagnosed(tmp_path, {1: 1}).reason == "RuntimeError: first"
     note(tmp_path, 1, RuntimeError(""), time=1.0)
@@ -322,13 +318,13 @@ def test_of_a_long_message_the_first_line_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["", '{"rank": 0, "time": 12'])
-def test_a_note_that_a_full_disk_cut_off_does_not_stop_the_diagnosis(tmp_path: Path, written: str) -> None:
+def test_a_truncated_note_does_not_stop_the_diagnosis(tmp_path: Path, written: str) -> None:
     (tmp_path / "rank-0.error.json").write_text(written)
     assert diagnosed(tmp_path, {0: 1}).rank == 0
 
 
-def test_a_rank_that_cannot_write_its_note_ends_with_the_code_of_its_error(tmp_path: Path) -> None:
-    """The disk is full: of the errors to be noted, this is the likeliest one not to be."""
+def test_a_rank_that_cannot_write_its_note_exits_with_the_code_of_its_error(tmp_path: Path) -> None:
+    """The disk is full. Of all errors, this one is the most likely to leave no note."""
     (tmp_path / "rank-0.error.json").symlink_to("/dev/full")
     script = """
 import errno, sys
@@ -344,8 +340,8 @@ sys.exit(run_rank(fail))
     assert done.returncode == DISK_FAILED
 
 
-def test_the_exits_that_torchrun_tells(tmp_path: Path) -> None:
-    """Its own words for two ranks that failed; those that it ended itself are left out."""
+def test_exit_codes_are_read_from_torchruns_summary(tmp_path: Path) -> None:
+    """The summary names two ranks. The one that torchrun ended itself (SIGTERM) is left out."""
     summary = """
 ============================================================
 trainers.sft FAILED
@@ -377,11 +373,8 @@ Root Cause (first observed failure):
     assert (code, launch.exits()) == (0, {1: -9})
 
 
-# --------------------------------------------------------------------------------- what a restart mends
-
-
 @pytest.mark.parametrize(
-    ("code", "mends", "by_choice"),
+    ("code", "restarted", "with_restart_on_nan"),
     [
         (RUN_FAILED, True, True),
         (USAGE_ERROR, False, False),
@@ -394,16 +387,16 @@ Root Cause (first observed failure):
         (HUNG, True, True),
     ],
 )
-def test_what_a_fresh_launch_can_mend(code: int, mends: bool, by_choice: bool) -> None:
+def test_which_failures_are_restarted(code: int, restarted: bool, with_restart_on_nan: bool) -> None:
     failure = Failure(0, "planted", code)
     assert (failure.mendable(restart_on_nan=False), failure.mendable(restart_on_nan=True)) == (
-        mends,
-        by_choice,
+        restarted,
+        with_restart_on_nan,
     )
 
 
 @pytest.mark.parametrize(
-    ("error", "mends"),
+    ("error", "restarted"),
     [
         (TypeError("planted"), False),
         (AttributeError("planted"), False),
@@ -419,12 +412,11 @@ def test_what_a_fresh_launch_can_mend(code: int, mends: bool, by_choice: bool) -
     ],
     ids=repr,
 )
-def test_the_same_code_would_make_the_same_mistake(tmp_path: Path, error: Exception, mends: bool) -> None:
+def test_errors_that_the_same_code_repeats_are_not_restarted(
+    tmp_path: Path, error: Exception, restarted: bool
+) -> None:
     note(tmp_path, 1, error, time=1.0)
-    assert diagnosed(tmp_path, {1: 1}).mendable(restart_on_nan=True) == mends
-
-
-# ---------------------------------------------------------------------------------------- what is said
+    assert diagnosed(tmp_path, {1: 1}).mendable(restart_on_nan=True) == restarted
 
 
 def reported(
@@ -444,10 +436,10 @@ def test_the_last_lines_say_what_failed_what_to_do_and_where_to_look(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failure = Failure(0, "killed by SIGKILL (host memory ran out, or by hand)", KILLED)
-    assert reported(failure, tmp_path, capsys, lines=("It is not tried again.",)) == [
+    assert reported(failure, tmp_path, capsys, lines=("It is not restarted.",)) == [
         "error: rank 0 failed first: killed by SIGKILL (host memory ran out, or by hand)",
         f"       {CLASSES[KILLED][2]}",
-        "       It is not tried again.",
+        "       It is not restarted.",
         f"       logs of all ranks: {tmp_path}",
     ]
 
@@ -470,51 +462,51 @@ def test_a_log_that_the_terminal_has_is_not_shown_again(
 def test_without_a_rank_the_log_of_the_launch_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "launcher.log").write_text("torchrun says\n")
+    (tmp_path / "launcher.log").write_text("a line of torchrun\n")
     lines = reported(Failure(None, "it ended"), tmp_path, capsys)
-    assert lines[:3] == [f"--- end of {tmp_path}/launcher.log", "    torchrun says",
+    assert lines[:3] == [f"--- end of {tmp_path}/launcher.log", "    a line of torchrun",
                          "error: the launch failed: it ended"]  # fmt: skip
 
 
-def test_of_a_hang_the_stack_is_shown_the_innermost_frame_first(
+def test_the_stack_of_a_hang_is_shown_with_the_innermost_frame_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = reported(Failure(1, hang(1).reason, HUNG, stack=STACK), tmp_path, capsys)
     assert lines[0] == "--- stack of rank 1"
     assert lines[1 : 1 + STACK_LINES] == [f'    File "f.py", line {n} in f{n}' for n in range(STACK_LINES)]
-    assert lines[1 + STACK_LINES].startswith("error: rank 1 failed first: hung: no sign of life for 75 s")
+    assert lines[1 + STACK_LINES].startswith("error: rank 1 failed first: hung: no heartbeat for 75 s")
     assert "raise launch.hang_timeout" in lines[2 + STACK_LINES]
 
 
-def test_a_mistake_of_the_user_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_of_the_user_is_printed_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rank-1.log").write_text("a log\n")
     failure = Failure(1, "data.path: no row has text", USAGE_ERROR)
     assert reported(failure, tmp_path, capsys) == ["error: data.path: no row has text"]
 
 
 @pytest.mark.parametrize("code", sorted(CLASSES))
-def test_every_class_is_named_and_has_a_mend(
+def test_every_class_is_named_and_has_a_fix(
     tmp_path: Path, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = reported(Failure(0, "planted", code), tmp_path, capsys, lines=("the caller's",))
-    spoken_for = code in (RUN_FAILED, KILLED, HUNG)  # the reason itself says it
-    assert lines[0] == f"error: rank 0 failed first{'' if spoken_for else f' ({CLASSES[code][0]})'}: planted"
-    assert (len(lines) == 4) == (code != OUT_OF_MEMORY)  # of memory the caller says what to change
+    unnamed = code in (RUN_FAILED, KILLED, HUNG)  # the reason itself names the class
+    assert lines[0] == f"error: rank 0 failed first{'' if unnamed else f' ({CLASSES[code][0]})'}: planted"
+    assert (len(lines) == 4) == (code != OUT_OF_MEMORY)  # out of memory: the caller says what to change
     assert all(line.startswith("       ") for line in lines[1:])
 
-
-# -------------------------------------------------------------------------------------- the exit codes
 
 CODES = {name: value for name, value in vars(errors).items() if name.isupper() and value in range(1, 128)}
 
 
-def test_every_exit_code_is_a_class_or_no_failure_of_a_rank() -> None:
-    assert len(set(CODES.values())) == len(CODES), "two of one number"
+def test_every_exit_code_except_usage_error_and_saved_has_a_class() -> None:
+    assert len(set(CODES.values())) == len(CODES), "two exit codes are equal"
     assert {USAGE_ERROR, SAVED} < set(CODES.values())
     assert set(CODES.values()) - {USAGE_ERROR, SAVED} == set(CLASSES)
 
 
-def test_the_page_of_exit_codes_lists_each_of_them() -> None:
+def test_the_page_of_exit_codes_lists_each_code() -> None:
     listed = [
         int(code) for code in re.findall(r"^\| (\d+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     ]
@@ -523,12 +515,12 @@ def test_the_page_of_exit_codes_lists_each_of_them() -> None:
     assert set(listed) <= {0, *CODES.values(), *(128 + number for number in SIGNALS)}
 
 
-def test_errors_are_classed_without_torch() -> None:
+def test_errors_are_classified_without_torch() -> None:
     script = "import sys; from trainers.rank import failures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_a_note_of_a_rank_holds_what_the_diagnosis_reads(tmp_path: Path) -> None:
+def test_a_note_of_a_rank_has_what_the_diagnosis_reads(tmp_path: Path) -> None:
     note(tmp_path, 3, RuntimeError(GLOO + "x" * 5000), time=12.5)
     written = json.loads((tmp_path / "rank-3.error.json").read_text())
     assert {**written, "message": len(written["message"])} == {

@@ -1,4 +1,4 @@
-"""What the launchers of several machines tell each other: here threads, with one folder between them."""
+"""How the launchers of several machines coordinate. Here they are threads that share one folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ORDER = Order(attempt=1, port=1234)
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fast_polling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machines, "LOOK_SECONDS", 0.01)
 
@@ -47,7 +47,7 @@ def ended(number: int, **values: object) -> Ended:
 
 
 def together(folder: Path, count: int = 2) -> list[Machines]:
-    """Machines that have met."""
+    """Return machines that have joined."""
     made = [machine(folder, rank, count) for rank in range(count)]
     with ThreadPoolExecutor(count) as pool:
         orders = list(pool.map(lambda one: one.join(lambda: ORDER), reversed(made)))
@@ -55,12 +55,12 @@ def together(folder: Path, count: int = 2) -> list[Machines]:
     return made
 
 
-def test_one_machine_decides_alone_and_writes_nothing(tmp_path: Path) -> None:
-    alone = machine(tmp_path, 0, 1)
-    assert alone.join(lambda: ORDER) == ORDER
-    assert alone.elsewhere() is None
-    assert alone.settle(ended(0, stopped=3), lambda all_: replace(ORDER, end=all_[0].stopped)).end == 3
-    alone.close()
+def test_one_machine_decides_by_itself_and_writes_nothing(tmp_path: Path) -> None:
+    single = machine(tmp_path, 0, 1)
+    assert single.join(lambda: ORDER) == ORDER
+    assert single.elsewhere() is None
+    assert single.settle(ended(0, stopped=3), lambda all_: replace(ORDER, end=all_[0].stopped)).end == 3
+    single.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,8 +69,8 @@ def test_all_do_what_machine_0_decides(tmp_path: Path) -> None:
     failure = Failure(2, "planted", KILLED)
     seen: list[Ended] = []
 
-    def decide(told: list[Ended]) -> Order:
-        seen.extend(told)
+    def decide(ends: list[Ended]) -> Order:
+        seen.extend(ends)
         return Order(attempt=2, port=99, resume=True)
 
     with ThreadPoolExecutor(3) as pool:
@@ -84,62 +84,68 @@ def test_all_do_what_machine_0_decides(tmp_path: Path) -> None:
     assert {one.machine: one.failure for one in seen} == {0: None, 1: None, 2: failure}
 
 
-def test_files_of_an_earlier_start_are_not_taken_for_this_one(tmp_path: Path) -> None:
-    """Machine 1 comes first, and finds a start that names a word, and a card that is not its own."""
+def test_files_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
+    """Machine 1 starts first. It finds start.json and its member file, both from the earlier start."""
     together(tmp_path)
     together(tmp_path)
 
 
-def test_a_failure_elsewhere_is_seen_and_a_good_end_is_not(tmp_path: Path) -> None:
+def test_a_failure_on_another_machine_is_seen_and_a_good_end_is_not(tmp_path: Path) -> None:
     first, second = together(tmp_path)
 
-    def tell(what: Ended) -> None:
+    def report(end: Ended) -> None:
         path = tmp_path / "launch" / "attempt-1" / "machine-1" / "ended.json"
-        machine_messages.write_message(path, asdict(what))
+        machine_messages.write_message(path, asdict(end))
 
     def look() -> Ended | None:
         first.looked = 0.0
         return first.elsewhere()
 
     assert look() is None
-    tell(ended(1))
+    report(ended(1))
     assert look() is None
-    tell(ended(1, stopped=15, saved="saved at step 4"))
+    report(ended(1, stopped=15, saved="saved at step 4"))
     assert look() is None, "all ranks save, and end by themselves"
-    tell(ended(1, stopped=15))
+    report(ended(1, stopped=15))
     assert look() == ended(1, stopped=15)
-    tell(ended(1, failure=Failure(1, "planted")))
+    report(ended(1, failure=Failure(1, "planted")))
     assert look() == ended(1, failure=Failure(1, "planted"))
     assert second.number == 1
 
 
-def test_a_machine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_heartbeats_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "GONE_SECONDS", 0.2)
     first, second = together(tmp_path)
-    told: list[Ended] = []
+    seen: list[Ended] = []
 
-    def decide(all_: list[Ended]) -> Order:
-        told.extend(all_)
+    def decide(ends: list[Ended]) -> Order:
+        seen.extend(ends)
         return replace(ORDER, end=5)
 
     assert first.settle(ended(0), decide).end == 5
-    (gone,) = [one for one in told if one.machine == 1]
+    (gone,) = [one for one in seen if one.machine == 1]
     assert gone.gone and gone.failure is not None and gone.failure.code == PEER_LOST
-    assert "gave no sign of life" in gone.failure.reason
+    assert "sent no heartbeat for" in gone.failure.reason
     (tmp_path / "launch" / "attempt-1" / "order.json").unlink()
     with pytest.raises(GoneMachine):
         second.settle(ended(1), decide)
 
 
-def test_machines_that_do_not_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_do_not_share_the_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machines, "JOIN_SECONDS", 0.1)
     for rank, missing in ((0, "machine 1"), (1, "machine 0")):
         folder = tmp_path / str(rank)
-        with pytest.raises(ConfigError, match=rf"no sign of {missing} within .* must see the same {folder}"):
+        with pytest.raises(
+            ConfigError, match=rf"{missing} did not start within .* must see the same {folder}"
+        ):
             machine(folder, rank).join(lambda: ORDER)
 
 
-def test_who_has_the_cache_of_machine_0_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_detects_that_it_shares_the_cache_of_machine_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
     first, second = together(tmp_path)
     assert second.shares_cache and not first.shares_cache
@@ -148,8 +154,8 @@ def test_who_has_the_cache_of_machine_0_knows_it(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "cache" / "data").iterdir()) == []
 
 
-def test_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have a folder of that name, and not the same."""
+def test_a_machine_detects_that_it_has_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both machines have a folder with this path, but on different disks."""
     for number in range(2):
         (tmp_path / f"disk_{number}").mkdir()
     monkeypatch.setattr(machines, "cache_root", lambda: tmp_path / threading.current_thread().name)
@@ -160,33 +166,33 @@ def test_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_machine_that_does_not_begin_says_so(tmp_path: Path, number: int) -> None:
-    """Else the other would wait for it, and hold its GPUs."""
-    refuse(tmp_path, number, None, "nobody knows of which start")
+def test_a_machine_that_does_not_start_reports_it(tmp_path: Path, number: int) -> None:
+    """Otherwise the other machine would wait for it, and keep its GPUs."""
+    refuse(tmp_path, number, None, "from an unknown start")
     assert not tmp_path.joinpath("launch").exists()
-    refuse(tmp_path, number, "6.0.0", "of an earlier start")
+    refuse(tmp_path, number, "6.0.0", "from an earlier start")
     refuse(tmp_path, number, "7.0.0", "the folder is in use")
     topology = Topology(2, 1 - number, 2, "here", 1)
     waits = Machines(tmp_path, topology, lambda: False, "7.0.0")
-    with pytest.raises(ConfigError, match=f"machine {number} does not begin: the folder is in use"):
+    with pytest.raises(ConfigError, match=f"machine {number} does not start: the folder is in use"):
         waits.join(lambda: ORDER)
 
 
-def test_machines_that_count_other_ranks_do_not_begin(tmp_path: Path) -> None:
-    """As with a GPU that fell off: two ranks would have one number, and wait for ever."""
+def test_machines_that_count_different_ranks_do_not_start(tmp_path: Path) -> None:
+    """For example, a GPU has failed. Two ranks would have the same number, and the run would wait forever."""
     first, second = machine(tmp_path, 0), machine(tmp_path, 1)
     second.ranks = "7 ranks on GPUs"
     with ThreadPoolExecutor(2) as pool:
-        told = pool.submit(second.join, lambda: ORDER)
+        order = pool.submit(second.join, lambda: ORDER)
         with pytest.raises(
-            ConfigError, match=r"machine 0 counts 2 ranks on CPUs in all, and .* counts 7 ranks"
+            ConfigError, match=r"machine 0 counts 2 ranks on CPUs in total, but .* counts 7 ranks"
         ):
             pool.submit(first.join, lambda: ORDER).result()
-        assert told.result().end == USAGE_ERROR
+        assert order.result().end == USAGE_ERROR
 
 
-def test_machine_0_tells_the_others_of_an_end_that_all_must_follow(tmp_path: Path) -> None:
-    """They look at its files alone: of many machines, not each looks at each."""
+def test_machine_0_forwards_an_end_that_all_must_follow(tmp_path: Path) -> None:
+    """The others read only its files, so that not every machine reads the files of every other."""
     first, second, third = together(tmp_path, 3)
     failed = ended(2, failure=Failure(2, "planted"))
     path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
@@ -199,15 +205,13 @@ def test_machine_0_tells_the_others_of_an_end_that_all_must_follow(tmp_path: Pat
     assert list(second.heard) == list(third.heard) == [0]
 
 
-def test_what_is_heard_again_after_a_pause_of_all_is_not_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A suspended job's clock goes on."""
+def test_a_machine_is_not_lost_after_a_suspension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock continues while a job is suspended."""
     first, _ = together(tmp_path)
     assert first._gone(1) is None
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
-    first._sign()
+    first._send_heartbeat()
     assert first._gone(1) is None
 
 
@@ -217,7 +221,7 @@ def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
         machine(tmp_path, 1, given_up=lambda: time.monotonic() > began + 0.1).join(lambda: ORDER)
 
 
-def test_the_cause_among_several_failures() -> None:
+def test_which_of_several_failures_is_the_cause() -> None:
     lost = ended(0, time=1.0, failure=Failure(None, "", PEER_LOST))
     killed = ended(1, time=2.0, failure=Failure(1, "", KILLED))
     waits = ended(0, time=1.0, failure=Failure(0, "", HUNG, waits=True))
@@ -230,14 +234,14 @@ def test_the_cause_among_several_failures() -> None:
     assert first_cause([lost, gone])[0] is gone
 
 
-def test_what_is_written_is_json(tmp_path: Path) -> None:
+def test_start_json_has_the_order_and_the_words(tmp_path: Path) -> None:
     together(tmp_path)
     start = json.loads((tmp_path / "launch" / "machines" / "start.json").read_text())
     assert start["order"]["attempt"] == 1 and set(start["words"]) == {"1"}
 
 
-def test_a_machine_of_another_start_is_not_taken(tmp_path: Path) -> None:
-    """The same config, submitted twice: the second job's machine 1 comes before its machine 0 is refused."""
+def test_a_machine_of_another_start_is_ignored(tmp_path: Path) -> None:
+    """A config was submitted twice: machine 1 of the second job starts before its machine 0 is refused."""
     topologies = [Topology(2, rank, 2, "here", 1) for rank in range(2)]
     other = Machines(tmp_path, topologies[1], lambda: False, "8.0.0")
     first, second = (Machines(tmp_path, topology, lambda: False, "7.0.0") for topology in topologies)

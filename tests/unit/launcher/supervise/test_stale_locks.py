@@ -1,4 +1,4 @@
-"""Locks of torch's compiler: those that a killed process left are removed, those that one holds are not."""
+"""Locks of torch's compiler: those that a killed process left are removed, those in use are not."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def lock(tmp_path):
     return path
 
 
-def test_one_that_was_left_since_the_start_is_removed(tmp_path, lock):
+def test_a_lock_that_was_left_since_the_start_is_removed(tmp_path, lock):
     assert remove_left_locks(tmp_path, time.time() - 60) == [lock]
     assert not lock.exists()
 
 
-def test_one_from_before_is_left_to_a_process_of_another_machine(tmp_path, lock):
+def test_an_earlier_lock_stays_because_another_machine_may_hold_it(tmp_path, lock):
     assert remove_left_locks(tmp_path, time.time() + 60) == []
     assert lock.exists()
 
 
-def test_an_old_one_is_removed(tmp_path, lock):
+def test_an_old_lock_is_removed(tmp_path, lock):
     os.utime(lock, (time.time() - OLD - 1,) * 2)
     assert remove_left_locks(tmp_path, time.time() + 60) == [lock]
 
 
-def test_one_that_a_process_holds_stays(tmp_path, lock):
+def test_a_lock_that_a_process_holds_stays(tmp_path, lock):
     code = f"import sys; f = open({str(lock)!r}); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,6 +1,6 @@
-"""The policy of a run's attempts: what is tried again and from where, when it is given up, what it ends with.
+"""The policy of a run's attempts: what is restarted and from where, when the run gives up, and its exit code.
 
-In place of an attempt a few lines stand: they leave the checkpoints and the words of ranks that ended so.
+A stub replaces each attempt: it writes the checkpoints and the notes of ranks that ended in the given way.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from trainers.storage.run_folder import InUse
 
 @dataclass
 class Ends:
-    """How an attempt ends: its code, what rank 1 says, and the checkpoint that it leaves."""
+    """How an attempt ends: its exit code, the note of rank 1, and the checkpoint that it writes."""
 
     code: int = 1
     saves: int = 0  # the step of a checkpoint
-    whole: bool = True  # it verifies
-    kind: str = ""  # the error that rank 1 notes
+    verifies: bool = True  # whether that checkpoint does
+    kind: str = ""  # the error in the note of rank 1
     of: int = RUN_FAILED  # its class
     exits: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
-    stopped: str | None = None  # what the ranks say that they saved, where a signal stopped them
-    received: int | None = None  # a signal that comes meanwhile
+    stopped: str | None = None  # what the ranks report as saved, if a signal stopped them
+    received: int | None = None  # a signal that arrives during the attempt
 
 
 WELL = Ends(0)
@@ -78,13 +78,13 @@ HANGS = Ends(hang=Hang(1, 75.0, Beat(0.0, 50, 6, 0.5, STEP), False, ""))
 
 @dataclass
 class Done:
-    """What came of a run."""
+    """The result of a run."""
 
     code: int
-    configs: list[tuple[bool | str, bool]]  # resume and overwrite, of each attempt
+    configs: list[tuple[bool | str, bool]]  # resume and overwrite of each attempt
     pauses: list[float]
     err: list[str]
-    comes_back: bool = False
+    requeued: bool = False
 
     @property
     def attempts(self) -> int:
@@ -92,7 +92,7 @@ class Done:
 
 
 class Life:
-    """A run whose attempts end as a test says."""
+    """A run whose attempts end as a test specifies."""
 
     def __init__(self, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.patch, self.capsys = patch, capsys
@@ -107,7 +107,7 @@ class Life:
         return Supervisor(run, topology, resolve_backend(run, topology), self.signals, None)
 
     def __call__(self, *ends: Ends, **flags: Any) -> Done:
-        """Runs the attempts in turn; one more than there are ends fails the test."""
+        """Run one attempt for each of the ends. The test fails if the run makes more or fewer."""
         done = Done(0, [], [], [])
         left = iter(ends)
 
@@ -128,7 +128,7 @@ class Life:
             done.code = supervisor.run_to_end()
         finally:
             supervisor.close()
-        done.comes_back = supervisor.comes_back
+        done.requeued = supervisor.comes_back
         assert next(left, None) is None, "an attempt too few"
         done.err = self.capsys.readouterr().err.splitlines()
         return done
@@ -138,7 +138,7 @@ class Life:
         folder.mkdir(parents=True)
         if end.saves:
             saved = fake_checkpoint(Path("run"), end.saves)
-            if not end.whole:
+            if not end.verifies:
                 (saved / MANIFEST).unlink()
         if end.kind:
             note = {"rank": 1, "time": 1.0, "code": end.of, "type": end.kind, "message": "planted"}
@@ -162,10 +162,7 @@ def life(
 
     monkeypatch.setattr(supervise, "make_beats_folder", make)
     yield Life(monkeypatch, capsys)
-    assert not (work / "beats").exists(), "close() removes the beats"
-
-
-# ------------------------------------------------------------------------------- again, and from where
+    assert not (work / "beats").exists(), "close() did not remove the folder of the heartbeats"
 
 
 def test_a_run_that_ends_well_is_one_attempt(life: Life) -> None:
@@ -173,7 +170,7 @@ def test_a_run_that_ends_well_is_one_attempt(life: Life) -> None:
     assert (done.code, done.configs, done.err) == (0, [(False, False)], [])
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(life: Life) -> None:
+def test_a_killed_run_resumes_from_its_newest_checkpoint(life: Life) -> None:
     done = life(killed(saves=4), WELL)
     assert (done.code, done.configs) == (0, [(False, False), (True, False)])
     assert done.err == [
@@ -183,29 +180,29 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(life: Life) -> None:
     ]
 
 
-def test_without_a_checkpoint_it_begins_at_the_start(life: Life) -> None:
+def test_without_a_checkpoint_it_restarts_from_the_start(life: Life) -> None:
     done = life(killed(), WELL)
     assert done.configs == [(False, False), (False, False)]
     assert done.err[0].endswith("restart 1 of at most 10, from the start")
 
 
-def test_a_checkpoint_that_does_not_verify_is_passed_over(life: Life, work: Path) -> None:
+def test_a_checkpoint_that_does_not_verify_is_skipped(life: Life, work: Path) -> None:
     fake_checkpoint(work / "run", 4)
     (fake_checkpoint(work / "run", 8) / MANIFEST).unlink()
     assert life(killed(), WELL, resume=True).err[0].endswith("from run/checkpoint-4")
 
 
-def test_what_was_to_be_overwritten_is_so_once(life: Life) -> None:
+def test_overwrite_applies_only_to_the_first_attempt(life: Life) -> None:
     assert life(killed(saves=4), WELL, overwrite=True).configs == [(False, True), (True, False)]
 
 
-def test_a_checkpoint_that_was_named_is_where_the_first_attempt_begins(life: Life, work: Path) -> None:
+def test_a_named_checkpoint_is_used_until_there_is_a_newer_one(life: Life, work: Path) -> None:
     fake_checkpoint(work / "other", 3)
     done = life(killed(), killed(saves=5), WELL, resume="other/checkpoint-3")
     assert [resume for resume, _ in done.configs] == ["other/checkpoint-3", "other/checkpoint-3", True]
 
 
-def test_the_settings_say_why_they_changed(life: Life) -> None:
+def test_changed_settings_have_the_reason_as_source(life: Life) -> None:
     supervisor = life.supervisor()
     fake_checkpoint(Path("run"), 4)
     supervisor.restarts.look()
@@ -227,7 +224,7 @@ def test_the_settings_say_why_they_changed(life: Life) -> None:
         (fails("RuntimeError", PEER_LOST), PEER_LOST),
     ],
 )
-def test_a_failure_that_passes_is_tried_again(life: Life, end: Ends, code: int) -> None:
+def test_a_failure_that_a_restart_can_fix_is_restarted(life: Life, end: Ends, code: int) -> None:
     assert life(end, max_restarts=0).code == code
     shutil.rmtree("run")
     assert life(end, WELL).code == 0
@@ -245,34 +242,31 @@ def test_a_failure_that_passes_is_tried_again(life: Life, end: Ends, code: int) 
         (fails("OSError", DISK_FAILED), DISK_FAILED),
     ],
 )
-def test_what_would_only_fail_again_ends_at_once(life: Life, end: Ends, code: int) -> None:
+def test_a_failure_that_would_repeat_ends_the_run_at_once(life: Life, end: Ends, code: int) -> None:
     done = life(replace(end, saves=4))  # even with progress
     assert (done.code, done.attempts, done.pauses) == (code, 1, [])
     assert not any("restart" in line for line in done.err)
 
 
-def test_nan_is_tried_again_by_choice_alone(life: Life) -> None:
+def test_nan_is_restarted_only_if_the_config_says_so(life: Life) -> None:
     done = life(fails("NotFinite", NOT_FINITE, saves=4), WELL, restart_on_nan=True)
     assert (done.code, done.configs[1]) == (0, (True, False))
-
-
-# ------------------------------------------------------------------------------------- giving up
 
 
 def test_three_attempts_without_progress_end_the_run(life: Life) -> None:
     done = life(killed(), killed(), killed())
     assert (done.code, done.attempts) == (KILLED, WITHOUT_PROGRESS)
-    assert "       3 attempts in a row came no further; it is not tried again." in done.err
-    assert done.err[-1].endswith("run/launch/attempt-3"), "the logs of the last"
+    assert "       3 attempts in a row made no progress; the run is not restarted." in done.err
+    assert done.err[-1].endswith("run/launch/attempt-3"), "the logs are those of the last attempt"
 
 
-def test_a_checkpoint_that_was_there_is_no_progress(life: Life, work: Path) -> None:
+def test_an_earlier_checkpoint_is_not_progress(life: Life, work: Path) -> None:
     fake_checkpoint(work / "run", 8)
     assert life(killed(), killed(), killed(), resume=True).attempts == WITHOUT_PROGRESS
 
 
-def test_a_checkpoint_that_does_not_verify_is_no_progress(life: Life) -> None:
-    ends = (replace(killed(saves=step), whole=False) for step in (4, 8, 12))
+def test_a_checkpoint_that_does_not_verify_is_not_progress(life: Life) -> None:
+    ends = (replace(killed(saves=step), verifies=False) for step in (4, 8, 12))
     assert life(*ends).attempts == WITHOUT_PROGRESS
 
 
@@ -286,13 +280,13 @@ def test_progress_resets_the_count(life: Life) -> None:
     assert "restart 5 of at most 10" in done.err[-1]
 
 
-def test_no_restart_may_be_wanted(life: Life) -> None:
+def test_max_restarts_0_means_no_restart(life: Life) -> None:
     done = life(killed(saves=4), max_restarts=0)
     assert (done.code, done.attempts) == (KILLED, 1)
     assert done.err[0].startswith("error: rank 1 failed first: killed by SIGKILL")
 
 
-def test_restarts_are_counted_over_the_whole_run(life: Life) -> None:
+def test_restarts_are_counted_over_the_full_run(life: Life) -> None:
     done = life(killed(saves=1), killed(saves=2), killed(saves=3), max_restarts=2)
     assert (done.code, done.attempts) == (KILLED, 3)
     assert [line.partition("; ")[2] for line in done.err[:2]] == [
@@ -301,7 +295,7 @@ def test_restarts_are_counted_over_the_whole_run(life: Life) -> None:
     ]
 
 
-def test_a_pause_comes_before_an_attempt_that_may_come_no_further(life: Life) -> None:
+def test_a_pause_follows_two_attempts_without_progress(life: Life) -> None:
     done = life(killed(), killed(), killed(saves=4), killed(), WELL)
     assert done.pauses == [PAUSES[0], PAUSES[1], PAUSES[0], PAUSES[0]]
     assert PAUSES[0] < PAUSES[1]
@@ -315,28 +309,27 @@ def test_smaller_batches_are_not_counted_as_restarts(life: Life) -> None:
     assert [line.partition("; ")[2] for line in done.err] == ["restart 1 of at most 1, from run/checkpoint-4"]
 
 
-# ------------------------------------------------------------------------------------- stopping
-
-
-def test_a_run_that_was_stopped_and_saved_ends_with_its_own_code(life: Life) -> None:
+def test_a_run_that_was_stopped_and_saved_exits_with_75(life: Life) -> None:
     done = life(Ends(0, saves=7, stopped="saved at step 7", received=signal.SIGTERM))
     assert (done.code, done.attempts) == (SAVED, 1)
-    assert done.err == ["stopped by SIGTERM: saved at step 7; `phalanx train` with --resume goes on"]
+    assert done.err == ["stopped by SIGTERM: saved at step 7; `phalanx train` with --resume continues"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_run_that_was_stopped_before_it_could_save_ends_with_the_signal(life: Life, number: int) -> None:
+def test_a_run_that_was_stopped_before_it_saved_exits_with_128_plus_the_signal(
+    life: Life, number: int
+) -> None:
     done = life(Ends(0, stopped="", received=number))
     assert (done.code, done.attempts) == (128 + number, 1)
     assert done.err[0].startswith(f"stopped by {signal.Signals(number).name}: nothing was saved; logs: ")
 
 
-def test_ranks_that_a_second_signal_killed_are_not_started_again(life: Life) -> None:
+def test_ranks_that_a_second_signal_killed_are_not_restarted(life: Life) -> None:
     done = life(replace(killed(saves=4), code=-signal.SIGKILL, received=signal.SIGINT))
     assert (done.code, done.attempts) == (128 + signal.SIGINT, 1)
 
 
-def test_a_signal_that_comes_too_late_leaves_a_run_that_ended_well(life: Life) -> None:
+def test_a_signal_that_comes_too_late_does_not_change_a_successful_run(life: Life) -> None:
     done = life(replace(WELL, received=signal.SIGTERM))
     assert (done.code, done.err) == (0, [])
 
@@ -348,7 +341,7 @@ def test_a_signal_between_two_attempts_stops_the_run(life: Life) -> None:
     assert any(line.startswith("stopped by SIGTERM") for line in done.err)
 
 
-def test_a_signal_between_two_attempts_ends_as_one_within_an_attempt_does(life: Life) -> None:
+def test_a_signal_between_two_attempts_gives_its_exit_code(life: Life) -> None:
     life.after_pause = lambda: setattr(life.signals, "received", signal.SIGTERM)
     assert life(killed()).code == 128 + signal.SIGTERM
 
@@ -362,7 +355,7 @@ def test_a_signal_ends_a_pause(life: Life) -> None:
     supervisor.close()
 
 
-def test_a_pause_lasts_as_long_as_it_should(life: Life) -> None:
+def test_a_pause_lasts_the_given_time(life: Life) -> None:
     supervisor = life.supervisor()
     began = time.monotonic()
     supervisor._pause(0.0)
@@ -372,10 +365,10 @@ def test_a_pause_lasts_as_long_as_it_should(life: Life) -> None:
     supervisor.close()
 
 
-def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_that_was_named(
+def test_the_order_says_resume_after_a_restart_but_not_for_a_named_checkpoint(
     life: Life,
 ) -> None:
-    """Each has the name in its own command; all must run one config."""
+    """Each machine has the named checkpoint in its own command. All must run the same config."""
     saved = fake_checkpoint(Path("run"), 4)
     supervisor = life.supervisor(resume=str(saved))
     assert supervisor._order().resume is False
@@ -385,11 +378,8 @@ def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_t
     supervisor.close()
 
 
-# ------------------------------------------------------------------------------- a job that comes back
-
-
 @pytest.mark.parametrize(
-    ("number", "preempted", "comes_back"),
+    ("number", "preempted", "requeued"),
     [
         (signal.SIGUSR1, False, True),
         (signal.SIGTERM, False, False),
@@ -398,10 +388,10 @@ def test_machines_are_told_to_resume_after_a_restart_and_not_from_a_checkpoint_t
     ],
 )
 @pytest.mark.parametrize("moment", ["before", "within", "between"])
-def test_whether_the_job_comes_back_after_a_signal(
-    life: Life, monkeypatch: pytest.MonkeyPatch, moment: str, number: int, preempted: bool, comes_back: bool
+def test_whether_the_job_is_requeued_after_a_signal(
+    life: Life, monkeypatch: pytest.MonkeyPatch, moment: str, number: int, preempted: bool, requeued: bool
 ) -> None:
-    """Whenever it came: before the first attempt, within one, or between two."""
+    """The moment makes no difference: before the first attempt, within an attempt, or between two."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
@@ -414,7 +404,7 @@ def test_whether_the_job_comes_back_after_a_signal(
     else:
         life.after_pause = lambda: setattr(life.signals, "received", number)
         done = life(killed(saves=4))
-    assert done.comes_back is comes_back
+    assert done.requeued is requeued
     assert done.code == (SAVED if moment == "within" else 128 + number)
 
 
@@ -430,14 +420,17 @@ def test_whether_the_job_comes_back_after_a_signal(
     ],
 )
 def test_one_signal_after_another(numbers: tuple[int, ...], received: int, twice: bool) -> None:
-    """A warning saves; who then cancels the job does not break that off, and it does not come back."""
+    """After a warning the ranks save. A user who then cancels the job does not interrupt the save.
+
+    The job is not requeued then.
+    """
     with Signals() as signals:
         for number in numbers:
             signal.raise_signal(number)
     assert (signals.received, signals.twice) == (received, twice)
 
 
-def test_nothing_is_overwritten_once_it_was_asked_to_stop(life: Life) -> None:
+def test_nothing_is_overwritten_after_a_signal(life: Life) -> None:
     supervisor = life.supervisor(overwrite=True)
     supervisor.close()
     saved = fake_checkpoint(Path("run"), 4)
@@ -447,8 +440,10 @@ def test_nothing_is_overwritten_once_it_was_asked_to_stop(life: Life) -> None:
     assert saved.is_dir()
 
 
-def test_a_lock_that_is_given_up_soon_is_waited_for(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`phalanx status` has it for a moment; of a lost node, a file server may keep it for minutes."""
+def test_the_start_waits_for_a_lock_that_is_released_soon(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`phalanx status` holds it for a moment. A file server may keep the lock of a lost node for minutes."""
     asked: list[Path] = []
 
     def hold(folder: Path) -> None:
@@ -469,7 +464,7 @@ def test_a_lock_that_is_given_up_soon_is_waited_for(life: Life, monkeypatch: pyt
         supervise._take_folder(run, None, life.signals)
 
 
-def test_the_newest_checkpoint_is_looked_for_once_an_attempt(
+def test_the_newest_checkpoint_is_searched_once_per_attempt(
     life: Life, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []

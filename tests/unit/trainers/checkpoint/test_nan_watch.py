@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed at their step, on a GPU one step later, and the batch that did it is written."""
+"""NaN and infinity: they are found at their step (on a GPU one step later), and the batch is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def batch(loss: float, first: int = 1) -> tuple[dict[str, Any], torch.Tensor]:
-    """A micro-batch of two short rows, and its loss."""
+    """Return a micro-batch of two short samples, and its loss."""
     ids = torch.tensor([[first, 2, 3], [4, 5, 6]])
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}, torch.tensor(
         loss
@@ -24,7 +24,7 @@ def batch(loss: float, first: int = 1) -> tuple[dict[str, Any], torch.Tensor]:
 
 
 def step(watch: FiniteWatch, number: int, *losses: float, norm: Any = None) -> int:
-    """An optimiser step of these micro-batches; what end() says of it."""
+    """Do an optimiser step of these micro-batches, and return the result of end()."""
     watch.begin(number)
     for index, loss in enumerate(losses):
         watch.saw(*batch(loss, first=index))
@@ -33,11 +33,8 @@ def step(watch: FiniteWatch, number: int, *losses: float, norm: Any = None) -> i
     return watch.end()
 
 
-# ------------------------------------------------------------------------------------------- noticed
-
-
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5, torch.tensor(1.5), torch.tensor([1.5])])
-def test_what_is_finite_is_not_noticed(norm: Any) -> None:
+def test_finite_values_are_not_reported(norm: Any) -> None:
     watch = FiniteWatch(fp16=False)
     assert [step(watch, number, 1.0, 2.0, norm=norm) for number in (1, 2)] == [0, 0]
     assert watch.settle() == 0
@@ -46,7 +43,7 @@ def test_what_is_finite_is_not_noticed(norm: Any) -> None:
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_loss_is_noticed_in_whatever_micro_batch(value: float, place: int) -> None:
+def test_a_bad_loss_is_found_in_any_micro_batch(value: float, place: int) -> None:
     losses = [1.0, 2.0, 3.0]
     losses[place] = value
     watch = FiniteWatch(fp16=False)
@@ -57,19 +54,19 @@ def test_a_loss_is_noticed_in_whatever_micro_batch(value: float, place: int) -> 
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
-def test_a_gradient_norm_is_noticed(value: float, kind: Any) -> None:
+def test_a_bad_gradient_norm_is_found(value: float, kind: Any) -> None:
     watch = FiniteWatch(fp16=False)
     assert step(watch, 1, 1.0, norm=kind(value)) == 1
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_with_fp16_the_scaler_answers_for_the_norm(value: float) -> None:
+def test_with_fp16_only_the_loss_counts_since_the_scaler_checks_gradients(value: float) -> None:
     watch = FiniteWatch(fp16=True)
     assert step(watch, 1, 1.0, norm=value) == 0
     assert step(watch, 2, NAN, norm=1.0) == 1
 
 
-def test_the_norm_of_sharded_gradients_is_made_whole() -> None:
+def test_the_norm_of_sharded_gradients_is_gathered() -> None:
     class Sharded:
         def full_tensor(self) -> torch.Tensor:
             return torch.tensor(NAN)
@@ -77,7 +74,7 @@ def test_the_norm_of_sharded_gradients_is_made_whole() -> None:
     assert step(FiniteWatch(fp16=False), 1, 1.0, norm=Sharded()) == 1
 
 
-def test_losses_of_any_type_and_shape_count() -> None:
+def test_losses_may_have_any_type_and_shape() -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(1)
     for loss in (torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor([2.0], requires_grad=True)):
@@ -88,11 +85,11 @@ def test_losses_of_any_type_and_shape_count() -> None:
     assert watch.end() == 1
 
 
-def test_a_step_that_saw_nothing_is_finite() -> None:
+def test_a_step_without_batches_is_finite() -> None:
     assert step(FiniteWatch(fp16=False), 1) == 0
 
 
-def test_what_was_noticed_stays_so() -> None:
+def test_a_bad_step_is_reported_until_the_end() -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 3, NAN)
     assert (watch.settle(), watch.settle()) == (1, 1)
@@ -100,14 +97,14 @@ def test_what_was_noticed_stays_so() -> None:
     assert watch.bad_step == 3
 
 
-def test_a_rank_whose_own_step_was_finite_names_the_same_step() -> None:
+def test_a_rank_whose_step_was_finite_names_the_same_step() -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 5, 1.0)
     assert (watch.bad, watch.bad_step) == (None, 5)
 
 
-def test_settling_reads_the_answer_that_is_still_out() -> None:
-    """As on a GPU: end() leaves the flag of its step, and the next one reads it."""
+def test_settle_reads_the_pending_result() -> None:
+    """As on a GPU: end() leaves the flag of its step, and the next call reads it."""
     waited = []
 
     class Event:
@@ -126,23 +123,20 @@ def test_settling_reads_the_answer_that_is_still_out() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_answer_comes_one_step_later() -> None:
+def test_on_a_gpu_the_result_comes_one_step_later() -> None:
     watch = FiniteWatch(fp16=False)
-    said = []
+    results = []
     for number, loss in enumerate((1.0, NAN, 1.0), start=1):
         watch.begin(number)
         watch.saw({}, torch.tensor(loss, device="cuda"))
         watch.saw_norm(torch.tensor(1.0, device="cuda"))
-        said.append(watch.end())
-    assert said == [0, 0, 1]
+        results.append(watch.end())
+    assert results == [0, 0, 1]
     assert watch.bad_step == 2
     watch = FiniteWatch(fp16=False)
     watch.begin(1)
     watch.saw({}, torch.tensor(NAN, device="cuda"))
     assert (watch.end(), watch.settle()) == (0, 1)
-
-
-# ------------------------------------------------------------------------------------------- written
 
 
 class Tokenizer:
@@ -152,7 +146,7 @@ class Tokenizer:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run's folder of rank 1, which was started by hand."""
+    """The run folder of rank 1, which was started without the launcher."""
     monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
     monkeypatch.setenv("RANK", "1")
     return tmp_path
@@ -166,7 +160,7 @@ def written(watch: FiniteWatch, folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_the_batches_that_did_it_are_written_and_no_others(folder: Path) -> None:
+def test_only_the_batches_with_a_bad_loss_are_written(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 3, 1.0, NAN, 2.0, -INF, norm=torch.tensor(NAN))
     assert written(watch, folder) == {
@@ -179,7 +173,7 @@ def test_the_batches_that_did_it_are_written_and_no_others(folder: Path) -> None
     }
 
 
-def test_where_the_losses_are_finite_all_batches_of_the_step_are_written(folder: Path) -> None:
+def test_if_the_losses_are_finite_all_batches_of_the_step_are_written(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 3, 1.0, 2.0, norm=INF)
     content = written(watch, folder)
@@ -190,7 +184,7 @@ def test_where_the_losses_are_finite_all_batches_of_the_step_are_written(folder:
     ]
 
 
-def test_rows_of_pairs_are_written_by_their_own_names(folder: Path) -> None:
+def test_the_ids_of_pairs_are_written_under_their_names(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(3)
     ids = torch.tensor([[1, 2]])
@@ -203,7 +197,7 @@ def test_rows_of_pairs_are_written_by_their_own_names(folder: Path) -> None:
     }
 
 
-def test_of_the_step_before_its_own_batches_are_written(folder: Path) -> None:
+def test_the_batches_of_the_bad_step_are_written_even_if_it_is_the_previous_one(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     watch.previous = (StepRecord(7, [batch(NAN, first=9)]), torch.tensor(True), None)
     watch.begin(8)
@@ -212,7 +206,9 @@ def test_of_the_step_before_its_own_batches_are_written(folder: Path) -> None:
     assert [each["text"][0] for each in written(watch, folder)["batches"]] == ["9 2 3"]
 
 
-def test_under_the_launcher_it_lies_with_the_logs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_launcher_the_file_is_next_to_the_logs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logs = folder / "launch" / "attempt-1"
     logs.mkdir(parents=True)
     monkeypatch.setenv("PHALANX_LOG_DIR", str(logs))
@@ -221,14 +217,14 @@ def test_under_the_launcher_it_lies_with_the_logs(folder: Path, monkeypatch: pyt
     assert watch.write(folder, Tokenizer()) == logs / "not-finite-step-3-rank-1.json"
 
 
-def test_a_rank_that_saw_nothing_bad_writes_nothing(folder: Path) -> None:
+def test_a_rank_without_a_bad_batch_writes_nothing(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 3, 1.0)
     assert watch.write(folder, Tokenizer()) is None
     assert list(folder.iterdir()) == []
 
 
-def test_a_loss_of_one_number_in_a_row_can_be_written(folder: Path) -> None:
+def test_a_loss_of_shape_1_can_be_written(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(3)
     watch.saw(batch(0.0)[0], torch.tensor([NAN]))

@@ -1,4 +1,4 @@
-"""The config: AutoTrain's form means what it meant there, values say where they are from, secrets stay in."""
+"""The config: AutoTrain's configs keep their meaning, each value has a source, secrets are not written."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ Read = Callable[..., Run]
 
 @pytest.fixture
 def read(work: Path) -> Read:
-    """`read(text, **flags)`: a config file's text and flags, resolved."""
+    """`read(text, **flags)` resolves the text of a config file, with flags."""
 
     def load(text: str, **flags: str) -> Run:
         (work / "c.yaml").write_text(text)
@@ -82,13 +82,10 @@ def read(work: Path) -> Read:
 
 
 def sft(*params: str) -> str:
-    """A short config; its parameters start in line 5."""
+    """Return a short config. Its parameters start in line 5."""
     return "task: llm-sft\ndata:\n  path: data\nparams:\n" + "".join(
         f"  {p}\n" for p in (*params, "seed: 42")
     )
-
-
-# --------------------------------------------------------------------------------------- AutoTrain's form
 
 
 def test_every_parameter_of_autotrain_has_its_default() -> None:
@@ -99,7 +96,7 @@ def test_every_parameter_of_autotrain_has_its_default() -> None:
     assert TrainConfig(distributed_backend=None).distributed_backend == "auto"
 
 
-WHOLE = """\
+FULL = """\
 task: llm:sft
 base_model: org/base
 project_name: autotrain-run
@@ -144,10 +141,10 @@ hub:
 """
 
 
-def test_the_whole_form(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sections_of_autotrains_form_are_read(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_USER", "me")
     monkeypatch.setenv("PX_TOKEN", "hf_secret")
-    run = read(WHOLE)
+    run = read(FULL)
     expected = {
         "trainer": "sft",
         "model": "org/base",
@@ -184,7 +181,7 @@ def test_the_whole_form(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
         "push_to_hub": True,
     }
     assert {name: getattr(run.train, name) for name in expected} == expected
-    # What has no effect here is said, not dropped in silence.
+    # A note names each key that has no effect.
     idle = ["rejected_text_column", "max_prompt_length", "max_completion_length"]
     assert sorted(note.split(":")[0] for note in run.settings.notes) == sorted(idle)
 
@@ -206,16 +203,16 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_autotrains_examples(read: Read, shape: str) -> None:
+def test_configs_shaped_like_autotrains_examples_are_read(read: Read, shape: str) -> None:
     assert read(SHAPES[shape]).train.trainer == "sft"
 
 
 @pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
-def test_preference_examples_are_read(read: Read, name: str) -> None:
+def test_configs_of_preference_trainers_are_read(read: Read, name: str) -> None:
     columns = ("text_column: chosen", "rejected_text_column: rejected", "prompt_text_column: prompt")
     mapping = "\n    ".join(("\n  column_mapping:", *columns))
     text = sft("max_prompt_length: 512", "block_size: [1024, 512]").replace("llm-sft", f"llm-{name}")
-    if name == "reward":  # it has no prompt length of its own
+    if name == "reward":  # it has no maximum prompt length
         text = text.replace("[1024, 512]", "1024")
     train = read(text.replace("path: data", f"path: a/b{mapping}")).train
     assert (train.trainer, train.text_column, train.prompt_text_column) == (name, "chosen", "prompt")
@@ -223,7 +220,7 @@ def test_preference_examples_are_read(read: Read, name: str) -> None:
 
 
 @pytest.mark.parametrize("task", [*TASKS, "llm:sft", "llm:dpo"])
-def test_every_spelling_of_the_task(read: Read, task: str) -> None:
+def test_every_spelling_of_the_task_sets_the_trainer(read: Read, task: str) -> None:
     trainer = {"llm-generic": "default"}.get(task, task[4:] if task[3:4] in ("-", ":") else "default")
     assert read(sft().replace("llm-sft", task)).train.trainer == trainer
 
@@ -234,7 +231,7 @@ def test_task_llm_takes_the_trainer_from_params(read: Read) -> None:
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_aliases(read: Read, alias: str) -> None:
+def test_an_alias_sets_its_field(read: Read, alias: str) -> None:
     name = ALIASES[alias]
     values = {"optim": "sgd", "scheduler": "cosine", "eval_strategy": "no", "log": "wandb", "resume": True}
     value: Any = values.get(name, values.get(alias, "word"))
@@ -245,7 +242,7 @@ def test_aliases(read: Read, alias: str) -> None:
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", [True, False])
-def test_switches(read: Read, name: str, value: bool) -> None:
+def test_a_switch_sets_its_field(read: Read, name: str, value: bool) -> None:
     field, on, off = SWITCHES[name]
     run = read(sft(f"{name}: {json.dumps(value)}"))
     assert getattr(run.train, field) == (on if value else off)
@@ -255,7 +252,9 @@ def test_switches(read: Read, name: str, value: bool) -> None:
 @pytest.mark.parametrize(
     ("written", "meant"), [("true", "full"), ("false", "none"), ("no", "none"), ("selective", "selective")]
 )
-def test_activation_checkpointing_as_transformers_writes_it(read: Read, written: str, meant: str) -> None:
+def test_activation_checkpointing_accepts_the_spelling_of_transformers(
+    read: Read, written: str, meant: str
+) -> None:
     assert read(sft(f"activation_checkpointing: {written}")).train.activation_checkpointing == meant
     assert read(sft(), activation_checkpointing=written).train.activation_checkpointing == meant
 
@@ -267,8 +266,10 @@ OFF = ["disable_gradient_checkpointing: true", "gradient_checkpointing: false"]
 @pytest.mark.parametrize("choice", ["full", "selective", "offload", "true", "none", "false"])
 @pytest.mark.parametrize("switch", [*ON, *OFF])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_switch_that_is_on_leaves_the_way_open(read: Read, choice: str, switch: str, first: bool) -> None:
-    """AutoTrain's configs spell out its default, disable_gradient_checkpointing: false."""
+def test_a_switch_that_is_on_allows_every_choice_except_none(
+    read: Read, choice: str, switch: str, first: bool
+) -> None:
+    """AutoTrain's configs contain its default, disable_gradient_checkpointing: false."""
     lines = [f"activation_checkpointing: {choice}", switch]
     text = sft(*(lines if first else reversed(lines)))
     if (choice in ("none", "false")) != (switch in OFF):
@@ -280,7 +281,7 @@ def test_a_switch_that_is_on_leaves_the_way_open(read: Read, choice: str, switch
     assert run.settings.sources["activation_checkpointing"] == f"c.yaml:{5 if first else 6}"
 
 
-def test_two_spellings_that_agree_are_fine(read: Read) -> None:
+def test_two_spellings_with_the_same_value_are_allowed(read: Read) -> None:
     assert read(sft("lr: 0.1", "learning_rate: 0.1")).train.lr == 0.1
 
 
@@ -302,28 +303,25 @@ def test_two_spellings_that_agree_are_fine(read: Read) -> None:
         ("weight_decay: 1e-2", "weight_decay", 0.01),
     ],
 )
-def test_words_of_yaml(read: Read, line: str, name: str, value: object) -> None:
+def test_yaml_values_are_converted(read: Read, line: str, name: str, value: object) -> None:
     params = [line, "peft: true"] if line.startswith("quantization") else [line]
     assert getattr(read(sft(*params)).train, name) == value
 
 
 @pytest.mark.parametrize("line", ["block_size: 512,256", "block_size: [512, 256]"])
-def test_block_size_as_a_list(read: Read, line: str) -> None:
+def test_block_size_may_be_a_list(read: Read, line: str) -> None:
     config = read(sft(line).replace("llm-sft", "llm-dpo")).train
     assert (config.block_size, config.sequence_length, config.max_prompt_length) == ([512, 256], 512, 256)
 
 
-# -------------------------------------------------------------------------------------------- provenance
-
-
-def test_each_value_says_where_it_came_from(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_value_has_a_source(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_DATA", "rows")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     run = read(
         sft("lr: 0.1").replace("path: data", "path: ${PX_DATA}"), learning_rate="0.2", num_processes="2"
     )
     sources = run.settings.sources
-    assert run.train.lr == 0.2, "flags win over the file"
+    assert run.train.lr == 0.2, "flags override the file"
     assert sources["lr"] == "flag --learning-rate"
     assert sources["trainer"] == "c.yaml:1"
     assert sources["seed"] == "c.yaml:6"
@@ -336,7 +334,7 @@ def test_each_value_says_where_it_came_from(read: Read, monkeypatch: pytest.Monk
     assert run.launch_sources["offload"] == "default"
 
 
-def test_launch_and_slurm_sections(read: Read) -> None:
+def test_the_sections_launch_and_slurm_are_read(read: Read) -> None:
     run = read(sft() + "launch:\n  num_processes: 4\n  zero_stage: 2\nslurm:\n  nodes: 2\n", zero_stage="3")
     assert (run.launch.num_processes, run.launch.zero_stage, run.slurm.nodes) == (4, 3, 2)
     assert run.launch_sources["num_processes"] == "c.yaml:7"
@@ -354,30 +352,27 @@ def test_launch_and_slurm_sections(read: Read) -> None:
         ("quantization", "quantization"),
     ],
 )
-def test_the_source_of_a_key_in_a_message(read: Read, key: str, name: str) -> None:
+def test_a_message_has_the_source_of_its_key(read: Read, key: str, name: str) -> None:
     run = read(sft(), **{name: "int4" if name == "quantization" else "x", "peft": "true"})
     assert run.source_of(key) == f"flag --{name.replace('_', '-')}"
     assert run.source_of("launch.num_processes") == "default"
     assert run.source_of("data/train.jsonl:2") == ""
 
 
-def test_flags_replace_what_the_file_says_by_another_name(read: Read) -> None:
+def test_a_flag_overrides_a_key_with_another_name(read: Read) -> None:
     assert read(sft("learning_rate: 0.1"), lr="0.2").train.lr == 0.2
     given = read(sft("gradient_checkpointing: true"), disable_gradient_checkpointing="true").train
     assert given.activation_checkpointing == "none"
 
 
-# --------------------------------------------------------------------------- what is decided for the user
-
-
-def test_int4_by_default_is_dropped_without_peft(read: Read) -> None:
+def test_default_int4_is_not_used_without_peft(read: Read) -> None:
     run = read(sft())
     assert run.train.quantization is None
     assert run.settings.sources["quantization"].startswith("derived: AutoTrain's default int4")
     assert any("int4" in note for note in run.settings.notes)
 
 
-def test_int4_by_default_stays_with_peft(read: Read) -> None:
+def test_default_int4_is_used_with_peft(read: Read) -> None:
     run = read(sft("peft: true"))
     assert run.train.quantization == "int4"
     assert not any("int4" in note for note in run.settings.notes)
@@ -386,14 +381,16 @@ def test_int4_by_default_stays_with_peft(read: Read) -> None:
 @pytest.mark.parametrize(
     ("limit", "size", "noted"), [(2048, 1024, True), (1024, 1024, False), (512, 512, False)]
 )
-def test_block_size_of_minus_one(read: Read, limit: int, size: int, noted: bool) -> None:
+def test_block_size_minus_one_is_derived_from_model_max_length(
+    read: Read, limit: int, size: int, noted: bool
+) -> None:
     run = read(sft(f"model_max_length: {limit}"))
     assert run.train.block_size == size
     assert run.settings.sources["block_size"].startswith("derived: ")
     assert any("block_size" in note for note in run.settings.notes) is noted
 
 
-def test_a_default_prompt_length_forbids_no_short_block(read: Read) -> None:
+def test_the_default_prompt_length_allows_a_short_block_size(read: Read) -> None:
     assert read(sft("block_size: 64")).train.block_size == 64
 
 
@@ -412,31 +409,28 @@ def test_a_default_prompt_length_forbids_no_short_block(read: Read) -> None:
         (["save_strategy: no"], "no", "no", False),
     ],
 )  # fmt: skip
-def test_when_to_save_and_to_evaluate(
+def test_the_strategies_of_saving_and_evaluation_are_derived(
     read: Read, params: list[str], save: str, evaluate: str, best: bool
 ) -> None:
     train = read(sft(*params)).train
     assert (train.save_strategy, train.eval_strategy, train.load_best_model_at_end) == (save, evaluate, best)
 
 
-def test_derived_values_follow_what_the_user_chose(read: Read) -> None:
+def test_derived_values_follow_the_values_of_the_user(read: Read) -> None:
     train = read(sft("batch_size: 7", "project_name: runs/mine").replace("seed: 42", "seed: 9")).train
     assert (train.per_device_eval_batch_size, train.data_seed, train.run_name) == (7, 9, "mine")
     chosen = read(sft("per_device_eval_batch_size: 3", "data_seed: 4", "run_name: other")).train
     assert (chosen.per_device_eval_batch_size, chosen.data_seed, chosen.run_name) == (3, 4, "other")
 
 
-def test_unsloth_is_noted(read: Read) -> None:
+def test_unsloth_has_a_note(read: Read) -> None:
     assert any(
         note.startswith("unsloth: has no effect, since its kernels and its loader")
         for note in read(sft("unsloth: true")).settings.notes
     )
 
 
-# ------------------------------------------------------------------------------------ variables, secrets
-
-
-def test_variables_in_every_string(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_replaced_in_every_string(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_A", "left")
     monkeypatch.setenv("PX_B", "right")
     monkeypatch.setenv("PX_LR", "0.5")
@@ -446,7 +440,7 @@ def test_variables_in_every_string(read: Read, monkeypatch: pytest.MonkeyPatch) 
     assert run.settings.sources["run_name"] == "c.yaml:5 (${PX_A}, ${PX_B})"
 
 
-def test_variables_in_launch_and_slurm(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_replaced_in_launch_and_slurm(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PX_N", "2")
     run = read(sft() + "launch:\n  num_processes: ${PX_N}\nslurm:\n  account: team${PX_N}\n")
     assert (run.launch.num_processes, run.slurm.account) == (2, "team2")
@@ -462,7 +456,7 @@ SECRET = "hf_do_not_print_me"
 
 
 @pytest.mark.parametrize("how", ["file", "variable", "environment"])
-def test_a_secret_stays_inside(
+def test_a_secret_is_never_printed_or_written(
     read: Read, how: str, work: Path, hardware: object, packages: object,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -483,9 +477,6 @@ def test_a_secret_stays_inside(
     assert run_command(["show", "c.yaml", "--json"], monkeypatch) == 0
     shown = capsys.readouterr()
     assert SECRET not in shown.out + shown.err
-
-
-# ----------------------------------------------------------------------------------- the effective config
 
 
 @pytest.mark.parametrize(
@@ -510,7 +501,7 @@ def test_the_effective_config_resolves_to_itself(read: Read, work: Path, text: s
     assert (work / "twice.json").read_bytes() == (work / "effective.json").read_bytes()
 
 
-def test_what_the_user_chose_is_still_known_after_the_round_trip(read: Read, work: Path) -> None:
+def test_the_fields_that_the_user_set_survive_the_round_trip(read: Read, work: Path) -> None:
     run = read(sft("text_column: body", "max_prompt_length: 100"))
     write_effective(run.settings, work / "effective.json")
     chosen = load_settings(work / "effective.json").train.model_fields_set
@@ -518,15 +509,12 @@ def test_what_the_user_chose_is_still_known_after_the_round_trip(read: Read, wor
     assert "prompt_text_column" not in chosen
 
 
-def test_nothing_given_resolves() -> None:
+def test_an_empty_config_resolves() -> None:
     settings = resolve({})
     assert (settings.train.trainer, settings.train.packed) == ("default", "wrapped")
 
 
-# -------------------------------------------------------------------------------------------- the schema
-
-
-def test_the_json_schema_lists_every_key_and_refers_to_nothing_missing() -> None:
+def test_the_json_schema_has_every_key_and_no_dangling_reference() -> None:
     schema = json_schema()
     kinds = {"object", "array", "string", "integer", "number", "boolean", "null"}
     definitions = schema["$defs"]
@@ -554,14 +542,14 @@ def test_the_json_schema_lists_every_key_and_refers_to_nothing_missing() -> None
 
 
 @pytest.mark.parametrize("model", [TrainConfig, LaunchConfig, SlurmConfig])
-def test_every_field_says_what_it_is(model: type[Any]) -> None:
+def test_every_field_has_a_description(model: type[Any]) -> None:
     for name, field in model.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
 
 
-def test_merge_adapter_without_peft_has_no_effect_and_says_so(work):
-    """AutoTrain ignores it in silence, and one of its own example configs sets it."""
+def test_merge_adapter_without_peft_has_no_effect_and_a_note(work):
+    """AutoTrain ignores it silently, and one of its example configs sets it."""
     settings = resolve({"trainer": Value("sft", "f:1", "task"), "merge_adapter": Value(True, "f:2", "x")})
     assert settings.train.merge_adapter is False
     assert any(note.startswith("merge_adapter: has no effect") for note in settings.notes)
@@ -578,7 +566,7 @@ def test_merge_adapter_without_peft_has_no_effect_and_says_so(work):
         ("warmup_ratio", 0.2, "warmup_steps is set"),
     ],
 )
-def test_a_parameter_without_effect_is_said(name, value, why):
+def test_a_parameter_without_effect_has_a_note(name, value, why):
     others = {"trainer": "sft", "save_strategy": "epoch", "max_steps": 4, "warmup_steps": 1, name: value}
     settings = resolve({key: Value(entry, "f:1", key) for key, entry in others.items()})
     assert f"{name}: has no effect" in "\n".join(settings.notes)
@@ -586,16 +574,16 @@ def test_a_parameter_without_effect_is_said(name, value, why):
 
 
 @pytest.mark.parametrize(("minutes", "idle"), [(None, True), (30, False)])
-def test_checkpoints_by_the_clock_are_counted_too(minutes, idle):
+def test_save_total_limit_has_an_effect_with_save_minutes(minutes, idle):
     values = {"trainer": "sft", "save_strategy": "no", "save_total_limit": 3, "save_minutes": minutes}
     settings = resolve({key: Value(entry, "f:1", key) for key, entry in values.items()})
     assert any(note.startswith("save_total_limit: has no effect") for note in settings.notes) == idle
 
 
-def test_a_run_in_wandb_is_named_by_the_config_then_the_environment_then_the_folder(read, monkeypatch):
+def test_a_wandb_run_is_named_by_the_config_else_the_environment_else_the_folder(read, monkeypatch):
     text = sft("log: wandb")
     assert read(text).train.run_name == "project-name"
-    monkeypatch.setenv("WANDB_NAME", "of the shell")
-    assert read(text).train.run_name == "of the shell"
+    monkeypatch.setenv("WANDB_NAME", "shell-name")
+    assert read(text).train.run_name == "shell-name"
     assert read(sft("log: wandb", "run_name: mine")).train.run_name == "mine"
-    assert read(sft()).train.run_name == "project-name", "no other tracker reads it"
+    assert read(sft()).train.run_name == "project-name", "other trackers do not read it"

@@ -1,4 +1,4 @@
-"""Rows that cannot be meant are refused by file and row; rows that teach nothing are dropped and counted."""
+"""Malformed rows are errors that name the file and the row. Rows without use are dropped and counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assistant(content):
 
 
 def in_format(suffix, *rows):
-    """Lists as a CSV file holds them: as JSON."""
+    """Return rows for this format. In a CSV file, lists are JSON."""
     if suffix != "csv":
         return list(rows)
     return [
@@ -43,7 +43,7 @@ def in_format(suffix, *rows):
 
 @pytest.fixture
 def dropped(prepare):
-    """`dropped(rows, ...)`: what was dropped and why; the reason stands in the summary's line."""
+    """`dropped(rows, ...)`: the count per reason. The line of the summary must contain the reasons."""
 
     def check(rows, **config):
         summary = prepare(rows, **config).summary
@@ -70,9 +70,6 @@ def refused(prepare):
     return check
 
 
-# --------------------------------------------------------------------------------- columns, for each trainer
-
-
 @pytest.mark.parametrize(
     ("trainer", "row", "missing"),
     [
@@ -86,7 +83,7 @@ def refused(prepare):
         ("kto", {"prompt": "x", "label": True}, "text"),
     ],
 )
-def test_a_missing_column_is_named_with_those_that_are_there(refused, trainer, row, missing):
+def test_a_missing_column_is_named_with_the_columns_that_exist(refused, trainer, row, missing):
     refused([row], f"there is no column '{missing}'", ", ".join(row), trainer=trainer)
 
 
@@ -102,22 +99,19 @@ def test_a_missing_column_is_named_with_those_that_are_there(refused, trainer, r
         ("orpo", {"prompt_text_column": "gone"}),
     ],
 )
-def test_a_column_that_the_config_names_must_be_there(refused, trainer, config):
+def test_a_column_that_the_config_names_must_exist(refused, trainer, config):
     row = {**PAIR, "text": "x", "completion": "y"}
     refused([row], "there is no column 'gone'", next(iter(config)), trainer=trainer, **config)
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "orpo", "kto"])
-def test_answers_without_a_prompt(refused, trainer):
+def test_answers_without_a_prompt_are_refused(refused, trainer):
     row = {"chosen": "a", "rejected": "b"}
     refused([row], "train.jsonl: row 1", f"{trainer} needs a prompt", trainer=trainer)
     refused([row], "row 1", "needs messages or a prompt column", trainer=trainer, chat_template="tokenizer")
-    alone = {"chosen": TURNS[1:], "rejected": OTHER[1:]}
-    refused([alone], "row 1", "holds an answer alone", "prompt_text_column", trainer=trainer,
+    answers = {"chosen": TURNS[1:], "rejected": OTHER[1:]}
+    refused([answers], "row 1", "contains only an answer", "prompt_text_column", trainer=trainer,
             chat_template="tokenizer")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ empty rows
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -180,9 +174,6 @@ def test_a_split_that_loses_every_row_is_an_error(refused, trainer, row, reason)
     refused([row], "data.train_split: no row of 'train'", reason, trainer=trainer)
 
 
-# ----------------------------------------------------------------------------------------------------- pairs
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("trainer", PAIRS)
 def test_equal_answers_are_dropped(dropped, trainer, suffix):
@@ -193,7 +184,7 @@ def test_equal_answers_are_dropped(dropped, trainer, suffix):
 @pytest.mark.parametrize("trainer", ["dpo", "orpo", "kto"])
 def test_answers_that_differ_only_where_they_are_cut_are_dropped(dropped, trainer):
     rows = [PAIR, {**PAIR, "chosen": "x" * 100 + "a", "rejected": "x" * 100 + "b"}]
-    assert dropped(rows, trainer=trainer, block_size=64) == {"chosen equals rejected where they are cut": 1}
+    assert dropped(rows, trainer=trainer, block_size=64) == {"chosen equals rejected after the cut": 1}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -209,14 +200,14 @@ def test_answers_to_different_conversations_are_dropped(dropped, trainer, suffix
 
 
 @pytest.mark.parametrize("trainer", PAIRS)
-def test_text_against_messages(refused, trainer):
+def test_a_pair_of_text_and_messages_is_refused(refused, trainer):
     rows = in_format("csv", {"prompt": "q", "chosen": TURNS, "rejected": "plain"})
     refused(rows, "train.csv: row 1", "both be text or both messages", trainer=trainer, suffix="csv",
             chat_template="tokenizer")  # fmt: skip
 
 
 @pytest.mark.parametrize("trainer", PAIRS)
-def test_a_conversation_that_the_user_ends(refused, trainer):
+def test_a_conversation_must_end_with_the_assistant(refused, trainer):
     asked = [*TURNS, user("Why?")]
     rows = [{"chosen": TURNS, "rejected": OTHER}, {"chosen": asked, "rejected": asked}]
     refused(rows, "train.jsonl: row 2", "the last turn of 'chosen' must be the assistant's, not user's",
@@ -225,25 +216,22 @@ def test_a_conversation_that_the_user_ends(refused, trainer):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("label", ["maybe", "", "2"])
-def test_a_label_that_is_neither_true_nor_false(refused, suffix, label):
+def test_a_label_must_be_true_or_false(refused, suffix, label):
     rows = [{**row, "label": str(row["label"])} for row in LABELLED] + [{**LABELLED[0], "label": label}]
-    refused(rows, f"train.{suffix}: row 3", "column 'label' must say true or false", repr(label),
+    refused(rows, f"train.{suffix}: row 3", "column 'label' must be true or false", repr(label),
             trainer="kto", suffix=suffix)  # fmt: skip
 
 
-def test_a_label_that_is_no_number(refused):
+def test_a_label_must_not_be_nan(refused):
     rows = [{**LABELLED[0], "label": 1.0}, {**LABELLED[1], "label": float("nan")}]
-    refused(rows, "train.parquet: row 2", "must say true or false, not nan", trainer="kto", suffix="parquet")
+    refused(rows, "train.parquet: row 2", "must be true or false, not nan", trainer="kto", suffix="parquet")
 
 
 @pytest.mark.parametrize(
     "rows", [LABELLED[:1] * 3, [LABELLED[0], {**LABELLED[1], "completion": ""}]], ids=["all", "all-that-stay"]
 )
-def test_labels_that_are_all_alike(refused, rows):
+def test_labels_that_are_all_the_same_are_refused(refused, rows):
     refused(rows, "label_column", "have the label True", "both wanted and unwanted", trainer="kto")
-
-
-# -------------------------------------------------------------------------------------------------- messages
 
 
 BAD_TURNS = [
@@ -259,7 +247,7 @@ BAD_TURNS = [
 
 @pytest.mark.parametrize(("trainer", "suffix"), [*EACH, ("sft", "parquet"), ("dpo", "parquet")])
 @pytest.mark.parametrize(("turns", "words"), BAD_TURNS)
-def test_messages_that_are_no_conversation(refused, tokenizer, trainer, suffix, turns, words):
+def test_messages_that_are_not_a_conversation_are_refused(refused, tokenizer, trainer, suffix, turns, words):
     good, bad = {"messages": TURNS}, {"messages": turns}
     if trainer in PAIRS:
         good, bad = ({"chosen": row["messages"], "rejected": OTHER} for row in (good, bad))
@@ -277,13 +265,13 @@ def test_messages_that_are_no_conversation(refused, tokenizer, trainer, suffix, 
         ([None], "a message must be"),
     ],
 )
-def test_messages_that_are_not_a_list_of_turns(refused, tokenizer, trainer, value, words):
+def test_messages_that_are_not_a_list_of_turns_are_refused(refused, tokenizer, trainer, value, words):
     row = {"prompt": "q", "chosen": value, "rejected": value} if trainer in PAIRS else {"messages": value}
     refused([row], "train.jsonl: row 1", words, trainer=trainer, chat_template="tokenizer", using=tokenizer)
 
 
 @pytest.mark.parametrize("trainer", (*TEXTS, *PAIRS))
-def test_messages_without_a_template(refused, trainer):
+def test_messages_need_a_template(refused, trainer):
     row = {"chosen": TURNS, "rejected": OTHER} if trainer in PAIRS else {"messages": TURNS}
     refused([row], "train.jsonl: row 1", "Set chat_template: tokenizer", trainer=trainer)
     row = {"prompt": TURNS[:1], "completion": TURNS[1:], "chosen": TURNS[1:], "rejected": OTHER[1:]}
@@ -291,7 +279,7 @@ def test_messages_without_a_template(refused, trainer):
 
 
 @pytest.mark.parametrize("trainer", TEXTS)
-def test_a_template_without_messages(refused, tokenizer, trainer):
+def test_a_template_needs_messages(refused, tokenizer, trainer):
     refused([{"text": "plain"}], "row 1", "needs messages", "Set chat_template: null", trainer=trainer,
             chat_template="tokenizer", using=tokenizer)  # fmt: skip
 
@@ -307,37 +295,34 @@ def test_a_template_without_messages(refused, tokenizer, trainer):
     ],
     ids=["raises", "index", "arithmetic", "syntax"],
 )
-def test_a_template_that_fails(refused, tokenizer, trainer, template, words):
+def test_a_template_that_fails_is_reported_with_the_row(refused, tokenizer, trainer, template, words):
     odd = deepcopy(tokenizer)
     odd.chat_template = template
     row = {"chosen": TURNS, "rejected": OTHER} if trainer in PAIRS else {"messages": TURNS}
-    refused([row], "train.jsonl: row 1: chat_template: it refuses the turns (user", words, trainer=trainer,
-            chat_template="tokenizer", using=odd)  # fmt: skip
+    refused([row], "train.jsonl: row 1: chat_template: the template rejects the turns (user", words,
+            trainer=trainer, chat_template="tokenizer", using=odd)  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------- long rows
-
-
-def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn(dropped):
+def test_a_row_whose_prompt_fills_block_size_is_dropped(dropped):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "x" * 500, "completion": "b"}]
     assert dropped(rows) == {"no trained token": 1}
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "orpo", "kto"])
-def test_a_prompt_that_may_fill_the_length_leaves_no_room(dropped, trainer):
+def test_a_pair_whose_prompt_leaves_no_room_for_an_answer_is_dropped(dropped, trainer):
     rows = [PAIR, {**PAIR, "prompt": "x" * 500}]
     found = dropped(rows, trainer=trainer, block_size=64, max_prompt_length=64)
     assert found == {"the prompt leaves no room for a completion": 1}
     assert dropped(rows, trainer=trainer, block_size=64, max_prompt_length=32) == {}
 
 
-def test_a_pair_that_is_too_long_for_a_reward(dropped):
+def test_a_reward_pair_longer_than_block_size_is_dropped(dropped):
     rows = [PAIR, {**PAIR, "prompt": "x" * 500}, {**PAIR, "rejected": "x" * 500}]
     assert dropped(rows, trainer="reward") == {"longer than block_size": 2}
 
 
 @pytest.mark.parametrize(("trainer", "suffix"), EACH)
-def test_rows_of_a_megabyte(prepare, trainer, suffix):
+def test_rows_of_a_megabyte_are_cut_or_dropped(prepare, trainer, suffix):
     long = "word " * 200_000
     row = {**PAIR, "chosen": long} if trainer in PAIRS else {"text": long}
     short = PAIR if trainer in PAIRS else {"text": "A rank."}
@@ -347,22 +332,19 @@ def test_rows_of_a_megabyte(prepare, trainer, suffix):
     assert summary.longest > 100_000 or trainer in ("mlm", "reward")
 
 
-# ------------------------------------------------------------------------------------------------ the file
-
-
 @pytest.mark.parametrize(("trainer", "suffix"), EACH)
-def test_emoji_and_other_scripts_come_through(prepare, tokenizer, masked_tokenizer, trainer, suffix):
-    said = "🙂 👩‍👩‍👧 日本 é"
-    row = {**PAIR, "chosen": said} if trainer in PAIRS else {"text": said}
+def test_emoji_and_other_scripts_stay_unchanged(prepare, tokenizer, masked_tokenizer, trainer, suffix):
+    text = "🙂 👩‍👩‍👧 日本 é"
+    row = {**PAIR, "chosen": text} if trainer in PAIRS else {"text": text}
     used = masked_tokenizer if trainer == "mlm" else tokenizer
     dataset = prepare([row], trainer=trainer, suffix=suffix).dataset
-    texts = [
+    found = [
         used.decode(ids, skip_special_tokens=True)
-        for found in dataset
-        for name, ids in found.items()
+        for sample in dataset
+        for name, ids in sample.items()
         if name in ("input_ids", "chosen_ids", "completion_ids")
     ]
-    assert any(text.endswith(said) for text in texts), texts
+    assert any(decoded.endswith(text) for decoded in found), found
 
 
 BOM = b"\xef\xbb\xbf"
@@ -381,20 +363,20 @@ BOM = b"\xef\xbb\xbf"
         ("csv", [",text", "0,one", "1,two"]),
     ],
 )
-def test_byte_order_marks_and_line_ends_are_no_part_of_a_row(prepare, tokenizer, suffix, lines, end, bom):
+def test_byte_order_marks_and_line_ends_are_not_part_of_a_row(prepare, tokenizer, suffix, lines, end, bom):
     rows = prepare(bom + end.join(lines).encode(), suffix=suffix).dataset
     assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["one<|im_end|>", "two<|im_end|>"]
 
 
-def test_not_a_number_in_a_csv_file(prepare, tokenizer):
-    """Nothing is guessed: an empty field is empty, and the words nan and NA are words."""
+def test_nan_and_na_in_a_csv_file_are_text(prepare, tokenizer):
+    """No value is guessed: an empty field is empty, and nan and NA are text."""
     prepared = prepare(b"n,text\n1,nan\n2,NA\n3,\n4\n5,NaN\n", suffix="csv")
     assert prepared.summary.dropped == {"empty text": 2}
     texts = [tokenizer.decode(row["input_ids"][:-1]) for row in prepared.dataset]
     assert texts == ["nan", "NA", "NaN"]
 
 
-def test_not_a_number_in_a_json_file(prepare):
+def test_nan_in_a_json_file_is_an_empty_text(prepare):
     assert prepare('{"text": "a"}\n{"text": NaN}\n').summary.dropped == {"empty text": 1}
 
 
@@ -412,11 +394,11 @@ def test_not_a_number_in_a_json_file(prepare):
         ("csv", b"text;n\na;1\n", ["there is no column 'text'", "The columns are: text;n"]),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_read(refused, suffix, content, words):
+def test_a_row_that_cannot_be_read_is_reported_with_its_place(refused, suffix, content, words):
     refused(content, *words, suffix=suffix)
 
 
-def test_the_file_of_a_split_in_parts_is_named(tokenizer, tmp_path, monkeypatch):
+def test_the_file_is_named_if_a_split_has_several(tokenizer, tmp_path, monkeypatch):
     from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
@@ -437,9 +419,6 @@ def test_the_row_is_named_when_several_processes_tokenize(refused, monkeypatch):
     refused(rows, "train.jsonl: row 4", "no role 'wizard'", chat_template="tokenizer")
 
 
-# ------------------------------------------------------------------------------------- rows of token ids
-
-
 IDS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]}
 
 
@@ -448,21 +427,21 @@ IDS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"labels": [6, 7]}, "lists of one length"),
-        ({"attention_mask": [1]}, "lists of one length"),
-        ({"input_ids": [5, 6, 99999]}, "whole numbers from 0 to 383"),
-        ({"input_ids": [5, 6, -1]}, "whole numbers from 0 to 383"),
-        ({"labels": [5, 6, 99999]}, "labels must be as input_ids, or -100"),
-        ({"labels": [5, 6, -1]}, "labels must be as input_ids, or -100"),
+        ({"labels": [6, 7]}, "lists of equal length"),
+        ({"attention_mask": [1]}, "lists of equal length"),
+        ({"input_ids": [5, 6, 99999]}, "integers from 0 to 383"),
+        ({"input_ids": [5, 6, -1]}, "integers from 0 to 383"),
+        ({"labels": [5, 6, 99999]}, "labels must be token ids, or -100"),
+        ({"labels": [5, 6, -1]}, "labels must be token ids, or -100"),
     ],
 )
-def test_token_ids_that_cannot_be_meant(refused, trainer, suffix, change, words):
+def test_malformed_token_ids_are_refused(refused, trainer, suffix, change, words):
     refused([IDS, {**IDS, **change}], f"train.{suffix}: row 2", words, trainer=trainer, suffix=suffix)
 
 
 @pytest.mark.parametrize("trainer", TEXTS)
 @pytest.mark.parametrize("ids", ["5 6 7", 5, [5.0, 6.5], ["5", "6"]])
-def test_token_ids_that_are_none(refused, trainer, ids):
+def test_token_ids_of_another_type_are_refused(refused, trainer, ids):
     refused([{"input_ids": ids}], "train.jsonl: row 1", "input_ids", trainer=trainer)
 
 
@@ -475,49 +454,48 @@ def test_empty_token_ids_are_dropped(dropped, trainer):
 
 
 @pytest.mark.parametrize("trainer", ["default", "sft"])
-def test_token_ids_without_a_trained_one_are_dropped(dropped, trainer):
+def test_token_ids_without_a_trained_token_are_dropped(dropped, trainer):
     rows = [IDS, {**IDS, "labels": [-100] * 3}, {**IDS, "labels": [5, -100, -100]}]
     assert dropped(rows, trainer=trainer) == {"no trained token": 2}
-
-
-# ------------------------------------------------------------------------------------- held-out fractions
 
 
 @pytest.mark.parametrize(
     ("fractions", "words"),
     [
-        ({"valid_fraction": 0.1}, ["data.valid_fraction", "of 3 rows it leaves none for valid"]),
-        ({"test_fraction": 0.1}, ["data.test_fraction", "of 3 rows it leaves none for test"]),
-        ({"valid_fraction": 0.5, "test_fraction": 0.49}, ["data.valid_fraction", "leaves none for train"]),
+        ({"valid_fraction": 0.1}, ["data.valid_fraction", "it leaves none of the 3 rows for valid"]),
+        ({"test_fraction": 0.1}, ["data.test_fraction", "it leaves none of the 3 rows for test"]),
+        (
+            {"valid_fraction": 0.5, "test_fraction": 0.49},
+            ["data.valid_fraction", "it leaves none of the 3 rows for train"],
+        ),
     ],
 )
-def test_a_fraction_that_leaves_a_part_empty(refused, fractions, words):
+def test_a_fraction_that_leaves_a_part_empty_is_refused(refused, fractions, words):
     refused([{"text": word} for word in ("one", "two", "three")], *words, **fractions)
 
 
-# --------------------------------------------------------------------------------------- models that differ
-
-
-def test_a_reference_with_another_tokenizer(tiny_model, tiny_masked_model, tokenizer):
+def test_a_reference_with_another_tokenizer_is_refused(tiny_model, tiny_masked_model, tokenizer):
     from trainers.model.load import load_reference
 
     config = TrainConfig(model=str(tiny_model), model_ref=str(tiny_masked_model), trainer="dpo")
     with pytest.raises(
-        ConfigError, match=r"^model_ref: the tokenizer of .* is not that of .* same family\.$"
+        ConfigError, match=r"^model_ref: the tokenizer of .* differs from that of .* same family\.$"
     ):
         load_reference(config, tokenizer)
 
 
-def test_a_causal_model_for_mlm(tiny_model):
+def test_mlm_refuses_a_causal_model(tiny_model):
     from trainers.model.tokenizer import load_tokenizer
 
-    with pytest.raises(ConfigError, match=r"has no mask token, so it is no masked LM"):
+    with pytest.raises(ConfigError, match=r"has no mask token, so it is not a masked LM"):
         load_tokenizer(TrainConfig(model=str(tiny_model), trainer="mlm"))
 
 
-def test_a_template_that_the_tokenizer_lacks(tiny_masked_model):
+def test_a_template_that_the_tokenizer_does_not_have_is_refused(tiny_masked_model):
     from trainers.model.tokenizer import load_tokenizer
 
     config = TrainConfig(model=str(tiny_masked_model), trainer="mlm", chat_template="tokenizer")
-    with pytest.raises(ConfigError, match=r"chat_template: this model's tokenizer has none\. Use chatml"):
+    with pytest.raises(
+        ConfigError, match=r"chat_template: the tokenizer of this model has none\. Use chatml"
+    ):
         load_tokenizer(config)

@@ -1,4 +1,4 @@
-"""Rows become token ids and labels: what the loss sees, EOS, BOS, truncation, packing, and the cache."""
+"""Rows become token ids and labels: what the loss sees, EOS, BOS, truncation, templates, and the cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_form_of_a_chat_row_gives_the_same_tokens(prepare, tokenizer, row,
     assert len(found["input_ids"]) == len(found["labels"])
 
 
-def test_all_assistant_turns_are_trained_on_and_no_other(prepare, tokenizer):
+def test_only_assistant_turns_are_trained_on_and_all_of_them(prepare, tokenizer):
     turns = [{"role": "system", "content": "Be short."}, *TURNS, {"role": "user", "content": "Why?"}]
     turns.append({"role": "assistant", "content": "Speed."})
     (row,) = prepare([{"messages": turns}], chat_template="tokenizer").dataset
@@ -92,7 +92,7 @@ def test_instruction_without_a_template_gets_headings(prepare, tokenizer):
     assert trained_text(tokenizer, row) == "3<|im_end|>"
 
 
-def test_long_rows_are_cut_and_rows_without_a_trained_token_dropped(prepare):
+def test_long_rows_are_cut_and_rows_without_a_trained_token_are_dropped(prepare):
     rows = [{"prompt": "x" * 500, "completion": "y"}, {"prompt": "x ", "completion": "y" * 500}]
     prepared = prepare(rows, block_size=64)
     assert (prepared.summary.rows, prepared.summary.truncated) == (2, 2)
@@ -109,7 +109,7 @@ def test_a_split_without_any_trained_token_is_an_error(prepare):
         prepare([{"prompt": "x" * 500, "completion": "y"}], block_size=64)
 
 
-def test_mistakes_in_rows_name_the_row(prepare):
+def test_errors_in_rows_name_the_row(prepare):
     with pytest.raises(ConfigError, match=r"train\.jsonl: row 1: .*Set chat_template: tokenizer"):
         prepare([{"messages": TURNS}])
     with pytest.raises(ConfigError, match=r"row 1: train_on: completion needs rows .* has plain text"):
@@ -121,7 +121,7 @@ def test_mistakes_in_rows_name_the_row(prepare):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
-def test_formats_hold_the_same_rows(prepare, tokenizer, tmp_path, suffix):
+def test_all_formats_give_the_same_samples(prepare, tokenizer, tmp_path, suffix):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,7 +155,7 @@ def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
     assert not list(cache.glob("*.part"))
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_is_used(prepare, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_is_not_used(prepare, tmp_path, monkeypatch):
     from trainers.data import prepare as data
 
     def fails(*_):
@@ -177,7 +177,7 @@ GAINED = {
 
 
 @pytest.mark.parametrize("template", GAINED)
-def test_templates_of_ours_add_their_tokens_and_render_whole_turns(tokenizer, template):
+def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, template):
     from copy import deepcopy
 
     from trainers.data.chat import encode_messages
@@ -213,8 +213,8 @@ def test_logging_steps_follow_autotrain(prepare):
     assert logging_steps(TrainConfig(logging_steps=7), data) == 7
 
 
-def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):
-    """The hub itself cannot be had in a test: only `load_dataset` is replaced."""
+def test_a_hub_dataset_is_loaded_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):
+    """A test cannot use the hub, so `load_dataset` is replaced."""
     import datasets
 
     from trainers.data import prepare
@@ -234,7 +234,7 @@ def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch, tmp_
     assert asked == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
 
 
-def test_a_hub_that_does_not_answer_is_a_message(monkeypatch, tokenizer):
+def test_a_hub_that_does_not_answer_is_reported(monkeypatch, tokenizer):
     import datasets
 
     from trainers.data import prepare

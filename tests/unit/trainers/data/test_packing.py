@@ -1,4 +1,4 @@
-"""Plans: every token once, no pack over its budget, one order for a seed, ranks that share the work."""
+"""Plans: every token once, no pack over its capacity, one order per seed, and even work for the ranks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ def packs_of(order, offsets):
     return np.split(order, offsets[1:-1])
 
 
-# ------------------------------------------------------------------------------------ packing
-
-
 @given(LENGTHS, CAPACITY, st.none() | st.integers(0, 99))
-def test_each_row_is_in_one_pack_and_no_pack_is_over_its_budget(lengths, capacity, seed):
+def test_each_piece_is_in_one_pack_and_no_pack_is_over_its_capacity(lengths, capacity, seed):
     lengths = np.asarray(lengths)
     order, offsets = plan_packs(lengths, capacity, seed)
     assert sorted(order) == list(range(len(lengths)))
@@ -38,7 +35,7 @@ def test_each_row_is_in_one_pack_and_no_pack_is_over_its_budget(lengths, capacit
 
 
 @given(LENGTHS, CAPACITY)
-def test_a_plan_is_as_good_as_best_fit_decreasing_done_row_by_row(lengths, capacity):
+def test_a_plan_is_as_good_as_best_fit_decreasing_piece_by_piece(lengths, capacity):
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -50,25 +47,25 @@ def test_a_plan_is_as_good_as_best_fit_decreasing_done_row_by_row(lengths, capac
 
 
 @given(LENGTHS, CAPACITY, st.integers(0, 99))
-def test_a_seed_gives_one_plan_and_any_seed_as_many_packs(lengths, capacity, seed):
+def test_a_seed_gives_one_plan_and_all_seeds_the_same_number_of_packs(lengths, capacity, seed):
     one, again = (plan_packs(lengths, capacity, seed) for _ in range(2))
     assert np.array_equal(one[0], again[0]) and np.array_equal(one[1], again[1])
     assert len(plan_packs(lengths, capacity, seed + 1)[1]) == len(one[1])
 
 
 @pytest.mark.parametrize("lengths", [[5, 41], [0, 3]])
-def test_rows_that_cannot_be_packed_are_refused(lengths):
+def test_pieces_that_cannot_be_packed_are_refused(lengths):
     with pytest.raises(ValueError, match="lengths must be from 1 to 40"):
         plan_packs(lengths, 40)
 
 
-def test_nothing_is_packed_into_nothing():
+def test_without_pieces_there_are_no_packs():
     order, offsets = plan_packs([], 8)
     assert not len(order) and offsets.tolist() == [0]
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.integers(1, 50))
-def test_wrapped_blocks_hold_the_tokens_in_their_order_and_are_full(lengths, capacity):
+def test_wrapped_packs_have_the_tokens_in_their_order_and_are_full(lengths, capacity):
     pieces, offsets = wrap_rows(lengths, capacity)
     tokens = [(row, place) for row, length in enumerate(lengths) for place in range(length)]
     found = [
@@ -83,9 +80,6 @@ def test_wrapped_blocks_hold_the_tokens_in_their_order_and_are_full(lengths, cap
     assert offsets[-1] == len(pieces.row)
 
 
-# ------------------------------------------------------------------------------------ batches
-
-
 def batches_of(lengths, steps, **options):
     pieces = whole_rows(lengths)
     return Batches(pieces, piece_costs(pieces.lengths, 64), steps, **options)
@@ -95,10 +89,12 @@ STEPS = st.builds(Steps, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
 
 
 @given(LENGTHS, STEPS, st.none() | CAPACITY, st.none() | st.integers(0, 9))
-def test_ranks_are_disjoint_and_complete(lengths, steps, capacity, seed):
+def test_the_micro_batches_of_all_ranks_have_each_piece_once(lengths, steps, capacity, seed):
     batches = batches_of(lengths, steps, capacity=capacity, seed=seed)
     found = list(batches)
-    assert len(found) == len(batches) and len(found) % steps.ranks == 0, "all ranks take as many steps"
+    assert len(found) == len(batches) and len(found) % steps.ranks == 0, (
+        "all ranks take the same number of steps"
+    )
     assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
     budget = None if capacity is None else capacity * steps.packs_per_batch
     for batch in found[: max(0, len(found) - steps.ranks * steps.accumulation)]:  # all but the last step
@@ -108,7 +104,7 @@ def test_ranks_are_disjoint_and_complete(lengths, steps, capacity, seed):
 
 
 @given(LENGTHS, st.none() | CAPACITY, st.integers(0, 9), st.integers(1, 2))
-def test_a_step_holds_the_same_rows_for_any_number_of_ranks(lengths, capacity, seed, each):
+def test_a_step_has_the_same_pieces_for_any_number_of_ranks(lengths, capacity, seed, each):
     def steps_of(ranks):
         batches = list(
             batches_of(lengths, Steps(ranks, 4 // ranks, each), capacity=capacity, seed=seed)
@@ -120,7 +116,7 @@ def test_a_step_holds_the_same_rows_for_any_number_of_ranks(lengths, capacity, s
     assert steps_of(1) == steps_of(2) == steps_of(4)
 
 
-def test_epochs_differ_and_come_again():
+def test_epochs_differ_and_can_be_repeated():
     batches = batches_of([3, 9, 4, 4, 7, 2, 2, 8] * 4, Steps(2), capacity=12, seed=1)
     orders = []
     for epoch in (0, 1, 0):
@@ -131,8 +127,8 @@ def test_epochs_differ_and_come_again():
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 2000), min_size=64, max_size=64), st.integers(0, 9))
-def test_ranks_that_wait_for_each_other_have_like_work(lengths, seed):
-    """Dealt by cost, the worst moment costs less than as dealt in the order of the draw, or as much."""
+def test_ranks_that_wait_for_each_other_have_similar_work(lengths, seed):
+    """Distributed by cost, the ranks wait no longer than with packs in their random order."""
     steps = Steps(ranks=4, accumulation=2, packs_per_batch=4)
     batches = batches_of(lengths, steps, seed=seed)
     order = np.random.default_rng((seed, 0, 1)).permutation(64)
@@ -146,19 +142,16 @@ def test_ranks_that_wait_for_each_other_have_like_work(lengths, seed):
     assert waiting(list(batches)) <= waiting(drawn) + 1e-6
 
 
-def test_an_idle_rank_gets_an_empty_batch():
+def test_an_idle_rank_gets_an_empty_micro_batch():
     assert sorted(map(len, batches_of([4, 4, 4], Steps(ranks=4)))) == [0, 1, 1, 1]
 
 
-def test_too_few_packs_for_the_ranks_are_dealt_document_by_document():
+def test_if_packs_are_fewer_than_ranks_their_pieces_are_distributed():
     assert sorted(map(len, batches_of([4, 4, 4, 4], Steps(ranks=4), capacity=16))) == [1, 1, 1, 1]
 
 
-# ------------------------------------------------------------------------------------ flat
-
-
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
-def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_document(lengths):
+def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_piece(lengths):
     rows = [{"input_ids": np.arange(n) + 1, "labels": np.arange(n) + 1} for n in lengths]
     batch = FlatCollator()(rows)
     lengths = sorted(lengths, reverse=True)
@@ -170,35 +163,32 @@ def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_documen
     assert batch["max_length_q"] == max(lengths)
 
 
-# ------------------------------------------------------------------------------------ the config
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"trainer": "dpo", "packing": "wrapped"}, "packing: wrapped would cut the answers of dpo"),
-        ({"trainer": "mlm", "packing": "bfd"}, "packing: the attention of a masked LM sees the whole row"),
+        ({"trainer": "mlm", "packing": "bfd"}, "packing: in a masked LM each token sees the full sequence"),
         ({"tokens_per_batch": 512}, "tokens_per_batch: 512 is below block_size"),
         ({"tokens_per_batch": 4096, "packing": "none"}, "tokens_per_batch: it counts no padding"),
         (
             {"tokens_per_batch": 4096, "auto_find_batch_size": True},
-            "auto_find_batch_size: tokens_per_batch says",
+            "auto_find_batch_size: tokens_per_batch already sets",
         ),
         ({"packing": "none", "eval_packing": True, "valid_split": "v"}, "eval_packing: packing is none"),
     ],
 )
-def test_what_contradicts_itself_is_refused(values, message):
+def test_contradictory_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         settings_of(**{"model": "m", "trainer": "sft", "block_size": 1024, **values})
 
 
-def test_a_pair_that_does_not_fit_into_the_budget_is_named(tmp_path, tiny_model):
+def test_a_pair_that_does_not_fit_in_tokens_per_batch_is_refused(tmp_path, tiny_model):
     columns = {
         "prompt_text_column": "prompt",
         "text_column": "chosen",
         "rejected_text_column": "rejected",
     }
     with pytest.raises(
-        ConfigError, match=r"20 tokens do not hold the longest row, which has \d+ \(both answers"
+        ConfigError, match=r"20 is too small for the longest sample, which has \d+ tokens \(both answers"
     ):
         build(tmp_path, tiny_model, trainer="dpo", tokens_per_batch=20, **columns)

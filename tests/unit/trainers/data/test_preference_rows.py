@@ -1,4 +1,4 @@
-"""What rows of preferences and of token ids become, who is held out, and what is shown of a row."""
+"""Samples from preference rows and token ids, held-out rows, chat templates, and the example in the log."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ END = "<|im_end|>"
 PROMPT = f"<|im_start|>user\n{Q}{END}\n<|im_start|>assistant\n"
 
 
-def said(content):
+def answer(content):
     return {"role": "assistant", "content": content}
 
 
 @pytest.fixture
 def texts(prepare, tokenizer):
-    """`texts(row, ...)`: the columns of the first prepared row, decoded."""
+    """`texts(row, ...)`: the decoded columns of the first sample."""
 
     def read(row, **config):
         found = prepare([row], **config).dataset[0]
@@ -32,20 +32,17 @@ def texts(prepare, tokenizer):
     return read
 
 
-# ------------------------------------------------------------------------------------------------ dpo, orpo
-
-
 CONVERSATIONS = [
     pytest.param(PAIR, id="text"),
-    pytest.param({"chosen": [ASKED, said(GOOD)], "rejected": [ASKED, said(BAD)]}, id="messages"),
-    pytest.param({"prompt": [ASKED], "chosen": [said(GOOD)], "rejected": [said(BAD)]}, id="prompt-apart"),
+    pytest.param({"chosen": [ASKED, answer(GOOD)], "rejected": [ASKED, answer(BAD)]}, id="messages"),
+    pytest.param({"prompt": [ASKED], "chosen": [answer(GOOD)], "rejected": [answer(BAD)]}, id="prompt-apart"),
     pytest.param({"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}, id="answers-as-text"),
-    pytest.param({"prompt": Q, "chosen": [said(GOOD)], "rejected": [said(BAD)]}, id="prompt-as-text"),
-    pytest.param({"prompt": "Something else", "chosen": [ASKED, said(GOOD)],
-                  "rejected": [ASKED, said(BAD)]}, id="prompt-beside-whole-conversations"),
-    pytest.param({"prompt": "", "chosen": [ASKED, said(GOOD)], "rejected": [ASKED, said(BAD)]},
-                 id="empty-prompt-beside-whole-conversations"),
-    pytest.param({"chosen": json.dumps([ASKED, said(GOOD)]), "rejected": repr([ASKED, said(BAD)])},
+    pytest.param({"prompt": Q, "chosen": [answer(GOOD)], "rejected": [answer(BAD)]}, id="prompt-as-text"),
+    pytest.param({"prompt": "Something else", "chosen": [ASKED, answer(GOOD)],
+                  "rejected": [ASKED, answer(BAD)]}, id="prompt-and-complete-conversations"),
+    pytest.param({"prompt": "", "chosen": [ASKED, answer(GOOD)], "rejected": [ASKED, answer(BAD)]},
+                 id="empty-prompt-and-complete-conversations"),
+    pytest.param({"chosen": json.dumps([ASKED, answer(GOOD)]), "rejected": repr([ASKED, answer(BAD)])},
                  id="json-and-python-literal"),
     pytest.param({"instruction": Q, "input": "", "chosen": GOOD, "rejected": BAD}, id="instruction"),
 ]  # fmt: skip
@@ -59,7 +56,7 @@ def test_every_form_of_a_pair_gives_the_same_tokens(texts, trainer, row):
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "orpo"])
-def test_without_a_template_texts_stay_as_they_are(texts, trainer):
+def test_without_a_template_texts_stay_unchanged(texts, trainer):
     found = texts({"prompt": f"{Q}\n", "chosen": GOOD, "rejected": BAD}, trainer=trainer)
     assert found == {"prompt": f"{Q}\n", "chosen": GOOD + END, "rejected": BAD + END}
 
@@ -74,13 +71,13 @@ def test_answers_end_with_eos_once_and_nothing_follows(prepare, tokenizer, templ
         assert tokenizer.bos_token_id not in row["chosen_ids"]
 
 
-def test_no_eos_where_none_is_asked_for(texts):
+def test_no_eos_is_added_without_add_eos_token(texts):
     assert texts(PAIR, trainer="dpo", add_eos_token=False)["chosen"] == GOOD
 
 
 def test_the_last_turn_is_the_answer_and_the_turns_before_it_the_prompt(texts):
-    before = [SYSTEM, ASKED, said("A process."), {"role": "user", "content": "Of what?"}]
-    row = {"chosen": [*before, said(GOOD)], "rejected": [*before, said(BAD)]}
+    before = [SYSTEM, ASKED, answer("A process."), {"role": "user", "content": "Of what?"}]
+    row = {"chosen": [*before, answer(GOOD)], "rejected": [*before, answer(BAD)]}
     found = texts(row, trainer="dpo", chat_template="tokenizer")
     assert found["prompt"] == (
         f"<|im_start|>system\nBe short.{END}\n<|im_start|>user\n{Q}{END}\n"
@@ -91,7 +88,11 @@ def test_the_last_turn_is_the_answer_and_the_turns_before_it_the_prompt(texts):
 
 @pytest.mark.parametrize("trainer", ["default", "sft", "dpo", "orpo", "kto", "reward"])
 def test_no_system_turn_is_invented(prepare, tokenizer, trainer):
-    row = {"chosen": [ASKED, said(GOOD)], "rejected": [ASKED, said(BAD)], "messages": [ASKED, said(GOOD)]}
+    row = {
+        "chosen": [ASKED, answer(GOOD)],
+        "rejected": [ASKED, answer(BAD)],
+        "messages": [ASKED, answer(GOOD)],
+    }
     for found in prepare([row], trainer=trainer, chat_template="tokenizer").dataset:
         for name in ("input_ids", "prompt_ids", "chosen_ids"):
             assert "system" not in tokenizer.decode(found.get(name, []))
@@ -102,10 +103,10 @@ def test_the_end_of_a_prompt_and_the_start_of_an_answer_are_kept(prepare, tokeni
     config = {"trainer": "dpo", "max_prompt_length": 8, "max_completion_length": 12}
     prepared = prepare([row], **config)
     (found,) = prepared.dataset
-    whole = {name: prepare([row], trainer="dpo").dataset[0][name] for name in found}
-    assert found["prompt_ids"] == whole["prompt_ids"][-8:]
-    assert found["chosen_ids"] == whole["chosen_ids"][:12]
-    assert found["rejected_ids"] == whole["rejected_ids"][:12]
+    full = {name: prepare([row], trainer="dpo").dataset[0][name] for name in found}
+    assert found["prompt_ids"] == full["prompt_ids"][-8:]
+    assert found["chosen_ids"] == full["chosen_ids"][:12]
+    assert found["rejected_ids"] == full["rejected_ids"][:12]
     assert tokenizer.decode(found["prompt_ids"]).endswith("END")
     assert prepared.summary.truncated == 1
 
@@ -137,10 +138,7 @@ def test_the_summary_of_pairs_counts_tokens_rows_and_answers(prepare):
     assert (summary.rows, summary.kept, summary.truncated, summary.dropped) == (2, 2, 0, {})
 
 
-# --------------------------------------------------------------------------------------------------- reward
-
-
-def test_a_reward_sees_whole_texts(texts):
+def test_a_reward_sees_complete_texts(texts):
     found = texts(PAIR, trainer="reward", chat_template="tokenizer")
     assert found == {"chosen": PROMPT + GOOD + END, "rejected": PROMPT + BAD + END}
     assert texts(PAIR, trainer="reward") == {"chosen": Q + GOOD + END, "rejected": Q + BAD + END}
@@ -157,15 +155,12 @@ def test_a_reward_pair_is_dropped_and_never_cut(prepare):
     assert len(prepared.dataset) == 1
 
 
-# ------------------------------------------------------------------------------------------------------ kto
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize(
     ("yes", "no"),
     [(True, False), (1, 0), (1.0, 0.0), ("True", "False"), ("yes", "no"), ("1", "0"), (" TRUE", "false ")],
 )
-def test_words_for_wanted_and_unwanted(prepare, tokenizer, suffix, yes, no):
+def test_all_spellings_of_a_label_are_read(prepare, tokenizer, suffix, yes, no):
     rows = [
         {"prompt": Q, "completion": GOOD, "label": yes},
         {"prompt": Q, "completion": BAD, "label": no},
@@ -175,7 +170,7 @@ def test_words_for_wanted_and_unwanted(prepare, tokenizer, suffix, yes, no):
     assert found == {GOOD + END: True, BAD + END: False}
 
 
-def test_a_label_column_of_another_name(prepare):
+def test_the_label_column_may_have_another_name(prepare):
     rows = [{"ask": Q, "say": GOOD, "liked": "yes"}, {"ask": Q, "say": BAD, "liked": "no"}]
     names = {"prompt_text_column": "ask", "text_column": "say", "label_column": "liked"}
     assert sorted(prepare(rows, trainer="kto", **names).dataset["label"]) == [False, True]
@@ -191,29 +186,28 @@ def test_a_pair_becomes_a_wanted_and_an_unwanted_completion(prepare, tokenizer, 
 
 
 def test_a_labelled_conversation_is_split_at_its_last_turn(prepare, tokenizer):
-    rows = [{"messages": [ASKED, said(text)], "label": label} for text, label in ((GOOD, True), (BAD, False))]
+    rows = [
+        {"messages": [ASKED, answer(text)], "label": label} for text, label in ((GOOD, True), (BAD, False))
+    ]
     dataset = prepare(rows, trainer="kto", text_column="messages", chat_template="tokenizer").dataset
     assert {tokenizer.decode(row["prompt_ids"]) for row in dataset} == {PROMPT}
 
 
-def test_mismatched_completions_are_those_of_the_other_rows(prepare):
+def test_a_mismatched_completion_is_that_of_the_sample_before(prepare):
     rows = [{"prompt": Q, "completion": f"Answer {i}.", "label": i % 2 == 0} for i in range(5)]
     dataset = prepare(rows, trainer="kto").dataset
     own = [row["completion_ids"] for row in dataset]
     assert [row["KL_completion_ids"] for row in dataset] == [own[-1], *own[:-1]]
 
 
-# ----------------------------------------------------------------------------------------- names of columns
-
-
 @pytest.mark.parametrize("trainer", ["dpo", "orpo"])
-def test_columns_named_as_autotrain_names_them(texts, trainer):
+def test_columns_are_named_in_the_config_as_in_autotrain(texts, trainer):
     row = {"a": GOOD, "b": BAD, "c": Q, "prompt": "not this", "chosen": "nor this"}
     names = {"text_column": "a", "rejected_text_column": "b", "prompt_text_column": "c"}
     assert texts(row, trainer=trainer, **names) == {"prompt": Q, "chosen": GOOD + END, "rejected": BAD + END}
 
 
-def test_a_prompt_of_instruction_and_input(texts):
+def test_instruction_and_input_form_the_prompt(texts):
     row = {"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}
     assert texts(row, trainer="dpo")["prompt"] == (
         "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
@@ -223,13 +217,13 @@ def test_a_prompt_of_instruction_and_input(texts):
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "orpo"])
-def test_a_prompt_of_several_columns(texts, trainer):
+def test_prompt_format_joins_several_columns(texts, trainer):
     row = {"question": Q, "the context": None, "n.o": 7, "chosen": GOOD, "rejected": BAD}
     found = texts(row, trainer=trainer, prompt_format="{{Q{n.o}}}: {question}{the context}\n")
     assert found["prompt"] == "{Q7}: What is a rank?\n"
 
 
-def test_a_prompt_of_several_columns_for_a_completion(prepare, tokenizer):
+def test_prompt_format_joins_several_columns_before_a_completion(prepare, tokenizer):
     row = {"question": Q, "context": "Ranks.", "answer": GOOD}
     format = "{context} {question}"
     (found,) = prepare([row], prompt_format=format, text_column="answer").dataset
@@ -237,18 +231,15 @@ def test_a_prompt_of_several_columns_for_a_completion(prepare, tokenizer):
     assert tokenizer.decode([label for label in found["labels"] if label != -100]) == GOOD + END
 
 
-# ------------------------------------------------------------------------------------- rows of token ids
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("trainer", ["default", "sft"])
-def test_token_ids_are_taken_as_they_are(prepare, trainer, suffix):
+def test_token_ids_stay_unchanged_but_for_padding(prepare, trainer, suffix):
     rows = [
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]},
         {"input_ids": [0, 0, 5, 6], "labels": [-100, -100, 5, 6], "attention_mask": [0, 0, 1, 1]},
     ]
     dataset = prepare(rows, trainer=trainer, suffix=suffix).dataset
-    assert dataset["input_ids"][:] == [[5, 6, 7, 8], [5, 6]], "padding is taken out"
+    assert dataset["input_ids"][:] == [[5, 6, 7, 8], [5, 6]], "padding is removed"
     assert dataset["labels"][:] == [[-100, -100, 7, 8], [5, 6]]
 
 
@@ -258,7 +249,7 @@ def test_token_ids_without_labels_are_trained_on(prepare, trainer):
     assert row["labels"] == [5, 6, 7]
 
 
-def test_token_ids_for_mlm_are_cut_into_rows(prepare):
+def test_token_ids_for_mlm_are_cut_into_samples(prepare):
     dataset = prepare([{"input_ids": list(range(5, 15))}], trainer="mlm", block_size=4).dataset
     assert dataset["input_ids"][:] == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
 
@@ -267,9 +258,6 @@ def test_token_ids_that_are_too_long_are_cut(prepare):
     prepared = prepare([{"input_ids": list(range(5, 100))}], block_size=16)
     assert len(prepared.dataset[0]["input_ids"]) == 16
     assert prepared.summary.truncated == 1
-
-
-# ----------------------------------------------------------------------------------------------- held out
 
 
 ROWS = [{"text": f"Row {i}."} for i in range(20)]
@@ -287,7 +275,7 @@ def split(prepare, tokenizer):
     return read
 
 
-def test_fractions_part_the_rows(split):
+def test_fractions_divide_the_rows(split):
     parts = {part: split(part) for part in ("train", "valid", "test")}
     assert {part: len(rows) for part, rows in parts.items()} == {"train": 14, "valid": 4, "test": 2}
     found = [text for texts in parts.values() for text in texts]
@@ -295,7 +283,7 @@ def test_fractions_part_the_rows(split):
 
 
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
-def test_what_is_held_out_depends_on_split_seed_alone(split, part):
+def test_what_is_held_out_depends_only_on_split_seed(split, part):
     first = split(part)
     assert split(part, seed=7, data_seed=8, trainer="default") == first
     assert split(part, split_seed=7) != first
@@ -306,7 +294,7 @@ def test_without_fractions_every_row_is_trained_on(split):
     assert found == [row["text"] for row in ROWS]
 
 
-def test_splits_that_are_named_leave_the_training_rows_alone(tokenizer, tmp_path, monkeypatch):
+def test_named_splits_take_no_rows_from_the_training_split(tokenizer, tmp_path, monkeypatch):
     from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
@@ -320,7 +308,7 @@ def test_splits_that_are_named_leave_the_training_rows_alone(tokenizer, tmp_path
     assert texts == {"train": "train", "valid": "dev", "test": "final"}
 
 
-def test_a_named_split_beside_a_fraction(tokenizer, tmp_path, monkeypatch):
+def test_a_named_split_and_a_fraction_can_be_combined(tokenizer, tmp_path, monkeypatch):
     from trainers.data import prepare
 
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
@@ -330,9 +318,6 @@ def test_a_named_split_beside_a_fraction(tokenizer, tmp_path, monkeypatch):
                          block_size=64, packing="none")  # fmt: skip
     sizes = {part: len(prepare.prepare(config, tokenizer, part).dataset) for part in prepare.parts(config)}
     assert sizes == {"train": 15, "valid": 1, "test": 5}
-
-
-# ------------------------------------------------------------------------------------ tokenizer and templates
 
 
 @pytest.fixture
@@ -362,7 +347,7 @@ def test_padding_is_not_the_end_of_a_turn(load, pad, trainer):
     assert found.pad_token_id not in (None, found.eos_token_id)
 
 
-WHOLE = {
+FULL = {
     "chatml": f"<|im_start|>user\nAdd.\n\n1, 2{END}\n<|im_start|>assistant\n3{END}\n",
     "zephyr": f"<|user|>\nAdd.\n\n1, 2{END}\n<|assistant|>\n3{END}\n",
     "phi3": "<|user|>\nAdd.\n\n1, 2<|end|>\n<|assistant|>\n3<|end|>\n",
@@ -371,29 +356,29 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("template", WHOLE)
-def test_an_instruction_in_each_template(load, prepare, template):
+@pytest.mark.parametrize("template", FULL)
+def test_each_template_encodes_an_instruction(load, prepare, template):
     own = load(chat_template=template)
     row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
     (found,) = prepare([row], using=own, chat_template=template).dataset
-    assert own.decode(found["input_ids"]) == WHOLE[template]
+    assert own.decode(found["input_ids"]) == FULL[template]
     trained = [label for label in found["labels"] if label != -100]
     assert own.decode(trained) == f"3{own.eos_token}"
     assert own.bos_token_id not in found["input_ids"]
 
 
-@pytest.mark.parametrize("template", WHOLE)
-def test_a_pair_in_each_template(load, prepare, template):
+@pytest.mark.parametrize("template", FULL)
+def test_each_template_encodes_a_pair(load, prepare, template):
     own = load(chat_template=template)
     row = {"instruction": "Add.", "input": "1, 2", "chosen": "3", "rejected": "4"}
     (found,) = prepare([row], using=own, chat_template=template, trainer="dpo").dataset
-    assert own.decode(found["prompt_ids"] + found["chosen_ids"]) == WHOLE[template].rstrip("\n")
+    assert own.decode(found["prompt_ids"] + found["chosen_ids"]) == FULL[template].rstrip("\n")
     assert own.decode(found["rejected_ids"]) == f"4{own.eos_token}"
 
 
-def test_a_system_turn_takes_the_place_of_alpacas_preamble(load, prepare):
+def test_a_system_turn_replaces_alpacas_preamble(load, prepare):
     own = load(chat_template="alpaca")
-    row = {"messages": [SYSTEM, ASKED, said(GOOD)]}
+    row = {"messages": [SYSTEM, ASKED, answer(GOOD)]}
     (found,) = prepare([row], using=own, chat_template="alpaca").dataset
     assert own.decode(found["input_ids"]).startswith("Be short.\n\n### Instruction:\n")
 
@@ -408,13 +393,10 @@ TRAINED = [
 
 
 @pytest.mark.parametrize(("trainer", "config", "expected"), TRAINED)
-def test_what_the_loss_sees(prepare, tokenizer, trainer, config, expected):
+def test_train_on_decides_what_the_loss_sees(prepare, tokenizer, trainer, config, expected):
     row = {"prompt": f"{Q} ", "completion": GOOD}
     (found,) = prepare([row], trainer=trainer, **config).dataset
     assert tokenizer.decode([label for label in found["labels"] if label != -100]) == expected
-
-
-# ------------------------------------------------------------------------------------------ what is shown
 
 
 def test_the_example_marks_what_is_masked(prepare, tokenizer):
@@ -434,7 +416,7 @@ def test_the_example_of_a_pair_shows_both_answers(prepare, tokenizer):
     )
 
 
-def test_the_example_of_kto_says_whether_it_is_wanted(prepare, tokenizer):
+def test_the_example_of_kto_shows_whether_it_is_wanted(prepare, tokenizer):
     from trainers.data.preview import show_example
 
     shown = {show_example(row, tokenizer, terminal=False) for row in prepare([PAIR], trainer="kto").dataset}
@@ -444,7 +426,7 @@ def test_the_example_of_kto_says_whether_it_is_wanted(prepare, tokenizer):
     }
 
 
-def test_a_long_example_is_cut_and_says_so(prepare, tokenizer):
+def test_a_long_example_is_cut_and_shows_its_length(prepare, tokenizer):
     from trainers.data.preview import show_example
 
     (row,) = prepare([{"text": "x" * 3000}], block_size=2048).dataset
@@ -453,8 +435,8 @@ def test_a_long_example_is_cut_and_says_so(prepare, tokenizer):
     assert shown.endswith(f"... ({len(row['input_ids'])} tokens)")
 
 
-def test_the_mismatched_answers_of_an_evaluation_are_those_of_other_prompts(prepare):
-    """Pairs come apart into neighbours with one prompt."""
+def test_mismatched_answers_of_an_evaluation_are_from_other_prompts(prepare):
+    """A pair becomes two neighbours with the same prompt."""
     rows = [
         {"prompt": f"Question {i}? ", "chosen": f"Right {i}.", "rejected": f"Wrong {i}."} for i in range(40)
     ]
@@ -464,5 +446,5 @@ def test_the_mismatched_answers_of_an_evaluation_are_those_of_other_prompts(prep
     for row in held_out:
         own.setdefault(tuple(row["prompt_ids"]), set()).add(tuple(row["completion_ids"]))
     same = sum(tuple(row["KL_completion_ids"]) in own[tuple(row["prompt_ids"])] for row in held_out)
-    assert same <= 4, "as chance has it, and not one of two"
+    assert same <= 4, "only by chance, not for every second sample"
     assert sorted(map(tuple, held_out["KL_completion_ids"])) == sorted(map(tuple, held_out["completion_ids"]))

@@ -1,4 +1,4 @@
-"""The fused head of CPU ranks gives what the whole logits give, in value and in gradient."""
+"""The fused head of CPU ranks gives the same values and gradients as the full logits."""
 
 from contextlib import nullcontext
 
@@ -14,7 +14,7 @@ VOCABULARY, WIDTH, TOKENS = 37, 8, 23
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Five tokens a block: several blocks, the last one smaller."""
+    """Use five tokens per block: several blocks, of which the last one is smaller."""
     monkeypatch.setattr(cpu_head, "LOGITS", 5 * VOCABULARY)
 
 
@@ -27,7 +27,7 @@ def inputs(tokens=TOKENS, dtype=torch.float32):
 
 
 def plain(hidden, weight, bias, targets, temperature, cap, scale):
-    """The same by the whole matrix of logits."""
+    """Compute the same from the full matrix of logits."""
     logits = scale * (hidden @ weight.t() + bias)
     logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
     log_p = log_softmax(logits, -1)
@@ -41,11 +41,11 @@ def gradients(log_probs, weights, sources):
 
 
 @pytest.mark.parametrize("hint", [True, False], ids=["hint", "no-hint"])
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "of-their-own"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
 @pytest.mark.parametrize(
     ("temperature", "cap", "scale"), [(1.0, None, 1.0), (0.7, None, 1.3), (1.0, 4.0, 1.0), (0.7, 4.0, 1.3)]
 )
-def test_values_and_gradients_are_those_of_the_whole_logits(hint, equal, temperature, cap, scale):
+def test_values_and_gradients_are_those_of_the_full_logits(hint, equal, temperature, cap, scale):
     *sources, targets = inputs()
     weights = torch.full((TOKENS,), -0.25) if equal else torch.linspace(-1, 1, TOKENS)
     with cpu_head.equal_weights() if hint else nullcontext():
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_those_of_the_whole_logits(hint, equal, tempera
         torch.testing.assert_close(mine, theirs)
 
 
-def test_only_what_is_asked_for_is_computed():
+def test_only_requested_outputs_are_returned():
     *sources, targets = inputs()
     log_probs, *rest = cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ("log_probs", "mean_logits"))
     assert log_probs.shape == (TOKENS,)
@@ -87,18 +87,18 @@ def test_a_frozen_layer_gets_no_gradient():
 
 
 @pytest.mark.parametrize("hint", [True, False], ids=["hint", "no-hint"])
-def test_no_labelled_token_is_a_gradient_of_zero(hint):
+def test_without_labelled_tokens_the_gradient_is_zero(hint):
     *sources, targets = inputs(tokens=0)
     with cpu_head.equal_weights() if hint else nullcontext():
         cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0].sum().backward()
     assert sources[1].grad.abs().sum() == 0
 
 
-def test_half_precision_is_computed_in_float32_and_handed_back_as_it_came():
+def test_half_precision_is_computed_in_float32_and_its_gradients_are_half_precision():
     *sources, targets = inputs(dtype=torch.bfloat16)
     with cpu_head.equal_weights(), torch.autocast("cpu", torch.bfloat16):
         log_probs = cpu_head.Head.apply(*sources, targets, 1.0, 0, None, 1.0, ALL)[0]
-    whole = plain(*(source.float() for source in sources), targets, 1.0, None, 1.0)[0]
-    torch.testing.assert_close(log_probs, whole)
+    full = plain(*(source.float() for source in sources), targets, 1.0, None, 1.0)[0]
+    torch.testing.assert_close(log_probs, full)
     log_probs.sum().backward()
     assert {source.grad.dtype for source in sources} == {torch.bfloat16}

@@ -60,7 +60,7 @@ LOGGED = (
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model: Path) -> Path:
-    """A finished run's folder, with all that a run leaves besides its model."""
+    """The folder of a finished run, with the model and all other files that a run writes."""
     folder = tmp_path / "home" / "my-run"
     shutil.copytree(tiny_model, folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOGGED))
@@ -85,7 +85,7 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
 
 @pytest.fixture
 def adapter(folder: Path) -> Path:
-    """The same run's folder with an adapter, whose base model lies in a folder of this machine."""
+    """The folder of the same run with an adapter, whose base model is in a folder of this machine."""
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     base = {"base_model_name_or_path": str(folder.parent / "base"), "peft_type": "LORA", "r": 4}
@@ -95,7 +95,7 @@ def adapter(folder: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch):
-    """A hub at the address that the hub's library reads from HF_ENDPOINT."""
+    """A local hub, at the address that the library takes from HF_ENDPOINT."""
     from huggingface_hub import constants
 
     with fake_hub() as hub:
@@ -109,10 +109,7 @@ def pushing(**more) -> TrainConfig:
     return TrainConfig(trainer="sft", push_to_hub=True, username="me", token=CANARY, **more)
 
 
-# --------------------------------------------------------------------------------------------- the save
-
-
-def test_a_saved_model_and_a_saved_adapter_are_whole(folder, adapter):
+def test_a_saved_model_and_a_saved_adapter_pass_the_check(folder, adapter):
     check_saved(adapter)
     (adapter / "adapter_config.json").unlink()
     (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
@@ -136,7 +133,7 @@ def test_a_saved_model_and_a_saved_adapter_are_whole(folder, adapter):
         ("extra.safetensors", b"xxxx"),
     ],
 )
-def test_a_broken_save_is_named(folder, name, content):
+def test_a_broken_file_is_named(folder, name, content):
     path = folder / name
     if content is None:
         path.unlink()
@@ -152,7 +149,7 @@ def test_a_broken_save_is_named(folder, name, content):
 
 
 def write_weights(path: Path, **shapes: list[int]) -> None:
-    """A weight file of float32 zeros, by hand."""
+    """Write a weight file of float32 zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 4
@@ -164,7 +161,7 @@ def write_weights(path: Path, **shapes: list[int]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
 
 
-def test_an_index_names_files_and_tensors_that_exist(folder):
+def test_the_files_and_tensors_of_an_index_must_exist(folder):
     (folder / "model.safetensors").unlink()
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     index = {"weight_map": {"a": first, "b": second}}
@@ -179,24 +176,21 @@ def test_an_index_names_files_and_tensors_that_exist(folder):
     check_saved(folder)
 
 
-@pytest.mark.parametrize(("shapes", "said"), [({}, "no tensor"), ({"a": [2], "b": [0]}, "b has no values")])
-def test_weights_that_were_not_gathered_are_broken(folder, shapes, said):
+@pytest.mark.parametrize(("shapes", "words"), [({}, "no tensor"), ({"a": [2], "b": [0]}, "b has no values")])
+def test_weights_that_were_not_gathered_fail_the_check(folder, shapes, words):
     write_weights(folder / "model.safetensors", **shapes)
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(RuntimeError, match=words):
         check_saved(folder)
 
 
-# --------------------------------------------------------------------------------------------- the card
-
-
 def card(folder: Path, config: TrainConfig, facts: dict) -> tuple[dict, str]:
-    """The card's metadata, and its text."""
+    """Write the card; return its metadata and its text."""
     write_card(folder, config, facts)
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
 
-def test_the_card_says_what_was_done_and_measured(folder, tmp_path):
+def test_the_card_shows_what_was_done_and_measured(folder, tmp_path):
     data = tmp_path / "home" / "secret-folder" / "rows"
     data.mkdir(parents=True)
     config = pushing(model="org/base", data_path=str(data), lr=1e-3, valid_split="valid", block_size=64)
@@ -213,14 +207,14 @@ def test_the_card_says_what_was_done_and_measured(folder, tmp_path):
     assert "lr: 0.001\n" in text and "block_size: 64\n" in text and "epochs" not in text
     assert "| loss | 5.25 | 2 |" in text and "| eval_loss | 5.75 | 4 |" in text
     assert "runtime" not in text and "num_tokens" not in text and "train_loss" not in text
-    assert "3 of 40 rows of train were cut" in text and "2 of 40 rows of train were left out" in text
+    assert "3 of 40 rows of train were cut" in text and "2 of 40 rows of train were dropped" in text
     assert "Safety, bias and truthfulness were not evaluated" in text
     assert "- torch: 1.2.3" in text
     assert "licen" not in str(front)
     assert CANARY not in text and str(tmp_path) not in text and "secret-folder" not in text
 
 
-def test_the_card_gives_the_evaluation_that_chose_the_model(folder):
+def test_the_card_shows_the_evaluation_that_chose_the_model(folder):
     _, text = card(folder, TrainConfig(valid_split="valid", load_best_model_at_end=True), FACTS)
     assert "| eval_loss | 5.5 | 2 |" in text and "The saved model is that of step 2" in text
 
@@ -253,7 +247,7 @@ def test_the_card_of_an_adapter_names_no_folder_above_its_base(adapter, tmp_path
 
 @pytest.mark.parametrize("trainer", KINDS)
 @pytest.mark.parametrize("kind", ["folder", "adapter"])
-def test_the_snippet_of_every_trainer_is_python(trainer, kind, request):
+def test_the_snippet_of_every_trainer_is_valid_python(trainer, kind, request):
     folder = request.getfixturevalue(kind)
     front, text = card(folder, TrainConfig(trainer=trainer, peft=kind == "adapter"), FACTS)
     code = text.split("```python\n")[1].split("```")[0]
@@ -272,10 +266,7 @@ def test_the_snippet_loads_the_model(folder, monkeypatch):
     assert found["model"].num_parameters() > 0 and len(found["tokenizer"]) == 384
 
 
-# --------------------------------------------------------------------------------------------- the upload
-
-
-def test_the_model_alone_is_uploaded_to_a_private_repository(folder, hub: FakeHub, capsys):
+def test_only_the_model_is_uploaded_to_a_private_repository(folder, hub: FakeHub, capsys):
     assert push(pushing(), folder) == f"{hub.endpoint}/me/my-run"
     repository = hub.repositories["me/my-run"]
     assert repository.private and len(repository.commits) == 1
@@ -291,7 +282,7 @@ def test_the_model_alone_is_uploaded_to_a_private_repository(folder, hub: FakeHu
     assert f"pushed: {hub.endpoint}/me/my-run" in shown.out and CANARY not in shown.out + shown.err
 
 
-def test_an_adapter_is_uploaded_without_the_folders_of_this_machine(adapter, hub: FakeHub, tmp_path):
+def test_an_adapter_is_uploaded_without_local_folders(adapter, hub: FakeHub, tmp_path):
     write_card(adapter, pushing(model=str(tmp_path / "home" / "base"), peft=True), FACTS)
     push(pushing(), adapter)
     files = hub.repositories["me/my-run"].files
@@ -300,14 +291,14 @@ def test_an_adapter_is_uploaded_without_the_folders_of_this_machine(adapter, hub
     assert not any(str(tmp_path).encode() in content for content in files.values())
 
 
-def test_further_chat_templates_belong_to_the_model(folder, hub: FakeHub):
+def test_additional_chat_templates_are_uploaded(folder, hub: FakeHub):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     push(pushing(), folder)
     assert "additional_chat_templates/tools.jinja" in hub.repositories["me/my-run"].files
 
 
-def test_a_repository_that_exists_gets_a_commit_more(folder, hub: FakeHub, capsys):
+def test_an_existing_repository_gets_another_commit(folder, hub: FakeHub, capsys):
     push(pushing(), folder)
     hub.repositories["me/my-run"].private = False
     push(pushing(), folder)
@@ -315,8 +306,8 @@ def test_a_repository_that_exists_gets_a_commit_more(folder, hub: FakeHub, capsy
     assert "is public" in capsys.readouterr().out
 
 
-def test_what_an_earlier_push_left_is_not_loaded_with_the_new_model(adapter, tiny_model, hub: FakeHub):
-    """from_pretrained takes an adapter that it finds before a whole model."""
+def test_weights_of_an_earlier_push_are_deleted(adapter, tiny_model, hub: FakeHub):
+    """from_pretrained prefers an adapter to a full model."""
     push(pushing(), adapter)
     assert "adapter_model.safetensors" in hub.repositories["me/my-run"].files
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -330,7 +321,7 @@ def test_what_an_earlier_push_left_is_not_loaded_with_the_new_model(adapter, tin
 
 
 @pytest.mark.parametrize("ending", [CREATE, COMMIT])
-def test_a_busy_hub_is_asked_again(folder, hub: FakeHub, ending, capsys):
+def test_a_busy_hub_is_tried_again(folder, hub: FakeHub, ending, capsys):
     hub.fail(503, ending, times=2, message=f"busy {CANARY}")
     push(pushing(), folder, AT_ONCE)
     assert len(hub.sent(ending)) == 3 and len(hub.repositories["me/my-run"].commits) == 1
@@ -339,7 +330,7 @@ def test_a_busy_hub_is_asked_again(folder, hub: FakeHub, ending, capsys):
 
 
 def failing(folder: Path, config: TrainConfig, kind: type[Exception]) -> str:
-    """The message of a push that must fail; nothing of the token is in it or in its traceback."""
+    """Return the message of a push that must fail. Neither it nor its traceback may contain the token."""
     with pytest.raises(kind) as raised:
         push(config, folder, AT_ONCE)
     assert (config.token or "") not in "".join(traceback.format_exception(raised.value))
@@ -349,27 +340,27 @@ def failing(folder: Path, config: TrainConfig, kind: type[Exception]) -> str:
     return message
 
 
-def test_a_hub_that_stays_busy_is_given_up(folder, hub: FakeHub):
+def test_a_hub_that_stays_busy_is_an_error(folder, hub: FakeHub):
     hub.fail(503, CREATE)
     message = failing(folder, pushing(), RuntimeError)
     assert "503" in message and "attempt 3" in message and len(hub.sent(CREATE)) == 3
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_token_that_is_refused_is_the_users_to_mend(folder, hub: FakeHub, status):
+def test_a_refused_token_is_a_config_error(folder, hub: FakeHub, status):
     hub.fail(status, message=f"Bearer {CANARY} is no token")
     message = failing(folder, pushing(), ConfigError)
     assert message.startswith("push_to_hub: me/my-run:") and str(status) in message and "(hidden)" in message
     assert len(hub.sent(CREATE)) == 1
 
 
-def test_an_answer_that_no_attempt_changes_is_not_asked_again(folder, hub: FakeHub):
+def test_a_permanent_error_is_not_tried_again(folder, hub: FakeHub):
     hub.fail(400, COMMIT, message="bad commit")
     message = failing(folder, pushing(), RuntimeError)
     assert "bad commit" in message and len(hub.sent(COMMIT)) == 1
 
 
-def test_no_hub_at_the_address(folder, monkeypatch):
+def test_an_address_without_a_hub_is_an_error(folder, monkeypatch):
     from huggingface_hub import constants
 
     with fake_hub() as gone:
@@ -379,7 +370,7 @@ def test_no_hub_at_the_address(folder, monkeypatch):
     assert "ConnectError" in failing(folder, pushing(), RuntimeError)
 
 
-def test_a_hub_that_is_switched_off(folder, monkeypatch):
+def test_the_offline_mode_is_a_config_error(folder, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -387,20 +378,20 @@ def test_a_hub_that_is_switched_off(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["my run", "a--b"])
-def test_a_name_that_the_hub_does_not_take(folder, hub: FakeHub, name):
+def test_a_name_that_the_hub_does_not_allow_is_a_config_error(folder, hub: FakeHub, name):
     other = folder.rename(folder.parent / name)
     assert name in failing(other, pushing(), ConfigError)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nend", "täken"])
-def test_a_token_that_cannot_be_sent_is_not_quoted(folder, hub: FakeHub, token):
+def test_a_token_that_cannot_be_sent_is_not_printed(folder, hub: FakeHub, token):
     failing(folder, TrainConfig(username="me", token=token), ConfigError)
     assert hub.requests == []
 
 
-def test_the_address_is_the_librarys_own_setting(folder, tmp_path, monkeypatch):
-    """HF_ENDPOINT is read when the library is imported: a process of its own."""
+def test_the_address_is_the_librarys_setting(folder, tmp_path, monkeypatch):
+    """The library reads HF_ENDPOINT when it is imported, so this test starts a new process."""
     code = (
         "import sys; from pathlib import Path\n"
         "from trainers.config.schema import TrainConfig; from trainers.output.hub import push\n"

@@ -1,4 +1,4 @@
-"""Trackers: real offline files of wandb and TensorBoard, read back; what fails in them stays in them."""
+"""Trackers: real offline files of wandb and TensorBoard are read back. A failing tracker stops no run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOGS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run's folder, on a machine where nobody has set up a tracker; and a fresh wandb."""
+    """A run's folder on a machine without settings of a tracker, and a fresh wandb."""
     for name in list(os.environ):
         if name.startswith("WANDB") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -53,12 +53,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield Path("my-run")
     forget_wandb()
     for name in set(os.environ) - set(before):
-        del os.environ[name]  # wandb leaves word of its service
+        del os.environ[name]  # wandb sets variables for its service
 
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """Nobody listens on it, and nobody else gets it."""
+    """A port on which nothing listens, and which no other process gets."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
@@ -78,7 +78,7 @@ def track(folder: Path, logs: Any = LOGS, resumed_step: int = 0, **values: Any) 
     tracker.finish()
 
 
-def test_none_is_no_tracker(folder: Path) -> None:
+def test_log_none_opens_no_tracker(folder: Path) -> None:
     assert start(folder, log="none") is None
     assert list(folder.iterdir()) == []
 
@@ -107,7 +107,9 @@ def test_wandb_is_named_by_the_config(folder: Path, monkeypatch: pytest.MonkeyPa
     assert (run.display_name, run.project, run.entity) == ("name", "project", "entity")
 
 
-def test_wandb_is_named_by_the_environment_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_names_in_the_config_wandb_takes_those_of_the_environment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("NAME", "PROJECT", "ENTITY"):
         monkeypatch.setenv(f"WANDB_{name}", name.lower())
     track(folder, log="wandb")
@@ -115,13 +117,13 @@ def test_wandb_is_named_by_the_environment_next(folder: Path, monkeypatch: pytes
     assert (run.display_name, run.project, run.entity) == ("name", "project", "entity")
 
 
-def test_wandb_is_named_by_the_folder_last(folder: Path) -> None:
+def test_without_other_names_wandb_takes_that_of_the_folder(folder: Path) -> None:
     track(folder, log="wandb")
     run = wandb_run(wandb_files(folder)[0])
     assert (run.display_name, run.project, run.entity) == ("my-run", "my-run", "")
 
 
-def test_wandb_knows_the_users_own_settings_and_stays_quiet(
+def test_wandb_uses_the_users_settings_and_prints_one_line(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = Path.home() / ".config" / "wandb" / "settings"
@@ -129,15 +131,15 @@ def test_wandb_knows_the_users_own_settings_and_stays_quiet(
     settings.write_text("[default]\nentity = team\nproject = ours\nmode = offline\n")
     track(folder, log="wandb")
     out, err = capfd.readouterr()
-    assert len(out.splitlines()) == 1 and "offline (as set)" in out and err == ""
+    assert len(out.splitlines()) == 1 and "offline (as configured)" in out and err == ""
     run = wandb_run(wandb_files(folder)[0])
     assert (run.project, run.entity) == ("ours", "team")
 
 
-def test_wandb_goes_on_with_the_same_run_after_a_restart(folder: Path) -> None:
+def test_wandb_continues_the_same_run_after_a_restart(folder: Path) -> None:
     track(folder, log="wandb")
     first = wandb_run(wandb_files(folder)[0])
-    (folder / "wandb").rename(folder / "earlier")  # wandb tells starts apart by the second they began in
+    (folder / "wandb").rename(folder / "earlier")  # wandb distinguishes starts by their second
     again = [(2, {"loss": 2.25}), (3, {"loss": 1.0})]
     track(folder, again, 1, log="wandb", lr=0.5)
     [path] = wandb_files(folder)
@@ -153,7 +155,7 @@ def test_wandb_takes_the_environments_id_for_a_new_run(folder: Path, monkeypatch
     assert wandb_run(wandb_files(folder)[0]).run_id == "chosen"
 
 
-def test_wandb_leaves_the_trainings_random_numbers_alone(folder: Path) -> None:
+def test_wandb_does_not_change_the_random_numbers_of_the_training(folder: Path) -> None:
     import random
 
     random.seed(0)
@@ -168,7 +170,7 @@ def sync_command(out: str) -> str:
     return line.partition("upload later: ")[2]
 
 
-def test_wandb_without_a_key_is_offline_and_says_how_to_upload(
+def test_wandb_without_a_key_is_offline_and_prints_how_to_upload(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     track(folder, log="wandb")
@@ -200,7 +202,7 @@ def test_wandb_without_its_server_is_offline(
     assert len(wandb_history(wandb_files(folder)[0])) == len(LOGS)
 
 
-def test_wandb_offline_as_the_user_set_it(
+def test_wandb_is_offline_if_the_user_sets_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -208,7 +210,7 @@ def test_wandb_offline_as_the_user_set_it(
     assert "offline-run-" in sync_command(capfd.readouterr().out)
 
 
-def test_wandb_disabled_as_the_user_set_it(
+def test_wandb_is_disabled_if_the_user_sets_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -217,7 +219,7 @@ def test_wandb_disabled_as_the_user_set_it(
 
 
 @pytest.mark.parametrize("log", ["wandb", "tensorboard"])
-def test_no_secret_lands_in_a_file(
+def test_no_secret_is_written_to_a_file(
     folder: Path, tmp_path: Path, log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_API_KEY", "HF_TOKEN", "SLURM_JWT", "AWS_SECRET_ACCESS_KEY"):
@@ -226,7 +228,7 @@ def test_no_secret_lands_in_a_file(
     monkeypatch.setattr(sys, "argv", [sys.argv[0], "--token", KEY])
     track(folder, log=log, token=KEY)
     if log == "wandb":
-        assert wandb_history(wandb_files(folder)[0])  # all is written
+        assert wandb_history(wandb_files(folder)[0])  # everything is written
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" or ".tfevents." in path.name for path in files)
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
@@ -263,7 +265,7 @@ def test_tensorboard_shows_no_step_twice_after_a_restart(folder: Path, resumed_s
     assert scalars(folder / "runs")["loss"] == expected
 
 
-def test_tensorboards_folder_is_the_environments(
+def test_tensorboard_uses_the_folder_from_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
@@ -272,7 +274,7 @@ def test_tensorboards_folder_is_the_environments(
 
 
 def report_logs(folder: Path, tracker: Any, *logs: dict[str, Any], resumed_step: int = 0) -> list[Any]:
-    """What metrics.jsonl holds after these logs, read as strictly as JSON is defined."""
+    """Return the lines of metrics.jsonl after these logs, read as strict JSON."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trainers.output.metrics import Report
@@ -295,7 +297,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["init", "Run.log", "Run.finish"])
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
+def test_a_failing_tracker_is_reported_once_and_the_run_continues(
     folder: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb")
@@ -308,7 +310,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
     monkeypatch.undo()
     assert [line["loss"] for line in lines] == [2.0, 1.0]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert warnings == ["warning: tracker wandb failed: no such server; the run goes on without it"]
+    assert warnings == ["warning: tracker wandb failed: no such server; the run continues without it"]
 
 
 def test_the_tracker_gets_what_metrics_jsonl_gets(folder: Path) -> None:
@@ -323,7 +325,7 @@ def test_the_tracker_gets_what_metrics_jsonl_gets(folder: Path) -> None:
     assert rows == lines
 
 
-def test_a_number_that_json_lacks_outlives_a_resume(folder: Path) -> None:
+def test_nan_and_infinity_are_kept_over_a_resume(folder: Path) -> None:
     report_logs(folder, None, {"loss": math.nan}, {"loss": 1.0})
     lines = report_logs(folder, None, {"loss": -math.inf}, resumed_step=1)
     assert [(line["step"], line["loss"]) for line in lines] == [(1, "NaN"), (2, "-Infinity")]
@@ -335,7 +337,7 @@ def test_metrics_of_the_test_split_are_named_test(folder: Path) -> None:
     assert set(line) == {"step", "epoch", "test_loss", "test_runtime", "test_mean_token_accuracy"}
 
 
-def test_tokens_go_on_over_a_resume_whoever_counts_them(folder: Path) -> None:
+def test_the_count_of_tokens_continues_over_a_resume(folder: Path) -> None:
     report_logs(folder, None, {"loss": 2.0, "num_input_tokens_seen": 100})
     trl = report_logs(folder, None, {"loss": 1.0, "num_tokens": 50.0}, resumed_step=1)
     assert [line["tokens"] for line in trl] == [100, 150]

@@ -1,4 +1,4 @@
-"""Heartbeats: what a rank writes and when, and which rank the launcher then says hangs."""
+"""Heartbeats: what a rank writes and when, and which rank the launcher finds to hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainers.rank import heartbeat
 from trainers.rank.heartbeat import STEP, Beat, Heart, read_beat
 from trainers.rank.protocol import BEATS, AttemptFiles
 
-PATIENCE = 20.0  # a limit, not a measurement
+PATIENCE = 20.0  # seconds; a limit, not a measurement
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -30,22 +30,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-# ----------------------------------------------------------------------------------------- what is written
-
-
 @pytest.fixture
 def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heart]:
-    """Rank 3's, whose thread beats a hundred times a second; it is not started yet."""
+    """The heartbeats of rank 3. Its thread sends a hundred per second; it is not started yet."""
     monkeypatch.setenv(BEATS, str(tmp_path))
     monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
     made = Heart()
     yield made
-    made.steady.clear()  # its thread sleeps for good
+    made.steady.clear()  # its thread then sleeps until the end
 
 
 @pytest.fixture
 def last(tmp_path: Path) -> Callable[[], Beat]:
-    """`last()`: what the launcher reads of rank 3."""
+    """`last()` returns the last heartbeat of rank 3, as the launcher reads it."""
 
     def read() -> Beat:
         found: list[Beat | None] = []
@@ -56,7 +53,7 @@ def last(tmp_path: Path) -> Callable[[], Beat]:
     return read
 
 
-def test_before_its_first_beat_a_rank_has_said_nothing(tmp_path: Path) -> None:
+def test_before_its_first_heartbeat_a_rank_has_none(tmp_path: Path) -> None:
     path = tmp_path / "rank-3"
     assert read_beat(path) is None
     path.write_bytes(b"")
@@ -65,7 +62,7 @@ def test_before_its_first_beat_a_rank_has_said_nothing(tmp_path: Path) -> None:
     assert read_beat(path) is None
 
 
-def test_a_start_is_the_first_beat(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_start_is_the_first_heartbeat(heart: Heart, last: Callable[[], Beat]) -> None:
     before = time.monotonic()
     heart.start(3)
     beat = last()
@@ -74,7 +71,7 @@ def test_a_start_is_the_first_beat(heart: Heart, last: Callable[[], Beat]) -> No
     assert beat.count >= 1
 
 
-def test_a_step_is_a_beat_that_says_how_far_the_rank_is(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_end_of_a_step_is_a_heartbeat_with_the_step(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     heart.stepped(1)
     heart.stepped(2)
@@ -95,25 +92,25 @@ def test_without_a_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_phase_of_a_long_name_is_cut(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_a_long_name_of_a_phase_is_cut(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     heart.enter("x" * 100)
     assert last().phase == "x" * 32
 
 
-def test_the_thread_beats_where_there_are_no_steps(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_thread_sends_heartbeats_in_phases_without_steps(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     for phase in ("start", "save", "end"):
         heart.enter(phase)
         count, times = last().count, set()
         wait_for(lambda: times.add(last().time) or len(times) > 3)  # noqa: B023
-        assert last().phase == phase and last().count == count  # signs of life, and no progress
+        assert last().phase == phase and last().count == count  # heartbeats without progress
 
 
-def test_in_the_steps_the_main_thread_alone_beats(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_in_steps_only_the_main_thread_sends_heartbeats(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     heart.stepped(1)
-    time.sleep(0.1)  # a beat of the thread may have been on its way
+    time.sleep(0.1)  # the thread may be about to send a heartbeat
     before = last()
     time.sleep(0.3)
     assert last() == before
@@ -121,11 +118,11 @@ def test_in_the_steps_the_main_thread_alone_beats(heart: Heart, last: Callable[[
     assert last().count == before.count + 1
 
 
-def test_a_phase_within_another_ends_where_it_began(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_after_a_phase_the_previous_one_continues(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     heart.stepped(1)
     with heart.during("evaluate"):
-        heart.enter(STEP)  # a batch was evaluated
+        heart.enter(STEP)  # after a batch of the evaluation
         with heart.during("save"):
             assert last().phase == "save"
         assert last().phase == STEP
@@ -133,7 +130,7 @@ def test_a_phase_within_another_ends_where_it_began(heart: Heart, last: Callable
     assert not heart.steady.is_set()
 
 
-def test_a_phase_that_fails_ends_too(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_a_phase_with_an_error_ends_too(heart: Heart, last: Callable[[], Beat]) -> None:
     heart.start(3)
     heart.stepped(1)
     with pytest.raises(OSError), heart.during("save"):
@@ -141,8 +138,8 @@ def test_a_phase_that_fails_ends_too(heart: Heart, last: Callable[[], Beat]) -> 
     assert last().phase == STEP
 
 
-def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as it takes, and no step ends meanwhile."""
+def test_loading_the_best_model_is_a_phase_without_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading may take long, and no step ends during it."""
     from transformers import Trainer
 
     from trainers.checkpoint import resuming
@@ -158,7 +155,7 @@ def test_the_best_model_is_loaded_in_a_phase_of_its_own(monkeypatch: pytest.Monk
     assert len(phases) == 1 and phases[0] != STEP
 
 
-def test_the_seconds_of_a_step_are_a_median_without_what_lies_between_steps(
+def test_the_seconds_of_a_step_are_a_median_without_the_time_between_steps(
     heart: Heart, last: Callable[[], Beat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
@@ -173,7 +170,7 @@ def test_the_seconds_of_a_step_are_a_median_without_what_lies_between_steps(
             step += 1
             heart.stepped(step)
 
-    steps(500.0)  # the first holds loading and compiling
+    steps(500.0)  # the first step includes loading and compiling
     assert last().step_seconds == 0.0
     steps(1.0, 1.0, 9.0, 2.0)
     assert last().step_seconds == 1.5
@@ -186,7 +183,7 @@ def test_the_seconds_of_a_step_are_a_median_without_what_lies_between_steps(
     assert last().step_seconds == 2.0
 
 
-def test_a_clock_that_is_set_back_changes_nothing(
+def test_setting_the_clock_back_changes_nothing(
     heart: Heart, last: Callable[[], Beat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heart.start(3)
@@ -201,10 +198,8 @@ def test_a_clock_that_is_set_back_changes_nothing(
     assert find_hang(tmp_path, {3: os.getpid()}, 60.0, AttemptFiles(tmp_path)) is None
 
 
-# --------------------------------------------------------------------------------------- who hangs
-
-# A rank, as far as the watcher sees it: it writes its stack when asked, and waits where it is told to:
-# for others (in a frame of torch.distributed), by itself, or among many threads.
+# A rank, as far as the watcher sees it. It writes its stack on the signal, and waits: for others (in a frame
+# of torch.distributed), or by itself (in a frame of transformers).
 RANK = """
 import sys, threading, time
 from pathlib import Path
@@ -216,7 +211,7 @@ files = {"others": "/lib/torch/distributed/distributed_c10d.py", "itself": "/lib
 exec(compile(code, files[sys.argv[2]], "exec"))
 stay()
 """
-# As faulthandler writes it when the processor is wanted elsewhere: in two parts.
+# Writes its stack in two parts, as faulthandler does on a busy processor.
 SLOW_RANK = """
 import os, signal, sys, time
 from trainers.rank.signals import STACK_SIGNAL
@@ -236,14 +231,14 @@ while True:
 
 
 class Ranks:
-    """Processes that stand for ranks, and the beats that a test writes for them."""
+    """Processes that stand for ranks, and the heartbeats that a test writes for them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *where: str, script: str = RANK) -> dict[int, int]:
-        """One rank for each place; rank -> pid."""
+        """Start one rank for each place, and return rank -> pid."""
         for rank, place in enumerate(where):
             argv = [sys.executable, "-c", script, str(self.folder / f"rank-{rank}.stack"), place]
             self.started.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
@@ -252,7 +247,7 @@ class Ranks:
         return {rank: process.pid for rank, process in enumerate(self.started)}
 
     def beat(self, rank: int, ago: float = 100.0, count: int = 50, step: int = 6, phase: str = STEP) -> None:
-        """The last beat of a rank, so many seconds ago."""
+        """Write the last heartbeat of a rank, `ago` seconds in the past."""
         raw = heartbeat._LAYOUT.pack(time.monotonic() - ago, count, step, 0.5, phase.encode())
         (self.folder / f"rank-{rank}").write_bytes(raw)
 
@@ -274,20 +269,22 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         process.communicate()
 
 
-def test_nobody_hangs_while_all_beat(ranks: Ranks) -> None:
+def test_no_rank_hangs_while_all_send_heartbeats(ranks: Ranks) -> None:
     pids = ranks.start("others", "itself")
     ranks.beat(0, ago=59.0)
     ranks.beat(1, ago=1.0)
     assert ranks.find(pids) is None
-    assert (ranks.folder / "rank-0.stack").read_text() == "", "nobody is asked for a stack"
+    assert (ranks.folder / "rank-0.stack").read_text() == "", "no stack was requested"
 
 
-def test_a_rank_that_never_beat_is_still_starting(ranks: Ranks) -> None:
+def test_a_rank_without_a_first_heartbeat_is_starting_and_does_not_hang(ranks: Ranks) -> None:
     assert ranks.find(ranks.start("itself")) is None
 
 
-def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job is suspended as a whole, and its clock goes on."""
+def test_time_in_which_the_launcher_did_not_run_does_not_count(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job is suspended with all its processes, but its clock continues."""
     pids = ranks.start("others", "itself")
     now = time.monotonic()
     wakefulness = hangs.Wakefulness()
@@ -295,16 +292,16 @@ def test_time_in_which_nobody_ran_does_not_count(ranks: Ranks, monkeypatch: pyte
         ranks.beat(rank, ago=0.0)
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
     awake = wakefulness.look()
-    assert ranks.find(pids) is not None, "without it, both are silent for an hour"
+    assert ranks.find(pids) is not None, "without `awake`, both ranks have no heartbeat for an hour"
     assert find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake) is None
     for _ in range(10):
         now += hangs.SHORTEST / 5
-        assert wakefulness.look() == awake, "looks that are a little apart are no pause"
+        assert wakefulness.look() == awake, "short intervals between two looks are not a pause"
     hang = find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake)
     assert hang is not None and hang.rank == 1
 
 
-def test_a_stopped_rank_is_named_whatever_its_beats(ranks: Ranks) -> None:
+def test_a_stopped_rank_is_named_whatever_its_heartbeats_are(ranks: Ranks) -> None:
     pids = ranks.start("itself", "others")
     os.kill(pids[1], signal.SIGSTOP)
     wait_for(lambda: hangs._is_stopped(pids[1]))
@@ -314,12 +311,12 @@ def test_a_stopped_rank_is_named_whatever_its_beats(ranks: Ranks) -> None:
     assert hang is not None
     assert (hang.rank, hang.stopped) == (1, True)
     assert hang.reason == (
-        "stopped (SIGSTOP, or a debugger): no sign of life for 75 s, in phase 'step' after step 6"
+        "stopped (SIGSTOP, or a debugger): no heartbeat for 75 s, in phase 'step' after step 6"
     )
-    assert "in stay" in hang.stack, "it went on, to say where it was"
+    assert "in stay" in hang.stack, "it continued, to write its stack"
 
 
-def test_the_rank_that_came_least_far_is_named(ranks: Ranks) -> None:
+def test_the_rank_at_the_earliest_step_is_named(ranks: Ranks) -> None:
     pids = ranks.start("others", "others", "itself")
     ranks.beat(0, count=51)
     ranks.beat(1, count=48, step=5, ago=64.0)
@@ -327,10 +324,10 @@ def test_the_rank_that_came_least_far_is_named(ranks: Ranks) -> None:
     hang = ranks.find(pids)
     assert hang is not None
     assert (hang.rank, hang.stopped, hang.beat.step) == (1, False, 5)
-    assert hang.reason == "hung: no sign of life for 64 s, in phase 'step' after step 5"
+    assert hang.reason == "hung: no heartbeat for 64 s, in phase 'step' after step 5"
 
 
-def test_of_ranks_that_came_equally_far_the_one_that_does_not_wait_for_others_is_named(
+def test_at_the_same_step_the_rank_that_does_not_wait_for_others_is_named(
     ranks: Ranks,
 ) -> None:
     pids = ranks.start("others", "itself", "others")
@@ -341,22 +338,22 @@ def test_of_ranks_that_came_equally_far_the_one_that_does_not_wait_for_others_is
     assert "in stay" in hang.stack and "torch/distributed" not in hang.stack
 
 
-def test_a_rank_that_gives_signs_of_life_does_not_hang(ranks: Ranks) -> None:
-    """Rank 0 waits for the other in a phase in which its thread beats, and has started later."""
+def test_a_rank_that_sends_heartbeats_does_not_hang(ranks: Ranks) -> None:
+    """Rank 0 started later, and waits for the other in a phase in which its thread sends heartbeats."""
     pids = ranks.start("others", "itself")
     ranks.beat(0, ago=0.1, count=20, phase="save")
     ranks.beat(1, ago=90.0, count=50)
     assert ranks.named(pids) == 1
 
 
-def test_beats_of_the_thread_do_not_make_a_rank_come_far(ranks: Ranks) -> None:
-    """Two hearts that took the same steps. The second loaded for longer; in step 7 the first waits for it."""
+def test_heartbeats_of_the_thread_do_not_count_as_progress(ranks: Ranks) -> None:
+    """Two ranks did the same steps, but the second loaded for longer. In step 7 the first waits for it."""
     counts = []
-    for beats_of_thread in (4, 9):
+    for beats_by_thread in (4, 9):
         heart = Heart()
         heart.file = memoryview(bytearray(64))  # type: ignore[assignment]
         heart.enter("start")
-        for _ in range(beats_of_thread):
+        for _ in range(beats_by_thread):
             heart.beat()
         for step in range(1, 7):
             heart.beat()  # a micro-batch
@@ -368,14 +365,14 @@ def test_beats_of_the_thread_do_not_make_a_rank_come_far(ranks: Ranks) -> None:
     assert ranks.named(pids) == 1
 
 
-def test_a_stack_that_is_being_written_is_waited_for(ranks: Ranks) -> None:
+def test_the_launcher_waits_for_a_stack_that_is_being_written(ranks: Ranks) -> None:
     pids = ranks.start("slow", script=SLOW_RANK)
     ranks.beat(0)
     hang = ranks.find(pids)
     assert hang is not None and "in culprit" in hang.stack
 
 
-def test_a_rank_that_is_gone_does_not_stop_the_search(ranks: Ranks) -> None:
+def test_a_rank_that_is_gone_does_not_prevent_the_search(ranks: Ranks) -> None:
     pids = ranks.start("itself", "others")
     ranks.started[1].kill()
     ranks.started[1].wait()
@@ -398,10 +395,10 @@ def test_a_rank_that_is_gone_does_not_stop_the_search(ranks: Ranks) -> None:
         ([f"/lib/transformers/{n}.py" for n in range(8)] + ["/lib/torch/distributed/run.py"], False),
     ],
 )
-def test_who_waits_for_others_by_its_stack(frames: list[str], waits: bool) -> None:
+def test_the_stack_shows_whether_a_rank_waits_for_others(frames: list[str], waits: bool) -> None:
     other = 'Thread 0x1 (most recent call first):\n  File "/lib/torch/distributed/x.py", line 1 in f\n\n'
-    whole = (frame if '"' in frame else f'{frame}", line 1 in f' for frame in frames)
-    lines = "\n".join(f'  File "{frame}' for frame in whole)
+    full = (frame if '"' in frame else f'{frame}", line 1 in f' for frame in frames)
+    lines = "\n".join(f'  File "{frame}' for frame in full)
     assert hangs._waits(f"{other}Current thread 0x2 (most recent call first):\n{lines}\n") == waits
 
 
@@ -415,7 +412,9 @@ def test_who_waits_for_others_by_its_stack(frames: list[str], waits: bool) -> No
         (0.0, 30.0, float("inf")),
     ],
 )
-def test_how_long_a_rank_may_be_silent(timeout: float | None, step_seconds: float, seconds: float) -> None:
+def test_how_long_a_rank_may_send_no_heartbeat(
+    timeout: float | None, step_seconds: float, seconds: float
+) -> None:
     assert limit(Beat(0.0, 1, 1, step_seconds, STEP), timeout) == seconds
 
 
@@ -426,23 +425,20 @@ def test_the_timeout_can_be_set(ranks: Ranks, timeout: float | None, found: bool
     assert (ranks.find(pids, timeout) is not None) == found
 
 
-# --------------------------------------------------------------------------------------- the folder
-
-
-def test_the_folders_of_launchers_that_are_gone_are_removed(
+def test_the_folders_of_launchers_that_have_ended_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"phalanx-beats-{gone.pid}-abc", f"phalanx-beats-{os.getppid()}-abc", "of-somebody-else"):
+    for name in (f"phalanx-beats-{gone.pid}-abc", f"phalanx-beats-{os.getppid()}-abc", "of-another-program"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-0").write_bytes(b"")
     made = make_beats_folder()
     assert made.parent == tmp_path and list(made.iterdir()) == []
     assert made.name.startswith(f"phalanx-beats-{os.getpid()}-")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [made.name, f"phalanx-beats-{os.getppid()}-abc", "of-somebody-else"]
+        [made.name, f"phalanx-beats-{os.getppid()}-abc", "of-another-program"]
     )
 
 

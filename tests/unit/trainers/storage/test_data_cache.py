@@ -1,4 +1,4 @@
-"""The cache of prepared data: made once, whole or not at all, by whoever may."""
+"""The cache of prepared data: one process creates an entry once, and it is complete or missing."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from trainers.storage.data_cache import cache_root, make_once, tell_prepared, wa
 
 def fill(folder: Path) -> None:
     folder.mkdir()
-    (folder / "data").write_text("whole")
+    (folder / "data").write_text("complete")
 
 
-def test_it_is_made_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
+def test_parallel_callers_create_an_entry_once(tmp_path: Path) -> None:
     made: list[Path] = []
 
     def make(folder: Path) -> None:
@@ -42,8 +42,8 @@ def test_it_is_made_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"key", "key.lock"}
 
 
-def test_a_node_that_was_sooner_wins(tmp_path: Path) -> None:
-    """As where the file system knows no locks between nodes."""
+def test_the_entry_of_a_faster_node_is_kept(tmp_path: Path) -> None:
+    """This happens if the file system has no locks between nodes."""
 
     def make(folder: Path) -> None:
         fill(folder)
@@ -55,7 +55,7 @@ def test_a_node_that_was_sooner_wins(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     here = socket.gethostname()
@@ -73,7 +73,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert left == {"alive", "elsewhere"}
 
 
-def test_a_failure_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+def test_after_a_failure_the_entry_is_created_again(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         folder.mkdir()
         raise ValueError("planted")
@@ -85,10 +85,10 @@ def test_a_failure_leaves_nothing_that_is_used(tmp_path: Path) -> None:
     assert (tmp_path / "key" / "data").exists()
 
 
-def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_created_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=r"PHALANX_CACHE: .*file/data cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match=r"PHALANX_CACHE: .*file/data cannot be created: Not a directory"):
         cache_root()
 
 
@@ -99,19 +99,21 @@ def test_the_ranks_of_another_machine_wait_for_machine_0(
     for name in ("machine-0", "machine-1"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("PHALANX_LOG_DIR", str(tmp_path / "machine-1"))
-    wait_for_machine_0()  # with a cache of its own
+    wait_for_machine_0()  # this machine has its own cache
     monkeypatch.setenv(WAITS, "1")
     waits = threading.Thread(target=wait_for_machine_0)
     waits.start()
     waits.join(0.1)
     assert waits.is_alive()
-    tell_prepared()  # rank 0; the attempt's folder is the same
+    tell_prepared()  # as rank 0 does; both machines have the same attempt folder
     waits.join(10)
     assert not waits.is_alive()
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a Lustre that was mounted without them; what flock says there."""
+def test_an_entry_is_created_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flock fails in this way on Lustre that is mounted without locks."""
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint, which one a run goes on from, and who may go on in a run's folder."""
+"""Which folders are checkpoints, which one a run resumes from, and which process may use a run's folder."""
 
 from __future__ import annotations
 
@@ -52,10 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return fake_checkpoint(tmp_path, 5)
 
 
-# ----------------------------------------------------------------------------- a manifest, written and read
-
-
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = Manifest(
         step=7,
         layout=replace(ZERO2, world_size=8),
@@ -69,15 +66,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert written.bytes == 12
 
 
-def test_an_entry_is_the_path_the_size_and_the_hash(tmp_path: Path) -> None:
+def test_an_entry_has_the_path_the_size_and_the_hash(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     path = tmp_path / "shards" / "a"
     path.write_bytes(b"")
-    # XXH3's own value for no bytes at all.
+    # XXH3 of an empty file.
     assert entry_of(tmp_path, path) == FileEntry("shards/a", 0, "99aa06d3014798d86001c324468d497f")
 
 
-def test_a_file_longer_than_a_block_is_hashed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_longer_than_a_block_is_hashed_completely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a"
     path.write_bytes(os.urandom(1000))
     whole = manifest.hash_file(path)
@@ -85,11 +84,8 @@ def test_a_file_longer_than_a_block_is_hashed_whole(tmp_path: Path, monkeypatch:
     assert manifest.hash_file(path) == whole
 
 
-# ----------------------------------------------------------------------------------------------- damage
-
-
 @pytest.mark.parametrize("content", [False, True])
-def test_a_whole_checkpoint_has_no_complaint(checkpoint: Path, content: bool) -> None:
+def test_a_complete_checkpoint_verifies(checkpoint: Path, content: bool) -> None:
     assert complaint(checkpoint, content) is None
 
 
@@ -99,7 +95,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def rewrite(checkpoint: Path, **changes: Any) -> None:
-    """Puts other values into the manifest."""
+    """Change values in the manifest."""
     raw = json.loads((checkpoint / MANIFEST).read_text())
     (checkpoint / MANIFEST).write_text(json.dumps({**raw, **changes}))
 
@@ -111,9 +107,9 @@ def lose_both(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("content", [False, True])
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
-        (lambda c: (c / MANIFEST).unlink(), "it has no manifest.json, so its save did not end"),
+        (lambda c: (c / MANIFEST).unlink(), "it has no manifest.json, so its save did not finish"),
         (lambda c: cut(c / MANIFEST, 40), "its manifest.json cannot be read: "),
         (lambda c: (c / MANIFEST).write_bytes(b"\xff\xfe"), "its manifest.json cannot be read: "),
         (lambda c: cut(c / MANIFEST, 0), "its manifest.json cannot be read: "),
@@ -132,14 +128,16 @@ def lose_both(checkpoint: Path) -> None:
         (lose_both, "model.safetensors is missing (and 1 more)"),
     ],
 )
-def test_damage_is_told(checkpoint: Path, damage: Callable[[Path], Any], said: str, content: bool) -> None:
+def test_damage_is_reported(
+    checkpoint: Path, damage: Callable[[Path], Any], expected: str, content: bool
+) -> None:
     damage(checkpoint)
     found = complaint(checkpoint, content)
-    assert str(found).startswith(said)
+    assert str(found).startswith(expected)
     assert len(str(found).splitlines()) == 1
 
 
-def test_a_flipped_bit_is_found_by_reading_the_files(checkpoint: Path) -> None:
+def test_a_flipped_bit_is_found_only_if_the_content_is_read(checkpoint: Path) -> None:
     raw = bytearray((checkpoint / WEIGHTS).read_bytes())
     raw[4] ^= 1
     (checkpoint / WEIGHTS).write_bytes(raw)
@@ -147,7 +145,7 @@ def test_a_flipped_bit_is_found_by_reading_the_files(checkpoint: Path) -> None:
     assert complaint(checkpoint, content=True) == "model.safetensors has changed since it was written"
 
 
-def test_a_file_that_the_disk_no_longer_gives_is_damage(
+def test_a_file_that_the_disk_cannot_read_is_damage(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable(path: Path, sync: bool = False) -> str:
@@ -157,15 +155,12 @@ def test_a_file_that_the_disk_no_longer_gives_is_damage(
     assert "model.safetensors" in str(complaint(checkpoint, content=True))
 
 
-def test_a_file_beside_those_of_the_manifest_does_no_harm(checkpoint: Path) -> None:
+def test_an_additional_file_is_allowed(checkpoint: Path) -> None:
     (checkpoint / "notes.txt").write_text("mine")
     assert complaint(checkpoint, content=True) is None
 
 
-# ------------------------------------------------------------------------------------- which checkpoint
-
-
-def test_checkpoints_are_folders_in_the_order_of_their_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path: Path) -> None:
     for name in ("checkpoint-10", "checkpoint-9", "saving/checkpoint-11", "checkpoint-5-model",
                  "set-aside-1-checkpoint-12", "checkpoint-", "checkpoint-x"):  # fmt: skip
         (tmp_path / name).mkdir(parents=True)
@@ -173,102 +168,99 @@ def test_checkpoints_are_folders_in_the_order_of_their_steps(tmp_path: Path) -> 
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
-def test_the_step_of_a_checkpoint(tmp_path: Path) -> None:
+def test_the_name_of_a_checkpoint_has_its_step(tmp_path: Path) -> None:
     assert step_of(tmp_path / "checkpoint-12") == 12
     assert step_of(None) == 0
 
 
-def test_the_newest_that_verifies_is_taken_and_each_newer_one_said(tmp_path: Path) -> None:
+def test_the_newest_that_verifies_is_used_and_newer_ones_are_reported(tmp_path: Path) -> None:
     for step in (2, 4, 10, 20):
         fake_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-20" / MANIFEST).unlink()
     (tmp_path / "checkpoint-10" / WEIGHTS).unlink()
-    (tmp_path / "checkpoint-2" / WEIGHTS).unlink()  # older: nobody asks
+    (tmp_path / "checkpoint-2" / WEIGHTS).unlink()  # older, so it is not checked
     assert newest_usable(tmp_path, content=True) == (
         tmp_path / "checkpoint-4",
         [
-            f"passed over {tmp_path}/checkpoint-20: it has no manifest.json, so its save did not end",
-            f"passed over {tmp_path}/checkpoint-10: model.safetensors is missing",
+            f"skipped {tmp_path}/checkpoint-20: it has no manifest.json, so its save did not finish",
+            f"skipped {tmp_path}/checkpoint-10: model.safetensors is missing",
         ],
     )
 
 
-def test_content_that_changed_is_passed_over_where_it_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_with_changed_content_is_skipped_if_the_content_is_read(tmp_path: Path) -> None:
     for step in (4, 10):
         fake_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-10" / WEIGHTS).write_bytes(b"THE WEIGHTS")
     assert newest_usable(tmp_path, content=False) == (tmp_path / "checkpoint-10", [])
-    found, passed = newest_usable(tmp_path, content=True)
-    assert found == tmp_path / "checkpoint-4" and len(passed) == 1
+    found, skipped = newest_usable(tmp_path, content=True)
+    assert found == tmp_path / "checkpoint-4" and len(skipped) == 1
 
 
-def test_none_may_verify(checkpoint: Path) -> None:
+def test_if_no_checkpoint_verifies_the_result_is_none(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink()
-    found, passed = newest_usable(checkpoint.parent, content=True)
-    assert found is None and len(passed) == 1
+    found, skipped = newest_usable(checkpoint.parent, content=True)
+    assert found is None and len(skipped) == 1
 
 
 def resuming(resume: bool | str) -> TrainConfig:
     return TrainConfig(resume=resume)
 
 
-def test_without_resume_nothing_is_looked_for(checkpoint: Path) -> None:
+def test_without_resume_no_checkpoint_is_used(checkpoint: Path) -> None:
     assert resume_checkpoint(checkpoint.parent, resuming(False)) == (None, [])
 
 
-def test_there_is_nothing_to_resume_where_no_run_is(tmp_path: Path) -> None:
+def test_resume_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^resume: there is no run in .*Start without --resume"):
         resume_checkpoint(tmp_path, resuming(True))
 
 
-def test_a_run_that_wrote_no_checkpoint_begins_at_the_start(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     assert resume_checkpoint(tmp_path, resuming(True)) == (None, [])
 
 
-def test_resume_takes_the_newest_that_verifies(checkpoint: Path) -> None:
+def test_resume_uses_the_newest_that_verifies(checkpoint: Path) -> None:
     newer = fake_checkpoint(checkpoint.parent, 6)
     (newer / WEIGHTS).write_bytes(b"THE WEIGHTS")
-    found, passed = resume_checkpoint(checkpoint.parent, resuming(True))
+    found, skipped = resume_checkpoint(checkpoint.parent, resuming(True))
     assert found == checkpoint
-    assert passed == [f"passed over {newer}: model.safetensors has changed since it was written"]
+    assert skipped == [f"skipped {newer}: model.safetensors has changed since it was written"]
 
 
-def test_a_checkpoint_that_is_named_is_taken_from_anywhere(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_named_checkpoint_may_belong_to_another_folder(checkpoint: Path, tmp_path: Path) -> None:
     assert resume_checkpoint(tmp_path / "other", resuming(str(checkpoint))) == (checkpoint, [])
 
 
-def test_a_checkpoint_that_is_named_must_verify(checkpoint: Path) -> None:
+def test_a_named_checkpoint_must_verify(checkpoint: Path) -> None:
     older = fake_checkpoint(checkpoint.parent, 3)
     (checkpoint / WEIGHTS).write_bytes(b"THE WEIGHTS")
     with pytest.raises(ConfigError) as error:
         resume_checkpoint(checkpoint.parent, resuming(str(checkpoint)))
     assert str(error.value) == (
         f"resume: {checkpoint} cannot be used: model.safetensors has changed since it was written. "
-        "resume: true takes the newest that can."
+        "resume: true uses the newest checkpoint that verifies."
     )
     assert resume_checkpoint(checkpoint.parent, resuming(str(older))) == (older, [])
 
 
-def test_a_folder_of_another_name_is_no_checkpoint(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a checkpoint: a folder checkpoint-N of a run"):
+def test_a_folder_with_another_name_is_not_a_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a checkpoint\. Give a folder checkpoint-N of a run"):
         resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent)))
 
 
-def test_a_checkpoint_that_is_not_there_is_not_said_to_be_unfinished(checkpoint: Path) -> None:
+def test_a_missing_checkpoint_is_not_reported_as_incomplete(checkpoint: Path) -> None:
     with pytest.raises(ConfigError) as error:
         resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent / "checkpoint-500")))
-    assert "save did not end" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------ the past that is left
+    assert "save did not finish" not in str(error.value)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_checkpoints_after_the_one_that_is_named_get_another_name(tmp_path: Path) -> None:
+def test_checkpoints_after_the_named_one_are_renamed(tmp_path: Path) -> None:
     for step in (3, 5, 10):
         fake_checkpoint(tmp_path, step)
     set_aside_later(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
@@ -280,7 +272,7 @@ def test_checkpoints_after_the_one_that_is_named_get_another_name(tmp_path: Path
 
 
 @pytest.mark.parametrize("resume", [True, False, "elsewhere/checkpoint-1"])
-def test_else_no_checkpoint_is_renamed(
+def test_in_other_cases_no_checkpoint_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool | str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -289,8 +281,6 @@ def test_else_no_checkpoint_is_renamed(
     set_aside_later(Path("run"), resuming(resume))
     assert names(tmp_path / "run") == ["checkpoint-10"]
 
-
-# ----------------------------------------------------------------------------------- one run in one folder
 
 HOLD = """
 import sys, time
@@ -304,8 +294,8 @@ time.sleep(60)
 
 @pytest.fixture
 def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which holds the run's folder."""
-    monkeypatch.setattr(run_folder, "_held", [])  # what this test holds ends with it
+    """Another process, which holds the lock of the run's folder."""
+    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
     argv = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "it is mine\n"
@@ -314,23 +304,25 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproces
 
 
 def test_a_second_process_is_refused(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"run is in use: .*\(process {other.pid} on .*another project_na"):
+    with pytest.raises(
+        ConfigError, match=rf"run is in use by another run \(process {other.pid} on .*another project_na"
+    ):
         hold(tmp_path / "run")
     with pytest.raises(ConfigError, match=rf"\(process {other.pid} on "):
-        hold(tmp_path / "run")  # to be refused leaves the owner's name
+        hold(tmp_path / "run")  # a refusal does not remove the owner's name
 
 
-def test_the_folder_is_free_when_its_process_is_gone(other: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_the_folder_is_free_when_its_process_has_ended(other: subprocess.Popen[str], tmp_path: Path) -> None:
     other.kill()
     other.wait()
     hold(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_file_system_without_locks(
+def test_on_a_file_system_without_locks_only_local_processes_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a Lustre that was mounted without them; what flock says there."""
+    """flock fails in this way on Lustre that is mounted without locks."""
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -338,54 +330,54 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     hold(tmp_path / "run")
     assert (
-        "run cannot be locked (Function not implemented); start no second run there"
+        "run cannot be locked (Function not implemented); do not start a second run in it"
         in capsys.readouterr().out
     )
     assert holder(tmp_path / "run") == (os.getpid(), socket.gethostname())
     (tmp_path / "run" / ".lock").write_text("process 1 on another\n")
-    assert holder(tmp_path / "run") is None, "whether it lives cannot be known from here"
+    assert holder(tmp_path / "run") is None, "this machine cannot know whether that process is alive"
 
 
-def test_two_folders_are_two_runs(other: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) -> None:
     hold(tmp_path / "second")
 
 
-# --------------------------------------------------------------------------------------- on other ranks
-
-
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "expected"),
     [
         (DDP, DDP, None),
-        (DDP, ONE, None),  # each rank has all of the state, and the global batch is the same
+        (DDP, ONE, None),  # each rank has the full state, and the global batch is the same
         (ONE, DDP, None),
         (FSDP, replace(FSDP, world_size=4, gradient_accumulation=2), None),
         (FSDP, replace(FSDP, world_size=1, gradient_accumulation=8), None),
         (ZERO2, ZERO2, None),
-        (DDP, FSDP, "it was written by ddp, which fsdp cannot read. Go on with distributed_backend: ddp, or "
-                    "begin a run from its weights (phalanx consolidate)."),
-        (ONE, FSDP, "it was written by ddp, which fsdp cannot read. Go on with distributed_backend: none,"),
-        (FSDP, DDP, "it was written by fsdp, which ddp cannot read. Go on with distributed_backend: fsdp,"),
+        (DDP, FSDP, "it was written by ddp, which fsdp cannot read. Continue with distributed_backend: ddp, "
+                    "or start a new run from its weights (phalanx consolidate)."),
+        (ONE, FSDP,
+         "it was written by ddp, which fsdp cannot read. Continue with distributed_backend: none,"),
+        (FSDP, DDP,
+         "it was written by fsdp, which ddp cannot read. Continue with distributed_backend: fsdp,"),
         (FSDP, ZERO2, "it was written by fsdp, which ZeRO 2 cannot read."),
         (ZERO2, replace(ZERO2, zero_stage=3),
-         "it was written by ZeRO 2, which ZeRO 3 cannot read. Go on with distributed_backend: deepspeed and "
-         "zero_stage: 2, or begin"),
+         "it was written by ZeRO 2, which ZeRO 3 cannot read. Continue with distributed_backend: deepspeed "
+         "and zero_stage: 2, or start"),
         (ZERO2, replace(ZERO2, world_size=4, gradient_accumulation=2),
-         "it holds ZeRO's shards of 2 ranks, which 4 cannot read. Go on with num_processes: 2, or begin"),
+         "it has the ZeRO shards of 2 ranks, but this run has a world size of 4. Continue with "
+         "num_processes: 2, or start"),
         (DDP, replace(DDP, world_size=3),
-         "a step of it held 16 (2 ranks x batch_size 2 x gradient_accumulation 4), and one of this run holds "
+         "its global batch is 16 (2 ranks x batch_size 2 x gradient_accumulation 4), but that of this run is "
          "24 (3 ranks x batch_size 2 x gradient_accumulation 4). Choose batch_size and gradient_acc"),
-        (FSDP, replace(FSDP, world_size=4), "a step of it held 16 (2 ranks x "),
+        (FSDP, replace(FSDP, world_size=4), "its global batch is 16 (2 ranks x "),
     ],
 )  # fmt: skip
-def test_which_layouts_go_on_from_which(then: Layout, now: Layout, said: str | None) -> None:
+def test_which_layouts_can_resume_from_which(then: Layout, now: Layout, expected: str | None) -> None:
     why = misfit(then, now)
-    assert why is None if said is None else str(why).startswith(said)
+    assert why is None if expected is None else str(why).startswith(expected)
 
 
 @pytest.fixture
 def asked(work: Path, packages: object) -> Callable[..., Run]:
-    """`asked(ranks=4)`: the run that resumes `run` with these flags, as it is started."""
+    """`asked(ranks=4)` returns the run that resumes `run` with these flags, as the launcher starts it."""
 
     def make(ranks: int, **flags: Any) -> Run:
         given = {"trainer": "sft", "model": "model", "project_name": "run", "resume": True,
@@ -398,7 +390,9 @@ def asked(work: Path, packages: object) -> Callable[..., Run]:
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
-def test_other_ranks_keep_the_global_batch(asked: Callable[..., Run], ranks: int, accumulation: int) -> None:
+def test_another_number_of_ranks_keeps_the_global_batch(
+    asked: Callable[..., Run], ranks: int, accumulation: int
+) -> None:
     fake_checkpoint(Path("run"), 5)
     backend = "none" if ranks == 1 else "ddp"
     run = asked(ranks, distributed_backend=backend)
@@ -410,9 +404,9 @@ def test_other_ranks_keep_the_global_batch(asked: Callable[..., Run], ranks: int
         assert run.settings.sources["gradient_accumulation"] == why
 
 
-def test_ranks_that_cannot_keep_the_global_batch_are_refused(asked: Callable[..., Run]) -> None:
+def test_a_number_of_ranks_that_cannot_keep_the_global_batch_is_refused(asked: Callable[..., Run]) -> None:
     fake_checkpoint(Path("run"), 5)
-    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: a step of it held 16 \(2 ranks"):
+    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: its global batch is 16 \(2 ranks"):
         asked(3, distributed_backend="ddp")
 
 
