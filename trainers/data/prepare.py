@@ -27,6 +27,7 @@ from trainers.data.files import Split, column_names, find_split, place_of, rows
 from trainers.data.preference_rows import check_label_balance
 from trainers.data.sampler import count_packs
 from trainers.data.samples import COUNTS, RowError
+from trainers.rank.library_patches import replaced
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
 
@@ -172,6 +173,7 @@ def _from_hub(split: Split, config: TrainConfig) -> Dataset:
 
 
 def _load_files(split: Split, cache: Path) -> Dataset:
+    import datasets
     from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -182,7 +184,11 @@ def _load_files(split: Split, cache: Path) -> Dataset:
         text = Features({name: Value("string") for name in column_names(split)})
         options = {"features": text, "keep_default_na": False}
     try:
-        data = load_dataset(split.format, data_files=files, split="train", cache_dir=str(cache), **options)
+        # datasets would report the load of local files to the hub, and wait for it where there is no network.
+        with replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False):
+            data = load_dataset(
+                split.format, data_files=files, split="train", cache_dir=str(cache), **options
+            )
     except DatasetGenerationError as error:
         for _ in rows(split):  # raises an error with file and line if a row is malformed
             pass
