@@ -66,18 +66,18 @@ def phalanx(folder: Path, options: Namespace, read: bool) -> Result:
     """Plan the packs, and with `read` also read every pack as the trainer does."""
     from datasets import load_from_disk
 
-    from trainers.data.collators import FlatCollator, PieceRows
-    from trainers.data.packing import plan_packs, whole_rows
-    from trainers.data.sampler import row_lengths
+    from trainers.data.collators import FlatCollator, PieceDataset
+    from trainers.data.packing import plan_packs, whole_samples
+    from trainers.data.sampler import sample_lengths
 
     rows = load_from_disk(folder).with_format("numpy")
     with PeakOwnMemory() as own:
         began = time.perf_counter()
-        lengths = row_lengths(rows)
+        lengths = sample_lengths(rows)
         order, offsets = plan_packs(lengths, options.length, options.seed)
         result = {"plan": time.perf_counter() - began, "packs": len(offsets) - 1}
         if read:
-            pieces, collate = PieceRows(rows, whole_rows(lengths)), FlatCollator()
+            pieces, collate = PieceDataset(rows, whole_samples(lengths)), FlatCollator()
             packs = itertools.pairwise(offsets)
             result |= count(collate(pieces.__getitems__(order[a:b].tolist())) for a, b in packs)
     return result | {"grown": own.grown}

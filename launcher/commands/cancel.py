@@ -8,11 +8,11 @@ import signal
 import socket
 from pathlib import Path
 
-from launcher.slurm.job import ENDED, NoAnswer, NoSlurm, ask, facts
+from launcher.slurm.job import ENDED, ControllerUnreachable, SlurmError, ask, facts
 from launcher.slurm.journal import ended, jobs
-from launcher.slurm.run_state import AT_WORK, find_runs
+from launcher.slurm.run_state import ACTIVE_STATES, find_runs
 from trainers.config.errors import ConfigError
-from trainers.storage.run_folder import holder
+from trainers.storage.run_folder import lock_owner
 
 HELP = "end runs; they save first"
 USAGE = "RUN|JOB"
@@ -29,7 +29,7 @@ def run(target: str) -> int:
         for job in [found.job] if found.job else jobs(found.folder):
             try:
                 lines += [_cancel_job(found.folder, job)]
-            except NoAnswer as error:
+            except ControllerUnreachable as error:
                 raise ConfigError(f"{found.folder}: job {job}: {error}") from None
         if not any(lines):
             lines = ["it is not running" if found.job else _cancel_process(found.folder)]
@@ -45,11 +45,11 @@ def _cancel_job(folder: Path, job: str) -> str | None:
     """
     try:
         state = facts(job)["JobState"]
-    except NoAnswer:
+    except ControllerUnreachable:
         raise
-    except NoSlurm:
+    except SlurmError:
         return None
-    if state in ENDED or (ended(folder, job) and state in AT_WORK):
+    if state in ENDED or (ended(folder, job) and state in ACTIVE_STATES):
         return None
     try:
         if state == "RUNNING" and _has_begun(job):
@@ -59,7 +59,7 @@ def _cancel_job(folder: Path, job: str) -> str | None:
             ask("scancel", "--signal=TERM", job)
             return f"job {job} saves and ends"
         ask("scancel", job)
-    except NoSlurm as error:
+    except SlurmError as error:
         raise ConfigError(f"{folder}: job {job}: {error}") from None
     return f"job {job} was {state} and is cancelled"
 
@@ -73,7 +73,7 @@ def _has_begun(job: str) -> bool:
 
 def _cancel_process(folder: Path) -> str:
     """Stop a run that has no SLURM job, and return what was done."""
-    if (held := holder(folder)) is None:
+    if (held := lock_owner(folder)) is None:
         return "it is not running"
     pid, host = held
     if host != socket.gethostname():

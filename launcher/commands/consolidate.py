@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.rank.say import say
-from trainers.storage.manifest import CHECKPOINT_PREFIX, complaint, newest_usable
+from trainers.storage.manifest import CHECKPOINT_PREFIX, newest_usable, why_unusable
 
 HELP = "convert a checkpoint (of a run: the newest) to an ordinary Hugging Face model folder"
 USAGE = "RUN|CHECKPOINT [--output FOLDER]"
@@ -28,7 +28,7 @@ def run(source: Path, output: Path | None) -> int:
     """
     if source.name.startswith(CHECKPOINT_PREFIX):
         checkpoint: Path | None = source
-        if why := complaint(source, content=True):
+        if why := why_unusable(source, content=True):
             raise ConfigError(
                 f"{source}: {why}. Give the run's folder to use another checkpoint, if one verifies."
             )

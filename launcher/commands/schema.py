@@ -25,7 +25,7 @@ def json_schema() -> dict[str, Any]:
     from pydantic import ConfigDict, Field, create_model
 
     from launcher.config import LaunchConfig, SlurmConfig
-    from trainers.config.field_types import Word
+    from trainers.config.field_types import OptionalText
     from trainers.config.names import ALIASES, COLUMN_KEYS, DATA_KEYS, HUB_KEYS, SWITCHES, TASKS, TOP_KEYS
     from trainers.config.schema import TrainConfig
 
@@ -43,7 +43,7 @@ def json_schema() -> dict[str, Any]:
         params[key] = (bool, Field(on == "full", description=f"true: {name} is {on}. false: it is {off}."))
     top_level: dict[str, Any] = {
         "task": (Literal[TASKS], ...),
-        "backend": (Word, Field("local", description="AutoTrain's key; only local.")),
+        "backend": (OptionalText, Field("local", description="AutoTrain's key; only local.")),
         **pick(TOP_KEYS),
         "data": (data, ...),
         "params": (create_model("Params", __base__=TrainConfig, **params), {}),

@@ -12,8 +12,8 @@ from typing import Any
 
 from launcher.config import Run, SlurmConfig, load_run
 from launcher.parser import add_config_flags
-from launcher.slurm.arrays import LIST, Task, numbered, swept
-from launcher.slurm.job import NoSlurm, ask
+from launcher.slurm.arrays import LIST, Task, numbered_tasks, sweep_tasks
+from launcher.slurm.job import SlurmError, ask
 from launcher.slurm.journal import note
 from launcher.slurm.request import TRAIN, check, check_no_secret, sbatch_argv
 from trainers.config.errors import ConfigError
@@ -75,10 +75,10 @@ def plan(config: Path | None, flags: Mapping[str, Any], array: str | None) -> tu
             run = load_run(config, flags)
             check(run)
             return [Task(run)], sbatch_argv(_with_job_name(run), [str(TRAIN), *common])
-        tasks = numbered(config, flags, array)
+        tasks = numbered_tasks(config, flags, array)
         return tasks, sbatch_argv(_with_job_name(tasks[0].run, config), [str(TRAIN), *common], array)
     file, _, at_once = array.partition("%")
-    tasks = swept(config, flags, Path(file))
+    tasks = sweep_tasks(config, flags, Path(file))
     numbers = f"1-{len(tasks)}" + (f"%{at_once}" if at_once else "")
     if not LIST.fullmatch(numbers):
         raise ConfigError(
@@ -96,7 +96,7 @@ def submit(tasks: Sequence[Task], argv: Sequence[str]) -> str:
     """
     try:
         job = ask(*argv[:1], "--parsable", *argv[1:]).partition(";")[0]
-    except NoSlurm as error:
+    except SlurmError as error:
         raise ConfigError(f"{error}") from None
     for task in tasks:
         note(task.run.folder, job if task.index is None else f"{job}_{task.index}")

@@ -54,7 +54,7 @@ def _train(run: Run, layout: Topology) -> int:
         chosen = backend.resolve_backend(run, layout)
         preflight.preflight(run)
         cache_root()  # checked here and not on the login node: a node may have another disk
-        run = resume_layout.fitted(run, layout, chosen)
+        run = resume_layout.with_kept_global_batch(run, layout, chosen)
         for note in run.settings.notes:
             say("note", note)
         where = "GPU" if layout.on_gpu else "CPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def hosts(nodelist: str) -> list[str]:
+def expand_nodelist(nodelist: str) -> list[str]:
     """Return the names in a list of nodes: node[08-10,12] -> node08, node09, node10, node12.
 
     A name may have several brackets.

@@ -16,7 +16,7 @@ from trainers.data.columns import check_split
 from trainers.data.files import find_split
 from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.run_folder import check_free
-from trainers.storage.sizes import in_words
+from trainers.storage.sizes import format_bytes
 
 
 def preflight(run: Run) -> None:
@@ -62,9 +62,9 @@ def check_disk(folder: Path, train: TrainConfig) -> None:
     checkpoint, model = predict_disk(parameters, train)
     if checkpoint + model > free:
         raise ConfigError(
-            f"project_name: a checkpoint of this run needs about {in_words(checkpoint)} and its final model "
-            f"{in_words(model)} (predicted), but {existing} has only {in_words(free)} free. Free some space, "
-            "or give a project_name on another disk."
+            f"project_name: a checkpoint of this run needs about {format_bytes(checkpoint)} and its final "
+            f"model {format_bytes(model)} (predicted), but {existing} has only {format_bytes(free)} free. "
+            "Free some space, or give a project_name on another disk."
         )
 
 

@@ -8,11 +8,11 @@ from launcher.config import Run
 from launcher.plan.backend import AUTOTRAIN_ZERO_STAGE, Backend
 from launcher.plan.topology import Topology
 from trainers.config.errors import ConfigError
-from trainers.storage.manifest import Layout, misfit, read_manifest
+from trainers.storage.manifest import Layout, read_manifest, why_layouts_differ
 from trainers.storage.run_folder import resume_checkpoint
 
 
-def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
+def with_kept_global_batch(run: Run, topology: Topology, backend: Backend) -> Run:
     """Return the run with the gradient_accumulation that keeps the global batch of its checkpoint.
 
     Raises:
@@ -26,13 +26,13 @@ def fitted(run: Run, topology: Topology, backend: Backend) -> Run:
     accumulation, rest = divmod(then.global_batch, now.world_size * now.batch_size)
     if now.world_size != then.world_size and accumulation and not rest:
         now = replace(now, gradient_accumulation=accumulation)
-    if why := misfit(then, now):
+    if why := why_layouts_differ(then, now):
         raise ConfigError(f"resume: {checkpoint}: {why}")
     if now.gradient_accumulation == run.train.gradient_accumulation:
         if now.global_batch != then.global_batch and run.train.token_budget is None:
             run.settings.notes.append(
-                f"a step of {checkpoint} had {then.batch_in_words}, and a step of this run has "
-                f"{now.batch_in_words}: the data continues by steps, so some rows are skipped or repeated."
+                f"a step of {checkpoint} had {then.batch_text}, and a step of this run has "
+                f"{now.batch_text}: the data continues by steps, so some rows are skipped or repeated."
             )
         return run
     kept = f"{checkpoint.name} was written by {then.world_size} ranks and the global batch is kept"

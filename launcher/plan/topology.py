@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from launcher.config import LaunchConfig
-from launcher.plan.nodelist import hosts
+from launcher.plan.nodelist import expand_nodelist
 from trainers.config.errors import ConfigError
 from trainers.config.requirements import cpu_computes_bf16
 
@@ -150,7 +150,7 @@ def resolve_topology(
 def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     try:
-        found = hosts(nodes)
+        found = expand_nodelist(nodes)
     except ValueError:
         found = []
     if not found:

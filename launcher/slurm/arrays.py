@@ -27,7 +27,7 @@ class Task:
     index: int | None = None
 
 
-def numbered(config: Path, flags: Mapping[str, Any], array: str) -> list[Task]:
+def numbered_tasks(config: Path, flags: Mapping[str, Any], array: str) -> list[Task]:
     """Return the run of each task number. The config reads the number as ${SLURM_ARRAY_TASK_ID}."""
     tasks = []
     for number in _numbers(array):
@@ -51,7 +51,7 @@ def _numbers(array: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def swept(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> list[Task]:
+def sweep_tasks(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> list[Task]:
     """Return the run of each line of a file."""
     tasks = []
     for number, line in enumerate(_lines(sweep), start=1):

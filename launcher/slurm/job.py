@@ -23,11 +23,11 @@ ENDED = frozenset({
 _NO_ANSWER = re.compile(r"contact slurm controller|timed out|Connection refused", re.I)
 
 
-class NoSlurm(Exception):
+class SlurmError(Exception):
     """A SLURM command is not installed, or it failed. The message is the command's own."""
 
 
-class NoAnswer(NoSlurm):
+class ControllerUnreachable(SlurmError):
     """The controller does not answer now, so nothing is known about the job."""
 
 
@@ -35,18 +35,18 @@ def ask(*argv: str) -> str:
     """Run a SLURM command and return what it prints.
 
     Raises:
-        NoSlurm: the command is not installed, or it failed.
-        NoAnswer: the controller does not answer.
+        SlurmError: the command is not installed, or it failed.
+        ControllerUnreachable: the controller does not answer.
     """
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise NoAnswer(f"{argv[0]}: {error}") from None
+        raise ControllerUnreachable(f"{argv[0]}: {error}") from None
     except OSError as error:
-        raise NoSlurm(f"{argv[0]}: {error}") from None
+        raise SlurmError(f"{argv[0]}: {error}") from None
     if done.returncode:
         printed = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        kind = NoAnswer if _NO_ANSWER.search(printed[-1]) else NoSlurm
+        kind = ControllerUnreachable if _NO_ANSWER.search(printed[-1]) else SlurmError
         raise kind(f"{argv[0]}: {printed[-1].removeprefix(f'{argv[0]}: ')}")
     return done.stdout.strip()
 
@@ -97,8 +97,8 @@ def end_time(environ: Mapping[str, str] = os.environ) -> float | None:
     try:
         end = ask("squeue", "-h", "-j", job, "-o", "%e")
         return time.mktime(time.strptime(end.splitlines()[0], "%Y-%m-%dT%H:%M:%S"))
-    except (NoSlurm, ValueError, IndexError) as error:  # "N/A": no limit
-        if isinstance(error, NoSlurm):
+    except (SlurmError, ValueError, IndexError) as error:  # "N/A": no limit
+        if isinstance(error, SlurmError):
             say("note", f"the job's time limit is unknown: {error}")
         return None
 
@@ -107,7 +107,7 @@ def preempted(job: str) -> bool:
     """Whether a running job is being preempted. It then has its partition's GraceTime to end."""
     try:
         return facts(job).get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
-    except NoSlurm as error:
+    except SlurmError as error:
         say("note", f"it is unknown whether the job is preempted: {error}")
         return False
 
@@ -126,7 +126,7 @@ def requeue(job: str) -> bool:
             return False
         say("requeue", f"job {job} is requeued; the run resumes when the job starts again")
         ask("scontrol", "requeue", job)
-    except NoSlurm as error:
+    except SlurmError as error:
         say("note", f"the job cannot be requeued: {error}")
         return False
     return True

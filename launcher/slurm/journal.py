@@ -56,7 +56,7 @@ def ended(folder: Path, job: str) -> bool:
     return bool(entries) and "end" in entries[-1]
 
 
-def starts_in_vain(folder: Path, job: str) -> int:
+def starts_without_progress(folder: Path, job: str) -> int:
     """Return how many starts of a job in a row, before the last one, made no progress.
 
     If one start of a job has several runs in the same folder, one after the other, they count as one.

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.slurm.job import NoAnswer, NoSlurm, facts
+from launcher.slurm.job import ControllerUnreachable, SlurmError, facts
 from launcher.slurm.journal import JOBS, ended, jobs, last_job
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
-from trainers.storage.run_folder import PROGRESS, RECORD, holder, holds_run
+from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
 
-AT_WORK = ("RUNNING", "COMPLETING")
+ACTIVE_STATES = ("RUNNING", "COMPLETING")
 UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
 
 
@@ -83,13 +83,13 @@ def state_of(folder: Path, job: str | None) -> tuple[str, str | None, int]:
             known = facts(job)
             reason, state = known.get("Reason", "None"), known["JobState"]
             # A job may have several runs, one after the other.
-            if not (ended(folder, job) and state in AT_WORK):
+            if not (ended(folder, job) and state in ACTIVE_STATES):
                 return state, None if reason == "None" else reason, int(known.get("Restarts", "0"))
-        except NoAnswer as error:
+        except ControllerUnreachable as error:
             return UNKNOWN, str(error), 0
-        except NoSlurm:
+        except SlurmError:
             pass  # SLURM no longer knows the job, or this machine has no SLURM
-    if holder(folder) is not None:
+    if lock_owner(folder) is not None:
         return "running", None, 0
     return ("ended" if (folder / RECORD).exists() and _has_model(folder) else "stopped"), None, 0
 

@@ -28,7 +28,7 @@ class Outcome:
     # rank -> exit code, without ranks that the launcher killed
     exits: dict[int, int] = field(default_factory=dict)
     hang: Hang | None = None
-    cut: bool = False  # ended on this machine because it had ended on another one
+    ended_elsewhere: bool = False  # ended on this machine because it had ended on another one
 
     @property
     def first(self) -> int | None:

@@ -77,7 +77,7 @@ class Failure:
     stack: str = ""
     waits: bool = False  # a rank that waits for others: the hang may be in another rank
 
-    def mendable(self, restart_on_nan: bool) -> bool:
+    def restart_may_help(self, restart_on_nan: bool) -> bool:
         """Whether a restart may fix the failure."""
         if self.code == USAGE_ERROR or self.repeats:
             return False
@@ -116,7 +116,7 @@ def diagnose(outcome: Outcome) -> Failure:
             return Failure(rank, f"killed by {signal.Signals(-code).name}{hint}", KILLED)
     if notes:
         return _from_note(notes[0])
-    if outcome.cut:
+    if outcome.ended_elsewhere:
         return Failure(None, "the attempt ended on another machine", PEER_LOST)
     for rank, code in outcome.exits.items():
         if code:

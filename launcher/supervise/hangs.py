@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.rank.heartbeat import Beat, beat_file, read_beat
+from trainers.rank.heartbeat import Heartbeat, heartbeat_file, read_heartbeat
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import STACK_SIGNAL
 
@@ -23,7 +23,7 @@ STEPS = 10  # the default timeout in median steps
 # and a busy machine does not delay them that long.
 ASLEEP = 20.0
 STACK_SECONDS = 2.0  # time for a rank to write its stack
-_PREFIX = "phalanx-beats-"
+_PREFIX = "phalanx-heartbeats-"
 # The innermost frames of a rank that waits for other ranks: it does not hang itself.
 _WAITING = re.compile(
     r"torch/distributed/|torch/autograd/|torch/_tensor\.py|agreement\.py|deepspeed/comm/|"
@@ -37,7 +37,7 @@ class Hang:
 
     rank: int
     seconds: float
-    beat: Beat
+    beat: Heartbeat
     stopped: bool  # by SIGSTOP or a debugger
     stack: str
 
@@ -53,7 +53,7 @@ class Hang:
         return f"{state}: no heartbeat for {self.seconds:.0f} s, {at}"
 
 
-def make_beats_folder() -> Path:
+def make_heartbeat_folder() -> Path:
     """Create a folder on this machine for the heartbeats, and remove those of launchers that were killed."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{_PREFIX}*"):
@@ -63,7 +63,7 @@ def make_beats_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 
-class Wakefulness:
+class SuspensionDetector:
     """The time since which this process has looked without a long pause.
 
     If a job is suspended (preemption, `scontrol suspend`, a closed laptop), all its processes stop, but the
@@ -83,7 +83,7 @@ class Wakefulness:
 
 
 def find_hang(
-    beats: Path, ranks: Mapping[int, int], timeout: float | None, files: AttemptFiles, awake: float = 0.0
+    heartbeats: Path, ranks: Mapping[int, int], timeout: float | None, files: AttemptFiles, awake: float = 0.0
 ) -> Hang | None:
     """Return the rank that hangs, if a rank has sent no heartbeat for `timeout` seconds; else None.
 
@@ -92,7 +92,9 @@ def find_hang(
     else it has sent the fewest heartbeats. Time before `awake` does not count: the ranks were suspended.
     """
     now = time.monotonic()
-    last = {rank: beat for rank in ranks if (beat := read_beat(beat_file(beats, rank))) is not None}
+    last = {
+        rank: beat for rank in ranks if (beat := read_heartbeat(heartbeat_file(heartbeats, rank))) is not None
+    }
     silent = {rank: now - max(beat.time, awake) for rank, beat in last.items()}
     suspects = [rank for rank, beat in last.items() if silent[rank] > limit(beat, timeout)]
     if not suspects:
@@ -113,7 +115,7 @@ def find_hang(
     return Hang(rank, silent[rank], last[rank], stopped[rank], stacks.get(rank, ""))
 
 
-def limit(beat: Beat, timeout: float | None) -> float:
+def limit(beat: Heartbeat, timeout: float | None) -> float:
     """Return how many seconds a rank may send no heartbeat."""
     if timeout == 0:
         return float("inf")

@@ -114,10 +114,10 @@ class WarmLaunch:
     """Ranks that a warm parent has forked."""
 
     def __init__(
-        self, parent: WarmParent, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
+        self, parent: WarmParent, argv: list[str], environ: Mapping[str, str], not_needed: Callable[[], bool]
     ) -> None:
         self.parent = parent
-        self.pids = parent.start(argv, environ, given_up)
+        self.pids = parent.start(argv, environ, not_needed)
         self.codes: dict[int, int] = {}
 
     def ranks(self) -> dict[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.supervise.diagnosis import Failure
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, ConfigError
 from trainers.rank.protocol import LAUNCH
-from trainers.storage.run_folder import write_whole
+from trainers.storage.run_folder import write_atomically
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Order:
 class Ended:
     """How an attempt ended on a machine.
 
-    `stopped` is the signal that ended it (0: none), `saved` what was saved, `gone` whether the machine itself
+    `stopped` is the signal that ended it (0: none), `saved` what was saved, `lost` whether the machine itself
     is lost.
     """
 
@@ -40,7 +40,7 @@ class Ended:
     failure: Failure | None = None
     stopped: int = 0
     saved: str = ""
-    gone: bool = False
+    lost: bool = False
 
     @property
     def early(self) -> bool:
@@ -48,7 +48,7 @@ class Ended:
         return self.failure is not None or (self.stopped > 0 and not self.saved)
 
 
-class GoneMachine(Exception):
+class MachineLost(Exception):
     """Machine 0 sends no heartbeat, so no machine can decide what is next."""
 
 
@@ -59,7 +59,7 @@ def first_cause(ended: list[Ended]) -> tuple[Ended, Failure]:
         failed,
         key=lambda pair: (
             pair[1].code != OUT_OF_MEMORY,
-            pair[1].code == PEER_LOST and not pair[0].gone,
+            pair[1].code == PEER_LOST and not pair[0].lost,
             pair[1].waits,
             pair[0].time,
         ),
@@ -87,7 +87,7 @@ class StoppedWaiting(Exception):
 
 
 def write_message(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(value))
+    write_atomically(path, json.dumps(value))
 
 
 def _text(path: Path) -> str | None:

@@ -27,11 +27,11 @@ from typing import Any
 
 from launcher.plan.topology import Topology
 from launcher.supervise.diagnosis import Failure
-from launcher.supervise.hangs import Wakefulness
+from launcher.supervise.hangs import SuspensionDetector
 from launcher.supervise.machine_messages import (
     AnotherRefused,
     Ended,
-    GoneMachine,
+    MachineLost,
     Order,
     StoppedWaiting,
     read_ended,
@@ -41,7 +41,7 @@ from launcher.supervise.machine_messages import (
 )
 from trainers.config.errors import PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
-from trainers.storage.data_cache import FORGOTTEN, cache_root
+from trainers.storage.data_cache import ABANDONED_SECONDS, cache_root
 
 JOIN_SECONDS = 600.0  # for all machines to start: environments are set up, file systems are slow
 GONE_SECONDS = 60.0  # without a heartbeat; a network file system may show a file that late
@@ -53,9 +53,9 @@ class Machines:
     """This machine among the machines of a run."""
 
     def __init__(
-        self, folder: Path, topology: Topology, given_up: Callable[[], bool], start_id: str | None = None
+        self, folder: Path, topology: Topology, not_needed: Callable[[], bool], start_id: str | None = None
     ) -> None:
-        self.run_folder, self.given_up, self.start_id = folder, given_up, start_id
+        self.run_folder, self.not_needed, self.start_id = folder, not_needed, start_id
         self.rank, self.count = topology.machine_rank, topology.num_machines
         self.ranks = f"{topology.num_processes} ranks on {'GPUs' if topology.on_gpu else 'CPUs'}"
         self.others = [number for number in range(self.count) if number != self.rank]
@@ -66,7 +66,7 @@ class Machines:
         self.mark: Path | None = None  # machine 0's file in its cache
         self.counter = 0
         self.heard: dict[int, tuple[int, float]] = {}  # machine -> its last heartbeat, and when it changed
-        self.awake = Wakefulness()
+        self.awake = SuspensionDetector()
         self.looked = 0.0
 
     def join(self, order: Callable[[], Order]) -> Order:
@@ -113,7 +113,7 @@ class Machines:
         root = cache_root()
         for left in root.glob(f"{MARK}*"):
             with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > FORGOTTEN:
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
         with contextlib.suppress(OSError):
             (root / f"{MARK}{self.word}").touch()
@@ -146,13 +146,13 @@ class Machines:
             ConfigError: JOIN_SECONDS have passed.
         """
         end = time.monotonic() + JOIN_SECONDS
-        while time.monotonic() < end and not self.given_up():
+        while time.monotonic() < end and not self.not_needed():
             for path in sorted(self._folder.glob(f"refused-{self.start_id}-*.json")):
                 if refused := read_message(path):
                     raise AnotherRefused(f"machine {refused['machine']} does not start: {refused['why']}")
             yield
             time.sleep(LOOK_SECONDS)
-        if self.given_up():
+        if self.not_needed():
             raise StoppedWaiting
         present = {number for number in self.others if (self._folder / f"member-{number}.json").exists()}
         missing = [0] if self.rank else sorted(set(self.others) - present)
@@ -162,7 +162,7 @@ class Machines:
             f"machine_rank. All must see the same {self.run_folder} (on a shared file system)."
         )
 
-    def elsewhere(self) -> Ended | None:
+    def end_on_other_machine(self) -> Ended | None:
         """Send a heartbeat. Return how the attempt ended on another machine, if this one must end too."""
         if self.count == 1 or time.monotonic() - self.looked < self.pause:
             return None
@@ -191,7 +191,7 @@ class Machines:
         """Wait until the attempt has ended on all machines, and return what all do next. Machine 0 decides.
 
         Raises:
-            GoneMachine: machine 0 is lost.
+            MachineLost: machine 0 is lost.
         """
         if self.count == 1:
             return decide([own])
@@ -223,7 +223,7 @@ class Machines:
                 return Order(**message)
             self._send_heartbeat()
             if self._gone(0):
-                raise GoneMachine
+                raise MachineLost
             time.sleep(LOOK_SECONDS)
 
     def _ended(self, number: int) -> Ended | None:
@@ -248,7 +248,7 @@ class Machines:
         host = (read_message(self._folder / f"member-{number}.json") or {}).get("host", "the first")
         reason = f"machine {number} ({host}) sent no heartbeat for {now - since:.0f} s"
         folder = str(machine_folder(self._attempt, number))
-        return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), gone=True)
+        return Ended(number, folder, time.time(), Failure(None, reason, PEER_LOST), lost=True)
 
     def _adopt(self, order: Order) -> Order:
         """Continue with the attempt of an order, and count the silence of the others from now on."""

@@ -21,7 +21,7 @@ class Restarts:
 
     folder: Path  # of the run
     count: int = 0  # restarts so far; smaller batches are not counted
-    idle: int = 0  # attempts in a row without progress
+    without_progress: int = 0  # attempts in a row without progress
     tried: list[int] = field(default_factory=list)  # batch sizes that ran out of memory
     newest: Path | None = None  # the newest checkpoint that verifies, at the last look
     before: int = 0  # its step when the attempt started
@@ -38,10 +38,10 @@ class Restarts:
         """Return the run of the next attempt and the seconds to wait, or None if it would not help."""
         if failure.of_batches:
             return self._smaller(run, failure)
-        self.idle = 0 if step_of(self.newest) > self.before else self.idle + 1
-        if not failure.mendable(run.launch.restart_on_nan):
+        self.without_progress = 0 if step_of(self.newest) > self.before else self.without_progress + 1
+        if not failure.restart_may_help(run.launch.restart_on_nan):
             return None
-        if self.count >= run.launch.max_restarts or self.idle >= WITHOUT_PROGRESS:
+        if self.count >= run.launch.max_restarts or self.without_progress >= WITHOUT_PROGRESS:
             return None
         self.count += 1
         begins = self.newest or "the start"
@@ -49,7 +49,7 @@ class Restarts:
             "warning",
             f"{failure.line}; restart {self.count} of at most {run.launch.max_restarts}, from {begins}",
         )
-        return self.resumed(run), PAUSES[max(self.idle - 1, 0)]
+        return self.resumed(run), PAUSES[max(self.without_progress - 1, 0)]
 
     def _smaller(self, run: Run, failure: Failure) -> tuple[Run, float] | None:
         self.tried.append(run.train.batch_size)

@@ -21,7 +21,7 @@ def extensions_cache(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
 
 
-def remove_left_locks(cache: Path, since: float) -> list[Path]:
+def remove_stale_locks(cache: Path, since: float) -> list[Path]:
     """Remove locks that no process of this machine has open, and that are from this start or older than OLD.
 
     `since` is the time of this start, in seconds as time.time(). Return the locks that were removed.

@@ -22,25 +22,25 @@ from launcher.plan.command import build_environment, launch_arguments
 from launcher.plan.memory_advice import advice
 from launcher.plan.topology import Topology, free_port
 from launcher.slurm import job as slurm
-from launcher.slurm.journal import note, note_end, starts_in_vain
+from launcher.slurm.journal import note, note_end, starts_without_progress
 from launcher.supervise import attempt
 from launcher.supervise.attempt import Outcome
 from launcher.supervise.diagnosis import Failure, diagnose, report
-from launcher.supervise.hangs import make_beats_folder
+from launcher.supervise.hangs import make_heartbeat_folder
 from launcher.supervise.launches import POLL_SECONDS, AccelerateLaunch, WarmLaunch
-from launcher.supervise.machine_messages import Ended, GoneMachine, Order, StoppedWaiting, first_cause
+from launcher.supervise.machine_messages import Ended, MachineLost, Order, StoppedWaiting, first_cause
 from launcher.supervise.machines import Machines
 from launcher.supervise.restarts import WITHOUT_PROGRESS, Restarts, resumed
 from launcher.supervise.signals import Signals
-from launcher.supervise.stale_locks import extensions_cache, remove_left_locks
-from launcher.supervise.warm_parent import GivenUp, Refused, WarmParent
+from launcher.supervise.stale_locks import extensions_cache, remove_stale_locks
+from launcher.supervise.warm_parent import NotNeeded, Refused, WarmParent
 from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
-from trainers.rank.protocol import BEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
+from trainers.rank.protocol import HEARTBEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
 from trainers.rank.say import say
 from trainers.storage.data_cache import cache_root
 from trainers.storage.manifest import newest_usable, step_of
-from trainers.storage.run_folder import InUse, claim, hold, release
+from trainers.storage.run_folder import InUse, claim, lock_folder, unlock_folder
 
 WARM_LOG = "warm-{}.log"  # log of the process that imports the libraries, by machine
 TAKE_SECONDS = 0.5  # `phalanx status` holds the folder's lock for a moment
@@ -56,9 +56,9 @@ def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> i
         code = supervisor.run_to_end()
     finally:
         supervisor.close()
-        release()
+        unlock_folder()
     if job is not None and topology.machine_rank == 0:
-        requeued = supervisor.comes_back and slurm.requeue(job)
+        requeued = supervisor.requeue_job and slurm.requeue(job)
         if lock is not None and not requeued:
             note_end(run.folder, job)
     return code
@@ -74,7 +74,7 @@ def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
     end = time.monotonic() + (RETAKE_SECONDS if restarts else TAKE_SECONDS)
     while signals.received is None:
         try:
-            lock = hold(run.folder)
+            lock = lock_folder(run.folder)
             break
         except InUse:
             if time.monotonic() > end:
@@ -85,7 +85,7 @@ def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
     claim(run.folder, run.train)
     if job is not None:
         note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
-        if starts_in_vain(run.folder, job) >= WITHOUT_PROGRESS:
+        if starts_without_progress(run.folder, job) >= WITHOUT_PROGRESS:
             raise ConfigError(
                 f"job {job}: {WITHOUT_PROGRESS} starts in a row made no progress; it is not requeued. "
                 f"The logs are in {run.folder / LAUNCH}."
@@ -112,9 +112,9 @@ class Supervisor:
         self.parent: WarmParent | None = None
         self.warm = self.run.launch.start == "warm"
         self.machines = Machines(self.run.folder, self.topology, self._asked_to_stop, slurm.this_start())
-        self.comes_back = False  # whether the job (if any) is requeued; machine 0 decides this too
+        self.requeue_job = False  # whether the job (if any) is requeued; machine 0 decides this too
         self.number = 1  # of the attempt
-        self.beats = make_beats_folder()
+        self.heartbeats = make_heartbeat_folder()
         self.began = time.time()
         self.restarts = Restarts(self.run.folder)
 
@@ -122,7 +122,7 @@ class Supervisor:
         if self.parent is not None:
             self.parent.close()
         self.machines.close()
-        shutil.rmtree(self.beats, ignore_errors=True)
+        shutil.rmtree(self.heartbeats, ignore_errors=True)
 
     def run_to_end(self) -> int:
         """Start attempts until the run ends, and return its exit code."""
@@ -142,7 +142,7 @@ class Supervisor:
             self._decide_requeue(received)
             say(f"stopped by {signal.Signals(received).name}", "nothing was saved")
             return 128 + received
-        except GoneMachine:
+        except MachineLost:
             say("error", "machine 0 sends no heartbeat; it decides what is next, so this machine ends too")
             return PEER_LOST
 
@@ -179,28 +179,28 @@ class Supervisor:
         files, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
         live = sys.stdout.isatty()
         environ = build_environment(self.run, self.topology, os.environ, files.folder, live, slurm.end_time())
-        environ[BEATS] = str(self.beats)
+        environ[HEARTBEATS] = str(self.heartbeats)
         if self.topology.num_machines > 1:
             environ[WAITS] = "1" if self.machines.shares_cache else "0"
-        for lock in remove_left_locks(extensions_cache(environ), self.began):
+        for lock in remove_stale_locks(extensions_cache(environ), self.began):
             say("note", f"{lock} is removed: a killed process left it, and the ranks would wait for it.")
-        for old in self.beats.iterdir():
+        for old in self.heartbeats.iterdir():
             old.unlink()
         watcher = Watcher(
             files,
-            self.beats,
+            self.heartbeats,
             self.run.launch.hang_timeout,
             first_rank(self.topology),
             self.signals,
-            self.machines.elsewhere,
+            self.machines.end_on_other_machine,
         )
         if self.warm:
             try:
                 return watcher.follow(
                     WarmLaunch(self._warm_parent(environ), launch_arguments(argv), environ, self._not_needed)
                 )
-            except GivenUp:
-                return Outcome(files, RUN_FAILED, cut=not self._asked_to_stop())
+            except NotNeeded:
+                return Outcome(files, RUN_FAILED, ended_elsewhere=not self._asked_to_stop())
             except Refused as why:
                 say("start", f"accelerate launch, because the ranks cannot be forked: {why}")
                 self._drop_parent()
@@ -212,7 +212,7 @@ class Supervisor:
 
     def _not_needed(self) -> bool:
         """Whether ranks that have not started yet need not start any more."""
-        return self._asked_to_stop() or self.machines.elsewhere() is not None
+        return self._asked_to_stop() or self.machines.end_on_other_machine() is not None
 
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
         """Return the process that forks the ranks. Start a new one if the last has ended."""
@@ -248,8 +248,8 @@ class Supervisor:
         if all(one.failure is None for one in ended):
             return self._order(end=0)
         cause, failure = first_cause(ended)
-        self.comes_back = cause.gone  # after the loss of a node, continue on other nodes
-        if not cause.gone and self._prepare_next(failure):
+        self.requeue_job = cause.lost  # after the loss of a node, continue on other nodes
+        if not cause.lost and self._prepare_next(failure):
             return self._order()
         return self._order(end=self._give_up(failure, cause))
 
@@ -272,7 +272,7 @@ class Supervisor:
         """
         job = slurm.this_job()
         warned = received in (signal.SIGUSR1, signal.SIGUSR2)
-        self.comes_back = warned or (job is not None and slurm.preempted(job))
+        self.requeue_job = warned or (job is not None and slurm.preempted(job))
 
     def _prepare_next(self, failure: Failure) -> bool:
         """Set the next attempt up. Return False if there is none."""
@@ -293,7 +293,7 @@ class Supervisor:
         lines = []
         if failure.code == OUT_OF_MEMORY:
             lines = advice(self.run, self.backend, self.topology, self.restarts.tried, failure.of_batches)
-        elif self.restarts.idle >= WITHOUT_PROGRESS:
+        elif self.restarts.without_progress >= WITHOUT_PROGRESS:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row made no progress; the run is not restarted."]
         if (received := self.signals.received) is not None:
             self._decide_requeue(received)

@@ -23,7 +23,7 @@ class Refused(Exception):
     """The ranks cannot be forked; the message says why."""
 
 
-class GivenUp(Exception):
+class NotNeeded(Exception):
     """The ranks are not needed any more."""
 
 
@@ -84,18 +84,18 @@ class WarmParent:
         return self.imported
 
     def start(
-        self, argv: list[str], environ: Mapping[str, str], given_up: Callable[[], bool]
+        self, argv: list[str], environ: Mapping[str, str], not_needed: Callable[[], bool]
     ) -> dict[int, int]:
         """Fork the ranks of this machine, as `accelerate launch ARGV` would start them. Return rank -> pid.
 
         Raises:
             Refused: a fork is not safe, or the process ended.
-            GivenUp: `given_up` became true before the imports were done.
+            NotNeeded: `not_needed` became true before the imports were done.
         """
         while not self.imported and not self.ended:
             self.imported = any("imported" in answer for answer in self.answers(0.1))
-            if given_up():
-                raise GivenUp
+            if not_needed():
+                raise NotNeeded
         request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}})
         try:
             self.socket.sendall(request.encode() + b"\n")

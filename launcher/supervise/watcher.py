@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from launcher.supervise.attempt import Outcome
-from launcher.supervise.hangs import Wakefulness, find_hang
+from launcher.supervise.hangs import SuspensionDetector, find_hang
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
 from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
@@ -19,7 +19,7 @@ from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
 GRACE_SECONDS = 3.0  # for the other ranks to report their errors, after one failed
 
 
-class Elsewhere(Protocol):
+class OtherEnd(Protocol):
     """How the attempt ended on another machine, if this one must end too."""
 
     @property
@@ -36,17 +36,17 @@ class Watcher:
     """A watcher of one attempt on this machine."""
 
     files: AttemptFiles
-    beats: Path
+    heartbeats: Path
     hang_timeout: float | None
     shown: int  # the rank whose log goes to the terminal
     signals: Signals
-    elsewhere: Callable[[], Elsewhere | None] = no_other_machine
+    end_on_other_machine: Callable[[], OtherEnd | None] = no_other_machine
 
     def follow(self, launch: Launch) -> Outcome:
         """Watch the ranks until all have ended, and return how the attempt ended."""
         deadline = float("inf")
         exits: dict[int, int] = {}
-        hang, cut, awake = None, False, Wakefulness()
+        hang, cut, awake = None, False, SuspensionDetector()
         with _Tail(self.files.rank(self.shown).log) as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
@@ -57,7 +57,7 @@ class Watcher:
                         deadline = now  # this is the cause, so do not wait for errors of other ranks
                     elif any(exits.values()):
                         deadline = min(deadline, now + GRACE_SECONDS)
-                if (other := self.elsewhere()) is not None:
+                if (other := self.end_on_other_machine()) is not None:
                     cut = True
                     self.signals.received = self.signals.received or other.stopped or None
                 if self._stopped_early() or cut:
@@ -65,7 +65,7 @@ class Watcher:
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
-                    hang = find_hang(self.beats, launch.ranks(), self.hang_timeout, self.files, since)
+                    hang = find_hang(self.heartbeats, launch.ranks(), self.hang_timeout, self.files, since)
                 if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
             tail.show()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.storage.manifest import MANIFEST, complaint, newest_usable, read_manifest
+from trainers.storage.manifest import MANIFEST, newest_usable, read_manifest, why_unusable
 
 MiB = 1 << 20
 SLACK = 200_000  # bytes in addition to one checkpoint and the final model: files take full pages
@@ -63,7 +63,7 @@ def test_a_full_disk_skips_the_save_and_the_run_continues(faults, small_disk, ba
     assert run.code == 0, run.out + run.err
     assert "warning: no checkpoint at step 8: it could not be written: " in run.out
     assert f"Training continues; the newest checkpoint is {name}/checkpoint-4" in run.out
-    assert complaint(run.folder / "checkpoint-4", content=True) is None
+    assert why_unusable(run.folder / "checkpoint-4", content=True) is None
     assert not (run.folder / "checkpoint-8").exists() and not (run.folder / "saving").exists()
     assert (run.folder / "model.safetensors").read_bytes() == (
         faults.uninterrupted(backend).folder / "model.safetensors"
@@ -76,7 +76,7 @@ def test_a_save_without_room_is_skipped_before_anything_is_written(faults, small
     run = faults.run("tight", "ddp")
     assert run.code == 0, run.out + run.err
     assert "warning: no checkpoint at step 8: it needs about" in run.out and "MB left" in run.out
-    assert complaint(run.folder / "checkpoint-4", content=True) is None
+    assert why_unusable(run.folder / "checkpoint-4", content=True) is None
 
 
 def test_too_small_a_disk_is_refused_before_the_ranks_start(faults, small_disk):
@@ -134,4 +134,4 @@ def test_resume_skips_a_damaged_checkpoint_and_says_why(faults, bench, backend):
     assert f"resume: skipped {name}/checkpoint-12: {largest.path} has changed since it was written" in run.out
     assert f"resume: {name}/checkpoint-8" in run.out
     faults.same_end(run, backend)
-    assert complaint(folder / "checkpoint-12", content=True) is None  # the run wrote it again
+    assert why_unusable(folder / "checkpoint-12", content=True) is None  # the run wrote it again

@@ -12,7 +12,7 @@ from inprocess import build
 
 from trainers.loop import step_boundary
 from trainers.loop.step_boundary import StepBoundary
-from trainers.storage.manifest import checkpoint_folders, complaint, read_manifest
+from trainers.storage.manifest import checkpoint_folders, read_manifest, why_unusable
 
 
 def train(built, checkpoint: Path | None = None):
@@ -33,7 +33,7 @@ def test_the_manifest_lists_every_file_of_a_checkpoint(tmp_path, tiny_model):
     train(build(tmp_path, tiny_model, trainer="sft", **SAVES))
     folder = tmp_path / "run" / "checkpoint-6"
     manifest = read_manifest(folder)
-    assert complaint(folder, content=True) is None
+    assert why_unusable(folder, content=True) is None
     assert {entry.path for entry in manifest.files} == {
         path.name for path in folder.iterdir() if path.name != "manifest.json"
     }
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path, tiny_model)
     size = skipped[0].split()[-1]
     assert skipped == [f"skipped {folder}: optimizer.pt has 7 bytes instead of {size}"]
     train(again, found)
-    assert complaint(folder, content=True) is None
+    assert why_unusable(folder, content=True) is None
 
 
 @pytest.mark.parametrize("peft", [False, True])

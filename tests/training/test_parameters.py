@@ -26,7 +26,7 @@ from trainers.config import consistency, requirements
 from trainers.config.kinds import KINDS
 from trainers.config.schema import TrainConfig, acts_for
 from trainers.config.settings import Settings
-from trainers.data.sampler import row_lengths
+from trainers.data.sampler import sample_lengths
 from trainers.loop import finish, life
 from trainers.loop.planned_batches import Balanced
 from trainers.loop.step_boundary import StepBoundary
@@ -311,7 +311,7 @@ def batches(trainer: Any) -> list[Any]:
     """Return the pieces of each micro-batch of an epoch, or nothing if they are not planned."""
     if not isinstance(trainer, Balanced):
         return []
-    planned = trainer.plan_batches(row_lengths(trainer.train_dataset), True)
+    planned = trainer.plan_batches(sample_lengths(trainer.train_dataset), True)
     return [planned.pieces.start.tolist(), list(planned)]
 
 

@@ -34,7 +34,7 @@ class FiniteWatch:
     """A check of losses and gradient norms in each step.
 
     On a GPU the result of a step is read one step later, when it is ready, so that the rank never waits for
-    the GPU. settle() reads it at once, before anything is saved.
+    the GPU. wait() reads it at once, before anything is saved.
     """
 
     def __init__(self, fp16: bool) -> None:
@@ -47,11 +47,11 @@ class FiniteWatch:
         """Start the record of a step."""
         self.current = StepRecord(step)
 
-    def saw(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
+    def record_loss(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
         """Record a micro-batch and its loss."""
         self.current.batches.append((dict(inputs), loss))
 
-    def saw_norm(self, norm: Any) -> None:
+    def record_norm(self, norm: Any) -> None:
         """Record the gradient norm of the step."""
         self.current.grad_norm = norm
 
@@ -60,8 +60,8 @@ class FiniteWatch:
         flag = self.current.flag(self.norms_count)
         if flag.device.type == "cpu":
             self.previous = (self.current, flag, None)
-            return self.settle()
-        bad = self.settle()
+            return self.wait()
+        bad = self.wait()
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(flag, non_blocking=True)
         done = torch.cuda.Event()
@@ -69,7 +69,7 @@ class FiniteWatch:
         self.previous = (self.current, host, done)
         return bad
 
-    def settle(self) -> int:
+    def wait(self) -> int:
         """Return 1 if the values of a step are not finite, else 0. Waits for the GPU."""
         if self.previous is not None:
             record, flag, done = self.previous

@@ -15,7 +15,14 @@ from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
-from trainers.storage.manifest import Layout, checkpoint_folders, complaint, faults, misfit, read_manifest
+from trainers.storage.manifest import (
+    Layout,
+    checkpoint_folders,
+    damaged_files,
+    read_manifest,
+    why_layouts_differ,
+    why_unusable,
+)
 from trainers.storage.run_folder import resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
@@ -86,17 +93,19 @@ class Resuming(Trainer):
         Raises:
             ConfigError: the layout of this run does not fit.
         """
-        if folder is not None and (why := misfit(read_manifest(folder).layout, self.layout())):
+        if folder is not None and (why := why_layouts_differ(read_manifest(folder).layout, self.layout())):
             raise ConfigError(f"resume: {folder}: {why}")
         return folder
 
     def _complaint(self, folder: Path) -> str | None:
         """Return why a checkpoint cannot be used, or None. All ranks check it together."""
-        why = self.agreement.first(complaint(folder, content=False))
+        why = self.agreement.from_rank_0(why_unusable(folder, content=False))
         if why is not None:
             return why
         share = read_manifest(folder).files[rank() :: world_size()]
-        found = [fault for part in self.agreement.gathered(faults(folder, share, True)) for fault in part]
+        found = [
+            fault for part in self.agreement.gather(damaged_files(folder, share, True)) for fault in part
+        ]
         return found[0] if found else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -37,12 +37,12 @@ from trainers.storage.manifest import (
     FileEntry,
     Manifest,
     checkpoint_folders,
-    complaint,
     entry_of,
     read_manifest,
+    why_unusable,
 )
 from trainers.storage.run_folder import SAVING
-from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES, in_words
+from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES, format_bytes
 
 UNREAD = "training_args.bin"  # a pickle that nothing reads
 
@@ -97,13 +97,13 @@ class Durable(Resuming):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.watch.saw(inputs, loss)
+        self.watch.record_loss(inputs, loss)
         heart.beat()
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.saw_norm(norm)
+        self.watch.record_norm(norm)
         return norm
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
@@ -141,12 +141,12 @@ class Durable(Resuming):
             self.conclude()
 
     @property
-    def saving_goes_on(self) -> bool:
+    def is_saving(self) -> bool:
         """Whether this rank's thread still writes a checkpoint."""
         return self._saving.pending is not None and not self._saving.pending.done()
 
     @property
-    def saving_waits(self) -> bool:
+    def has_unpublished_save(self) -> bool:
         """Whether a checkpoint is written or being written, and is not renamed yet."""
         return self._saving.pending is not None
 
@@ -234,7 +234,7 @@ class Durable(Resuming):
         if best:
             folder = self.run_folder / f"{CHECKPOINT_PREFIX}{best}"
             exists = best == self._saving.step or folder.exists()
-            state.best_model_checkpoint = self.agreement.first(
+            state.best_model_checkpoint = self.agreement.from_rank_0(
                 str(folder) if exists else state.best_model_checkpoint
             )
             if rank() == 0 and self._saving.failure is None:
@@ -270,7 +270,7 @@ class Durable(Resuming):
 
     def _conclude(self, pending: Future[Hashed]) -> None:
         save, self._saving.pending = self._saving, None
-        results = self.agreement.gathered(_plain(pending.result()))
+        results = self.agreement.gather(_plain(pending.result()))
         problem = next((problem for _, problem in results if problem), None)
         if rank() == 0:
             if problem is None:
@@ -278,7 +278,7 @@ class Durable(Resuming):
             if problem is not None:
                 shutil.rmtree(self.run_folder / SAVING, ignore_errors=True)
                 self._say(f"it could not be written: {problem}")
-        if self.agreement.first(problem) is None:
+        if self.agreement.from_rank_0(problem) is None:
             self.saved_step = save.step
             self.save_seconds = time.monotonic() - save.began
             self.due_evaluation = False
@@ -315,9 +315,11 @@ class Durable(Resuming):
     def _has_room(self) -> bool:
         """Return whether rank 0 finds enough space for a checkpoint. If not, print a warning."""
         needed, free = self._predicted_bytes(), shutil.disk_usage(self.run_folder).free
-        enough = self.agreement.first(needed <= free)
+        enough = self.agreement.from_rank_0(needed <= free)
         if not enough:
-            self._say(f"it needs about {in_words(needed)}, but {self.run_folder} has {in_words(free)} left")
+            self._say(
+                f"it needs about {format_bytes(needed)}, but {self.run_folder} has {format_bytes(free)} left"
+            )
         return enough
 
     def _say(self, why: str) -> None:
@@ -333,7 +335,7 @@ class Durable(Resuming):
     def _predicted_bytes(self) -> int:
         """Return the size of the last checkpoint; if there is none, that of weights and Adam's moments."""
         for folder in reversed(checkpoint_folders(self.run_folder)):
-            if (folder / MANIFEST).exists() and complaint(folder, content=False) is None:
+            if (folder / MANIFEST).exists() and why_unusable(folder, content=False) is None:
                 return read_manifest(folder).bytes
         model: Any = self.model
         parameters = [(_numel(p), p.element_size(), p.requires_grad) for p in model.parameters()]

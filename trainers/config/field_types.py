@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 
-def none_word(value: Any) -> Any:
+def read_none(value: Any) -> Any:
     """Return None for the words `none`, `null` and `no`: a flag has no other way to give null."""
     return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "no", "") else value
 
@@ -35,25 +35,25 @@ def names(value: Any) -> Any:
     """Return a flag such as `sigmoid,sft` as a list; a single name stays a string."""
     if isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",")]
-    return none_word(value)
+    return read_none(value)
 
 
-def flag_word(value: Any) -> Any:
+def read_bool(value: Any) -> Any:
     """Return the flags `true` and `false` as bools, for a field that may also be a path."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def checkpointing_word(value: Any) -> Any:
+def read_checkpointing(value: Any) -> Any:
     """Accept true and false, as in transformers' field of this name; YAML 1.1 reads a bare `no` as false."""
     return {"true": "full", "false": "none", "no": "none"}.get(str(value).lower(), value)
 
 
-def strategy_word(value: Any) -> Any:
+def read_strategy(value: Any) -> Any:
     """Return `no` for false, which is how YAML 1.1 reads a bare `no`."""
     return "no" if value is False else value
 
 
-Word = Annotated[str | None, BeforeValidator(none_word)]
+OptionalText = Annotated[str | None, BeforeValidator(read_none)]
 Int = Annotated[int, BeforeValidator(no_bool)]
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
 Strategy = Literal["no", "steps", "epoch"]

@@ -15,14 +15,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from trainers.config.field_types import (
     Float,
     Int,
+    OptionalText,
     Strategy,
-    Word,
-    checkpointing_word,
-    flag_word,
     int_or_list,
     names,
-    none_word,
-    strategy_word,
+    read_bool,
+    read_checkpointing,
+    read_none,
+    read_strategy,
 )
 from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
 
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
     trainer: TrainerName = Field(
         "default", description="Trainer (docs/trainers.md). `task: llm-sft` also sets it."
     )
-    resume: Annotated[bool | str, BeforeValidator(flag_word)] = Field(
+    resume: Annotated[bool | str, BeforeValidator(read_bool)] = Field(
         False,
         description="true: resume from the newest checkpoint that verifies, or from the start if there is "
         "none. A path: resume from that checkpoint.",
@@ -93,10 +93,10 @@ class TrainConfig(BaseModel):
     train_split: str = Field(
         "train", min_length=1, description="Split to train on. On the hub also `config:split`."
     )
-    valid_split: Word = Field(None, description="Split to evaluate on during the run. null: none.")
-    test_split: Word = Field(None, description="Split to evaluate on once, at the end of the run.")
+    valid_split: OptionalText = Field(None, description="Split to evaluate on during the run. null: none.")
+    test_split: OptionalText = Field(None, description="Split to evaluate on once, at the end of the run.")
     chat_template: Annotated[
-        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(none_word)
+        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(read_none)
     ] = Field(
         None,
         description="Format of conversations: tokenizer (its own template), chatml, zephyr, phi3, alpaca, or "
@@ -164,7 +164,7 @@ class TrainConfig(BaseModel):
         description="End each text with the EOS token, and train on this token.",
         json_schema_extra=_only(lambda kind: kind.packs),
     )
-    padding: Annotated[Literal["left", "right"] | None, BeforeValidator(none_word)] = Field(
+    padding: Annotated[Literal["left", "right"] | None, BeforeValidator(read_none)] = Field(
         "right", description="Padding side of the saved tokenizer. Training always pads on the right."
     )
     valid_fraction: Float = Field(
@@ -222,12 +222,12 @@ class TrainConfig(BaseModel):
     adam_epsilon: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
 
     # Memory and speed
-    mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(none_word)] = Field(
+    mixed_precision: Annotated[Literal["fp16", "bf16"] | None, BeforeValidator(read_none)] = Field(
         None,
         description="Type of the matrix products. Trained weights stay float32. null: all float32.",
     )
     activation_checkpointing: Annotated[
-        Literal["none", "full", "selective", "offload"], BeforeValidator(checkpointing_word)
+        Literal["none", "full", "selective", "offload"], BeforeValidator(read_checkpointing)
     ] = Field(
         "full",
         description="What a layer keeps for its backward. none: all activations (fastest, most memory). "
@@ -247,7 +247,7 @@ class TrainConfig(BaseModel):
     dataloader_num_workers: Int = Field(0, ge=0, description="Processes on each rank that collate batches.")
 
     # Evaluation and saving
-    eval_strategy: Annotated[Strategy, BeforeValidator(strategy_word)] = Field(
+    eval_strategy: Annotated[Strategy, BeforeValidator(read_strategy)] = Field(
         "epoch", description="When to evaluate. Needs valid_split or valid_fraction."
     )
     eval_steps: Int | None = Field(
@@ -262,7 +262,7 @@ class TrainConfig(BaseModel):
         description="Evaluate packed (true) or padded (false). The loss is the same. Default: as packing.",
         json_schema_extra=_only(lambda kind: kind.packs),
     )
-    save_strategy: Annotated[Strategy | None, BeforeValidator(strategy_word)] = Field(
+    save_strategy: Annotated[Strategy | None, BeforeValidator(read_strategy)] = Field(
         None, description="When to write a checkpoint. Default: steps if save_steps is set, else epoch."
     )
     save_steps: Int | None = Field(
@@ -287,14 +287,14 @@ class TrainConfig(BaseModel):
     lora_r: Int = Field(16, gt=0, description="Rank of the LoRA matrices.")
     lora_alpha: Int = Field(32, gt=0, description="LoRA's alpha. The update is scaled by alpha / r.")
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout in the adapters.")
-    target_modules: Word | list[str] = Field(
+    target_modules: OptionalText | list[str] = Field(
         "all-linear",
         description="Layers that get an adapter: all-linear; names (a list, or comma-separated); or a "
         "regular expression that matches full names.",
     )
     use_dora: bool = Field(False, description="DoRA: also learn a magnitude (arXiv 2402.09353).")
     use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732).")
-    quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(none_word)] = Field(
+    quantization: Annotated[Literal["int4", "int8"] | None, BeforeValidator(read_none)] = Field(
         "int4",
         description="Quantise the frozen base model with bitsandbytes. Needs peft. null: no quantisation.",
     )

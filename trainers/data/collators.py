@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class PieceRows:
+class PieceDataset:
     """A torch dataset of the pieces of a split: an index is a piece, not a sample."""
 
     def __init__(self, dataset: Dataset, pieces: Pieces) -> None:
@@ -22,7 +22,7 @@ class PieceRows:
         self.dataset = dataset.with_format("numpy") if self.flat else dataset
 
     def __len__(self) -> int:
-        return len(self.pieces.row)
+        return len(self.pieces.sample)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -31,11 +31,11 @@ class PieceRows:
         if not indices:
             return []
         pieces = self.pieces
-        rows: list[dict[str, Any]] = self.dataset.__getitems__(pieces.row[indices].tolist())
-        for index, row in zip(indices, rows if self.flat else [], strict=self.flat):
+        samples: list[dict[str, Any]] = self.dataset.__getitems__(pieces.sample[indices].tolist())
+        for index, sample in zip(indices, samples if self.flat else [], strict=self.flat):
             span = slice(pieces.start[index], pieces.stop[index])
-            row |= {name: row[name][span] for name in ("input_ids", "labels")}
-        return rows
+            sample |= {name: sample[name][span] for name in ("input_ids", "labels")}
+        return samples
 
 
 class FlatCollator:
@@ -46,13 +46,15 @@ class FlatCollator:
     cu_seq_lens_q and cu_seq_lens_k (int32, pieces + 1), max_length_q and max_length_k.
     """
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # equal lengths together: fewer calls
-        ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int64)
-        labels = np.concatenate([row["labels"] for row in rows]).astype(np.int64)
-        lengths = np.asarray([len(row["input_ids"]) for row in rows])
+        samples = sorted(
+            samples, key=lambda sample: -len(sample["input_ids"])
+        )  # equal lengths together: fewer calls
+        ids = np.concatenate([sample["input_ids"] for sample in samples]).astype(np.int64)
+        labels = np.concatenate([sample["labels"] for sample in samples]).astype(np.int64)
+        lengths = np.asarray([len(sample["input_ids"]) for sample in samples])
         ends = np.cumsum(lengths)
         begins = ends - lengths
         labels[begins] = IGNORED  # nothing precedes the first token of a piece

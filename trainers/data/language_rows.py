@@ -107,7 +107,7 @@ class LanguageRows(RowReader):
             if turns is None:
                 text = self.string(row, column, "empty completion")
                 turns = [{"role": "assistant", "content": text}]
-            turns = [*self.asked(prompt), *turns]
+            turns = [*self.as_turns(prompt), *turns]
         elif turns is None and template is None:
             return None
         elif turns is None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class MaskTokens(TrainerCallback):
-    """A collator for samples with `input_ids` and `row`. It is also a callback, which tells it the epoch.
+    """A collator for samples with `input_ids` and `number`. It is also a callback, which tells it the epoch.
 
-    `row` is the number of the sample in its split. It is negative for the samples of an evaluation, which
+    `number` is that of the sample in its split. It is negative for the samples of an evaluation, which
     have the same mask at every evaluation.
     """
 
@@ -34,8 +34,8 @@ class MaskTokens(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = int(state.epoch or 0)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        masked = [self.mask(np.asarray(row["input_ids"]), int(row["row"])) for row in rows]
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        masked = [self.mask(np.asarray(sample["input_ids"]), int(sample["number"])) for sample in samples]
         batch = self.tokenizer.pad(
             {"input_ids": [ids.tolist() for ids, _ in masked]}, padding_side="right", return_tensors="pt"
         )
@@ -44,10 +44,10 @@ class MaskTokens(TrainerCallback):
             labels[index, : len(own)] = labels.new_tensor(own)
         return {**batch, "labels": labels}
 
-    def mask(self, ids: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def mask(self, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids that the model sees, and the labels: -100 where it need not predict."""
-        epoch = self.epoch if row >= 0 else 0
-        random = np.random.default_rng((self.seed, epoch, int(row >= 0), abs(row)))
+        epoch = self.epoch if number >= 0 else 0
+        random = np.random.default_rng((self.seed, epoch, int(number >= 0), abs(number)))
         free = np.flatnonzero(~np.isin(ids, self.special))
         chosen = free[random.random(len(free)) < self.probability]
         if not len(chosen):  # may happen in a short sample, which then has no loss

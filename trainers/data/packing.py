@@ -26,9 +26,9 @@ Recipe = tuple[tuple[int, int], ...]  # (length, pieces of this length in each p
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a split: piece i is the tokens start[i] to stop[i] of sample row[i]."""
+    """The pieces of a split: piece i is the tokens start[i] to stop[i] of the sample with number sample[i]."""
 
-    row: Ints
+    sample: Ints
     start: Ints
     stop: Ints
 
@@ -37,13 +37,13 @@ class Pieces:
         return self.stop - self.start
 
 
-def whole_rows(lengths: Any) -> Pieces:
+def whole_samples(lengths: Any) -> Pieces:
     """Return each sample as one piece."""
     stop = np.asarray(lengths, dtype=np.int64)
     return Pieces(np.arange(len(stop)), np.zeros_like(stop), stop)
 
 
-def wrap_rows(lengths: Any, capacity: int) -> tuple[Pieces, Ints]:
+def wrap_samples(lengths: Any, capacity: int) -> tuple[Pieces, Ints]:
     """Join samples in their order, and cut them where a pack has `capacity` tokens.
 
     Returns the pieces in that order, and offsets: pack k has the pieces offsets[k]:offsets[k + 1].
@@ -54,11 +54,11 @@ def wrap_rows(lengths: Any, capacity: int) -> tuple[Pieces, Ints]:
     cuts = np.union1d(ends, np.arange(capacity, total, capacity))
     cuts = cuts[cuts > 0]  # a sample without tokens ends where it begins
     begins = np.concatenate([[0], cuts[:-1]])
-    row = np.searchsorted(ends, begins, side="right")
-    first = begins - (ends - lengths)[row]
+    sample = np.searchsorted(ends, begins, side="right")
+    first = begins - (ends - lengths)[sample]
     pack = begins // capacity
     offsets = np.append(np.flatnonzero(np.diff(pack, prepend=-1)), len(begins))
-    return Pieces(row, first, first + cuts - begins), offsets
+    return Pieces(sample, first, first + cuts - begins), offsets
 
 
 def plan_packs(lengths: Any, capacity: int, seed: int | tuple[int, ...] | None = None) -> tuple[Ints, Ints]:

@@ -96,11 +96,11 @@ class PreferenceRows(RowReader):
                         f"column '{column}' contains only an answer. Add the turns before it, or name the "
                         "column of the prompt (prompt_text_column)."
                     )
-                before = self.asked(prompt)
+                before = self.as_turns(prompt)
             return chat.encode_answer(self.tokenizer, before, turns[-1]["content"])
         prompt, text = self.prompt(row), self.string(row, column, "empty completion")
         if self.config.chat_template is not None and prompt is not None:
-            return chat.encode_answer(self.tokenizer, self.asked(prompt), text)
+            return chat.encode_answer(self.tokenizer, self.as_turns(prompt), text)
         if self.config.chat_template is not None:
             raise RowError(
                 f"chat_template: {self.config.chat_template} needs messages or a prompt column, and "

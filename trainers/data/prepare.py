@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 3  # raise it when the same input gives other samples
+CACHE_VERSION = 4  # raise it when the same input gives other samples
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 ROW = "__row__"  # a column with the number of a row in its split, so that a message can name the row
 
@@ -268,7 +268,7 @@ def _tokenize(
         data = _mismatched(data, config, part)
     if config.kind.rows == "masked":
         numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
-        data = data.add_column("row", list(numbers))  # the mask depends on it, not on the rank
+        data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
     return data, summary
 
 

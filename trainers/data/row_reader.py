@@ -65,7 +65,7 @@ class RowReader:
         part = f"### Input:\n{given}\n\n" if given else ""
         return f"### Instruction:\n{asked}\n\n{part}### Response:\n"
 
-    def asked(self, prompt: str | Turns | None) -> Turns:
+    def as_turns(self, prompt: str | Turns | None) -> Turns:
         """Return the prompt as turns."""
         return prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.data.packing import Ints, Pieces, plan_packs, whole_rows, wrap_rows
+from trainers.data.packing import Ints, Pieces, plan_packs, whole_samples, wrap_samples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +58,7 @@ class Batches(TrainerCallback):
         pieces: the pieces of the split.
         costs: the work of each piece.
         steps: the size of a step.
-        offsets: the packs, as packing.wrap_rows returns them. None: packs of at most `capacity` tokens are
+        offsets: the packs, as packing.wrap_samples returns them. None: packs of at most `capacity` tokens are
             planned again in each epoch.
         capacity: the tokens of a pack. None: each piece is a pack.
         seed: the seed of the order. None: the order of the file (evaluation).
@@ -132,7 +132,7 @@ class Batches(TrainerCallback):
             yield np.concatenate(batches[number]).tolist() if batches[number] else []
 
 
-def row_lengths(dataset: Dataset) -> Ints:
+def sample_lengths(dataset: Dataset) -> Ints:
     """Return the tokens that the model sees of each sample. A prompt counts once for each of its answers."""
     import pyarrow.compute as pc
 
@@ -150,7 +150,7 @@ def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Int
     """Return the micro-batches of a split, as the config asks for them."""
     budget = config.token_budget
     packs = config.batch_size if training else config.per_device_eval_batch_size or config.batch_size
-    pieces, offsets, capacity = whole_rows(lengths), None, _capacity(config)
+    pieces, offsets, capacity = whole_samples(lengths), None, _capacity(config)
     if not training and not config.evaluates_packed:
         capacity = None
     elif config.packed == "wrapped":
@@ -158,7 +158,7 @@ def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Int
     elif budget is not None:
         packs = 1
     if config.packed == "wrapped":  # a padded evaluation has the same pieces, so its loss is the same
-        pieces, offsets = wrap_rows(lengths, config.sequence_length)
+        pieces, offsets = wrap_samples(lengths, config.sequence_length)
     return Batches(
         pieces,
         piece_costs(pieces.lengths, hidden_size),
@@ -175,11 +175,11 @@ def count_packs(config: TrainConfig, dataset: Dataset) -> int:
     Raises:
         ConfigError: a sample does not fit in tokens_per_batch.
     """
-    capacity, lengths = _capacity(config), row_lengths(dataset)
+    capacity, lengths = _capacity(config), sample_lengths(dataset)
     if capacity is None or not len(lengths):
         return len(lengths)
     if config.packed == "wrapped":
-        return len(wrap_rows(lengths, capacity)[1]) - 1
+        return len(wrap_samples(lengths, capacity)[1]) - 1
     if lengths.max() > capacity:
         pair = "" if config.kind.rows == "text" else " (both answers, each with its prompt)"
         raise ConfigError(

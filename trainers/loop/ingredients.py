@@ -39,7 +39,7 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
     config = context.config
     early = config.precompute_ref_log_probs
     # Before training, the policy is its own reference. Under FSDP it is not sharded yet: TRL needs another.
-    needed = config.model_ref is not None or not early or fsdp.asked_for()
+    needed = config.model_ref is not None or not early or fsdp.requested()
     parts = ingredients(context)
     if early:
         held_out = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}

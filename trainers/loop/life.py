@@ -25,12 +25,12 @@ from trainers.loop.context import Build, Context
 from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
-from trainers.rank.failures import taking_batches
+from trainers.rank.failures import batch_memory_errors
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.manifest import step_of
-from trainers.storage.run_folder import check_free, claim, hold, write_record
+from trainers.storage.run_folder import check_free, claim, lock_folder, write_record
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         )
     if log_folder() is None and rank() == 0:  # the launcher has claimed it already
         check_free(folder, config)  # before the folder is made
-        hold(folder)
+        lock_folder(folder)
         claim(folder, config)
     _quiet()
     from transformers import set_seed
@@ -71,7 +71,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     _resolve_deepspeed_pointer()
     context = _prepare(settings, folder)  # before the process group exists
     store = meet_on_loopback()
-    with taking_batches() if config.precompute_ref_log_probs else nullcontext():
+    with batch_memory_errors() if config.precompute_ref_log_probs else nullcontext():
         trainer = build(context)
     del store  # the process group has it now
     complete(trainer, context)
@@ -86,7 +86,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         for line in passed if trainer.is_world_process_zero() else ():
             say("resume", line)
         _report(trainer, folder, checkpoint, tracker)
-        with taking_batches():
+        with batch_memory_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.saved is not None:
                 leave_group()
@@ -154,14 +154,14 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.model.attention import choose_attention
     from trainers.model.source import model_config
     from trainers.model.tokenizer import load_tokenizer
-    from trainers.storage.data_cache import tell_prepared, wait_for_machine_0
+    from trainers.storage.data_cache import mark_prepared, wait_for_machine_0
 
     config = settings.train
     check_requirements(config, place_of_rank())
     tokenizer, new_tokens = load_tokenizer(config)
     wait_for_machine_0()
     data = {part: prepare(config, tokenizer, part) for part in parts(config)}
-    tell_prepared()
+    mark_prepared()
     if rank() == 0:
         if log_folder() is None:  # otherwise the launcher has printed it
             for note in settings.notes:
@@ -188,7 +188,7 @@ def complete(trainer: Durable, context: Context) -> None:
     config = context.config
     if config.packed != "none":
         trainer.add_callback(ProbeIsolation(trainer))
-    if trainer.is_fsdp_enabled != fsdp.asked_for():
+    if trainer.is_fsdp_enabled != fsdp.requested():
         raise RuntimeError(
             f"FSDP was requested, but the ranks run {trainer.accelerator.distributed_type.value}: accelerate "
             f"{version_of('accelerate')} did not enable it. Install the tested versions: pip install -c "

@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trainers.checkpoint.saving import Durable
-from trainers.data.collators import FlatCollator, PieceRows
+from trainers.data.collators import FlatCollator, PieceDataset
 from trainers.data.labels import IGNORED
 from trainers.data.packing import Ints
-from trainers.data.sampler import Batches, plan_batches, row_lengths
+from trainers.data.sampler import Batches, plan_batches, sample_lengths
 from trainers.model.padding_free import padded
 
-ROWS = "rows"  # the number of samples in a micro-batch; the collator adds it, the model never sees it
+SAMPLES = "samples"  # the number of samples in a micro-batch; the collator adds it, the model never sees it
 
 
 @dataclass
-class CountRows:
+class CountSamples:
     """A collator that adds the number of samples.
 
     An empty micro-batch gets a stand-in sample, which does not count in the loss.
@@ -37,9 +37,9 @@ class CountRows:
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     stand_in: dict[str, Any]
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = {**self.collate(rows or [self.stand_in]), ROWS: len(rows)}
-        if not rows and "labels" in batch:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {**self.collate(samples or [self.stand_in]), SAMPLES: len(samples)}
+        if not samples and "labels" in batch:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         return batch
 
@@ -75,10 +75,10 @@ class Balanced(Padding):
         return self._planned(own if chosen is None else chosen, training=False)
 
     def _planned(self, dataset: Any, training: bool) -> DataLoader[Any]:
-        batches = self.plan_batches(row_lengths(dataset), training)
+        batches = self.plan_batches(sample_lengths(dataset), training)
         if training:
             self.add_callback(batches)
-        pieces: Any = PieceRows(dataset, batches.pieces)
+        pieces: Any = PieceDataset(dataset, batches.pieces)
         loader: DataLoader[Any] = DataLoader(
             pieces,
             batch_sampler=batches,
@@ -89,38 +89,38 @@ class Balanced(Padding):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
-    def _collator(self, training: bool) -> CountRows:
+    def _collator(self, training: bool) -> CountSamples:
         collate: Any = self.data_collator
         tokenizer: Any = self.processing_class
-        rows: Any = self.train_dataset
+        samples: Any = self.train_dataset
         if not training and self.pads_evaluation and isinstance(collate, FlatCollator):
             collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-        return CountRows(collate, rows[0])
+        return CountSamples(collate, samples[0])
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        if batch_samples and ROWS in batch_samples[0] and "labels" not in batch_samples[0]:
-            self._rows_of_step = sum(self._of_all_ranks(sum(batch[ROWS] for batch in batch_samples)))
+        if batch_samples and SAMPLES in batch_samples[0] and "labels" not in batch_samples[0]:
+            self._samples_of_step = sum(self._of_all_ranks(sum(batch[SAMPLES] for batch in batch_samples)))
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        rows = inputs.pop(ROWS, None)  # prediction_step has removed it already
+        samples = inputs.pop(SAMPLES, None)  # prediction_step has removed it already
         arguments = (model, inputs, return_outputs, num_items_in_batch)
-        if rows is None or "labels" in inputs:  # already divided by the tokens of the full step
+        if samples is None or "labels" in inputs:  # already divided by the tokens of the full step
             return super().compute_loss(*arguments)
-        with self._uneven(rows):
+        with self._uneven(samples):
             loss = super().compute_loss(*arguments)
         ranks_and_batches = self.args.world_size * self.current_gradient_accumulation_steps
-        return loss * (rows * ranks_and_batches / self._rows_of_step)
+        return loss * (samples * ranks_and_batches / self._samples_of_step)
 
     def prediction_step(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
-        rows, labels = inputs.pop(ROWS), inputs.get("labels")
-        weight = rows
+        samples, labels = inputs.pop(SAMPLES), inputs.get("labels")
+        weight = samples
         if labels is not None:
             weight = int(((labels[..., 1:] if self._loss_shifts_labels else labels) != IGNORED).sum())
         # With a loss over tokens, TRL gathers one number per rank.
-        with self._uneven(rows) if labels is None else nullcontext():
+        with self._uneven(samples) if labels is None else nullcontext():
             result: Any = super().prediction_step(model, inputs, *others, **named)
         self._evaluated[0] += float(result[0]) * weight if weight else 0.0
         self._evaluated[1] += weight
@@ -142,9 +142,9 @@ class Balanced(Padding):
         return numbers.tolist()
 
     @contextmanager
-    def _uneven(self, rows: int) -> Iterator[None]:
+    def _uneven(self, samples: int) -> Iterator[None]:
         """Let TRL gather one number per sample while the ranks have different numbers of samples."""
-        counts = self._of_all_ranks(rows)
+        counts = self._of_all_ranks(samples)
         if len(set(counts)) == 1:
             yield
             return
@@ -153,7 +153,7 @@ class Balanced(Padding):
         def gather_rows(tensor: torch.Tensor) -> Any:
             if tensor.dim() == 0:
                 return gather(tensor)
-            each = tensor.shape[0] // max(rows, 1)  # 2 where chosen and rejected are in one tensor
+            each = tensor.shape[0] // max(samples, 1)  # 2 where chosen and rejected are in one tensor
             filled = tensor.new_zeros((longest * each, *tensor.shape[1:]))
             filled[: tensor.shape[0]] = tensor
             parts = gather(filled).split(longest * each)

@@ -60,13 +60,13 @@ class StepBoundary(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
         heart.stepped(state.global_step)
-        asked, due, bad, writing = trainer.agreement.most(
-            self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.saving_goes_on
+        asked, due, bad, writing = trainer.agreement.maximum(
+            self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.is_saving
         )
         stop.requested = asked
         if bad:
             self._refuse(state)
-        if trainer.saving_waits and not writing:
+        if trainer.has_unpublished_save and not writing:
             trainer.conclude()
         control.should_save |= bool(due)
         if asked and state.global_step < state.max_steps:
@@ -121,7 +121,7 @@ class StepBoundary(TrainerCallback):
         control.should_evaluate, control.should_save = False, True
 
     def _stop_if_asked(self, evaluating: bool = False) -> None:
-        asked, _ = self.trainer.agreement.most(self._asked(), 0)
+        asked, _ = self.trainer.agreement.maximum(self._asked(), 0)
         stop.requested = asked
         if asked:
             self.trainer.due_evaluation = evaluating
@@ -129,14 +129,14 @@ class StepBoundary(TrainerCallback):
 
     def _settle(self, state: TrainerState) -> None:
         """Wait for the GPU, and check that its results are finite, before anything is saved."""
-        if self.trainer.agreement.most(self.trainer.watch.settle())[0]:
+        if self.trainer.agreement.maximum(self.trainer.watch.wait())[0]:
             self._refuse(state)
 
     def _refuse(self, state: TrainerState) -> None:
         """Write the batches that were not finite, and raise NotFinite on all ranks."""
         trainer = self.trainer
         path = trainer.watch.write(trainer.run_folder, trainer.processing_class)
-        places = [str(place) for place in trainer.agreement.gathered(path) if place]
+        places = [str(place) for place in trainer.agreement.gather(path) if place]
         raise NotFinite(
             f"the loss or the gradient norm is NaN or infinite at step {trainer.watch.bad_step}; the "
             f"step was not saved. The batches that caused it: {', '.join(places)}."

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def asked_for() -> bool:
+def requested() -> bool:
     """Return whether the launcher, or the accelerate config of ranks started by hand, asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
@@ -25,7 +25,7 @@ def enable_on_cpu(mixed_precision: str) -> None:
     """
     import torch
 
-    if not asked_for() or torch.cuda.is_available():
+    if not requested() or torch.cuda.is_available():
         return
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
@@ -66,7 +66,7 @@ def keep_tied_together(model: PreTrainedModel) -> None:
         )
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """Return the full parameter from its shards, for a read outside of its module's forward.
 
     Each rank computes a gradient from its own micro-batch. The gradients are averaged over the ranks, as in

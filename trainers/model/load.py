@@ -80,7 +80,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         kwargs["use_kernels"] = True
     if config.quantization is not None:
         kwargs["quantization_config"] = quantization_config(config)
-        sharded = fsdp.asked_for() or "ACCELERATE_USE_DEEPSPEED" in os.environ
+        sharded = fsdp.requested() or "ACCELERATE_USE_DEEPSPEED" in os.environ
         if torch.cuda.is_available() and not sharded:  # the sharded backends place the weights themselves
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     verbosity = transformers.logging.get_verbosity()
@@ -99,7 +99,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     fit_vocabulary(model, tokenizer, config.seed)
     if config.packed != "none":
         flatten_body(model, attention == "documents" and config.kind.pairs)
-    if fsdp.asked_for():
+    if fsdp.requested():
         fsdp.keep_tied_together(model)
     loaded: PreTrainedModel = model
     return loaded

@@ -111,8 +111,8 @@ def _merged_rows(rows: Any, adapters: list[str]) -> torch.Tensor:
     """Return the full weight of a layer with its trained rows, on each rank: (vocabulary, hidden)."""
     import torch
 
-    weight: torch.Tensor = fsdp.whole(rows.base_layer.weight)
+    weight: torch.Tensor = fsdp.full_tensor(rows.base_layer.weight)
     for name in adapters:
         index = torch.tensor(rows.token_indices[name], device=weight.device)
-        weight = weight.index_copy(0, index, fsdp.whole(rows.trainable_tokens_delta[name]).to(weight))
+        weight = weight.index_copy(0, index, fsdp.full_tensor(rows.trainable_tokens_delta[name]).to(weight))
     return weight

@@ -19,7 +19,7 @@ def place_of_rank() -> Place:
     stage = _zero_stage()
     backend = "ddp" if world_size() > 1 else "none"
     return Place(
-        backend="fsdp" if fsdp.asked_for() else "deepspeed" if stage is not None else backend,
+        backend="fsdp" if fsdp.requested() else "deepspeed" if stage is not None else backend,
         processes=world_size(),
         on_gpu=on_gpu,
         capability=torch.cuda.get_device_capability() if on_gpu else AMPERE,

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainers.output.trackers import Tracker
-from trainers.storage.run_folder import METRICS, PROGRESS, write_whole
+from trainers.storage.run_folder import METRICS, PROGRESS, write_atomically
 
 
 class Report(TrainerCallback):
@@ -46,7 +46,7 @@ class Report(TrainerCallback):
             ended = "train_runtime" in entry or "test_loss" in entry  # this start logs it again
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
-        write_whole(self.path, "".join(_json_line(entry) for entry in kept))
+        write_atomically(self.path, "".join(_json_line(entry) for entry in kept))
         return max((entry.get("tokens", 0) for entry in kept), default=0)
 
     def on_step_begin(
@@ -115,7 +115,7 @@ class Report(TrainerCallback):
         """Write the progress of the run next to the launcher's files, with the last known loss and speed."""
         self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
         known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
-        write_whole(self.path.parent / PROGRESS, _json_line(self.progress | known))
+        write_atomically(self.path.parent / PROGRESS, _json_line(self.progress | known))
 
     def _left(self, state: TrainerState) -> int:
         """Return the seconds to the last step: the steps left times the mean time of a step so far."""

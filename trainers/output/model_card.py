@@ -16,7 +16,7 @@ import yaml
 from trainers.config.packages import versions
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.data.files import is_hub_id
-from trainers.storage.run_folder import METRICS, write_whole
+from trainers.storage.run_folder import METRICS, write_atomically
 from trainers.storage.saved_model import ADAPTER
 
 HEADINGS = {
@@ -52,7 +52,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
         "## How to load it\n\n" + f"```python\n{_snippet(folder, config)}```",
         "## Versions\n\n" + _listed((facts.get("versions") or versions()).items()),
     ]
-    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+    write_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from trainers.config.errors import first_line
 from trainers.config.schema import TrainConfig
 from trainers.rank.say import say
-from trainers.storage.run_folder import TRACKER, write_whole
+from trainers.storage.run_folder import TRACKER, write_atomically
 
 if TYPE_CHECKING:
     import wandb
@@ -130,7 +130,7 @@ def _run_id(folder: Path, wanted: str | None) -> str:
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
     run_id = wanted or secrets.token_hex(8)  # not from `random`, whose state the training uses
-    write_whole(path, json.dumps({"wandb": run_id}) + "\n")
+    write_atomically(path, json.dumps({"wandb": run_id}) + "\n")
     return run_id
 
 

@@ -29,7 +29,7 @@ class Agreement:
         self.group: Any = dist.new_group(backend="gloo") if several else None
         self.background: Any = dist.new_group(backend="gloo") if several else None
 
-    def most(self, *values: int) -> list[int]:
+    def maximum(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks."""
         if self.group is None:
             return list(values)
@@ -37,7 +37,7 @@ class Agreement:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers.tolist()
 
-    def gathered(self, value: Value) -> list[Value]:
+    def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in the order of the ranks."""
         if self.group is None:
             return [value]
@@ -45,9 +45,9 @@ class Agreement:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first(self, value: Value) -> Value:
+    def from_rank_0(self, value: Value) -> Value:
         """Return the value of rank 0."""
-        answers: list[Any] = self.gathered(value if rank() == 0 else None)
+        answers: list[Any] = self.gather(value if rank() == 0 else None)
         answer: Value = answers[0]
         return answer
 
@@ -69,7 +69,7 @@ def check_alike(agreement: Agreement, facts: Mapping[str, str]) -> None:
     Raises:
         ConfigError: a rank differs from rank 0; raised on every rank, with the rank and both values.
     """
-    everyone = agreement.gathered(dict(facts))
+    everyone = agreement.gather(dict(facts))
     lines = [
         f"rank {number} has {name} {theirs.get(name, '(none)')}, and rank 0 has {own.get(name, '(none)')}"
         for own in everyone[:1]

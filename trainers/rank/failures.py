@@ -61,7 +61,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def taking_batches() -> Iterator[None]:
+def batch_memory_errors() -> Iterator[None]:
     """Turn an out-of-memory error in the block into BatchTooLarge.
 
     Use it only where batches are processed. While a model is loaded or saved, a smaller batch does not help.
@@ -84,7 +84,7 @@ def disk_is_full(error: BaseException) -> bool:
     return False
 
 
-def knows_no_locks(error: OSError) -> bool:
+def has_no_locks(error: OSError) -> bool:
     """Return whether a lock failed because the file system has no locks, as some mounts of Lustre and NFS."""
     return error.errno in _NO_LOCKS
 

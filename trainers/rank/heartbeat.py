@@ -1,6 +1,6 @@
 """Heartbeats: each rank writes its progress to a small file on its machine, which the launcher watches.
 
-    PHALANX_BEATS/rank-N     64 bytes: time, count, step, median seconds of a step, phase
+    PHALANX_HEARTBEATS/rank-N     64 bytes: time, count, step, median seconds of a step, phase
 
 The time is CLOCK_MONOTONIC: all processes of a machine share it, and setting the clock does not change it.
 The count has only the heartbeats of the main thread.
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.rank.protocol import BEATS
+from trainers.rank.protocol import HEARTBEATS
 
 STEP = "step"  # the phase in which only the main thread sends heartbeats
 PERIOD = 0.5  # seconds between the heartbeats of the thread
@@ -37,7 +37,7 @@ _LAYOUT = struct.Struct("<dqqd32s")
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The last heartbeat of a rank.
 
     `time` is CLOCK_MONOTONIC. `step_seconds` is 0 until the durations of two steps are known.
@@ -50,12 +50,12 @@ class Beat:
     phase: str
 
 
-def beat_file(folder: Path, rank: int) -> Path:
+def heartbeat_file(folder: Path, rank: int) -> Path:
     """Return the file of a rank's heartbeats."""
     return folder / f"rank-{rank}"
 
 
-def read_beat(path: Path) -> Beat | None:
+def read_heartbeat(path: Path) -> Heartbeat | None:
     """Return the last heartbeat of a rank, or None before its first one."""
     try:
         raw = path.read_bytes()
@@ -64,7 +64,7 @@ def read_beat(path: Path) -> Beat | None:
     if len(raw) < _LAYOUT.size:
         return None
     when, count, step, seconds, phase = _LAYOUT.unpack_from(raw)
-    return Beat(when, count, step, seconds, phase.rstrip(b"\0").decode()) if count else None
+    return Heartbeat(when, count, step, seconds, phase.rstrip(b"\0").decode()) if count else None
 
 
 class Heart:
@@ -81,10 +81,10 @@ class Heart:
 
     def start(self, rank: int) -> None:
         """Create the file, enter the phase "start", and start the thread."""
-        folder = os.environ.get(BEATS)
+        folder = os.environ.get(HEARTBEATS)
         if folder is None or self.file is not None:
             return
-        with beat_file(Path(folder), rank).open("w+b") as file:
+        with heartbeat_file(Path(folder), rank).open("w+b") as file:
             file.truncate(_LAYOUT.size)
             self.file = mmap.mmap(file.fileno(), _LAYOUT.size)
         self.enter("start")

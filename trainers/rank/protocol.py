@@ -22,7 +22,7 @@ from typing import ClassVar, TypeVar
 # Set by the launcher for its ranks.
 LOG_DIR = "PHALANX_LOG_DIR"  # the attempt's folder on this machine; not set without the launcher
 LIVE = "PHALANX_LIVE"  # 1: a person watches the terminal
-BEATS = "PHALANX_BEATS"  # the folder of the heartbeats
+HEARTBEATS = "PHALANX_HEARTBEATS"  # the folder of the heartbeats
 JOB_END = "PHALANX_JOB_END"  # time limit of the job, as time.time(), if it is known
 WAITS = "PHALANX_WAITS_FOR_MACHINE_0"  # several machines: 1 if machine 0 prepares the data for this one too
 # Set by the user.

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import IO
 
 from trainers.config.errors import ConfigError
-from trainers.rank.failures import knows_no_locks
+from trainers.rank.failures import has_no_locks
 from trainers.rank.process import log_folder, rank
 from trainers.rank.protocol import CACHE, WAITS, prepared_mark
 from trainers.rank.say import say
 
 LOOK_SECONDS = 0.5
-FORGOTTEN = 86_400.0  # seconds after which an unfinished folder of another node counts as abandoned
+ABANDONED_SECONDS = 86_400.0  # seconds after which an unfinished folder of another node counts as abandoned
 
 
 def cache_root() -> Path:
@@ -85,7 +85,7 @@ def _is_abandoned(part: Path) -> bool:
     host, _, pid = part.name.removesuffix(".part").partition(".")[2].rpartition(".")
     if host == socket.gethostname():
         return not Path("/proc", pid).exists()
-    return time.time() - part.stat().st_mtime > FORGOTTEN
+    return time.time() - part.stat().st_mtime > ABANDONED_SECONDS
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def _try_to_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if not knows_no_locks(error):
+        if not has_no_locks(error):
             raise
     return True
 
@@ -118,7 +118,7 @@ def wait_for_machine_0() -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def tell_prepared() -> None:
+def mark_prepared() -> None:
     """Mark the data of this attempt as prepared. Only rank 0 of a run on several machines does this."""
     if WAITS in os.environ and rank() == 0:
         _prepared().touch()

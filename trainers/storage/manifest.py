@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: every file with its size and hash. Does not import torch.
 
 checkpoint-N/manifest.json is written last, into a folder of another name, which is then renamed (see
-checkpoint/saving.py). So a folder checkpoint-N is complete, unless something damaged it later. complaint()
+checkpoint/saving.py). So a folder checkpoint-N is complete, unless something damaged it later. why_unusable()
 finds such damage.
 """
 
@@ -39,7 +39,7 @@ class Layout:
         return self.world_size * self.batch_size * self.gradient_accumulation
 
     @property
-    def batch_in_words(self) -> str:
+    def batch_text(self) -> str:
         """The global batch and its factors, as text."""
         parts = f"{self.world_size} ranks x batch_size {self.batch_size}"
         return f"{self.global_batch} ({parts} x gradient_accumulation {self.gradient_accumulation})"
@@ -52,13 +52,13 @@ class Layout:
         return "ddp" if self.backend == "none" else self.backend
 
     @property
-    def wanted(self) -> str:
+    def config_keys(self) -> str:
         """The config keys that select this layout."""
         stage = f" and zero_stage: {self.zero_stage}" if self.zero_stage else ""
         return f"distributed_backend: {self.backend}{stage}"
 
 
-def misfit(then: Layout, now: Layout) -> str | None:
+def why_layouts_differ(then: Layout, now: Layout) -> str | None:
     """Return why a run with layout `now` cannot resume from a checkpoint of layout `then`, and what to do.
 
     Returns None if it can. Any number of ranks can read FSDP's shards, and a state that each rank has in
@@ -66,8 +66,8 @@ def misfit(then: Layout, now: Layout) -> str | None:
     """
     if now.kind != then.kind:
         return (
-            f"it was written by {then.kind}, which {now.kind} cannot read. Continue with {then.wanted}, or "
-            "start a new run from its weights (phalanx consolidate)."
+            f"it was written by {then.kind}, which {now.kind} cannot read. Continue with {then.config_keys}, "
+            "or start a new run from its weights (phalanx consolidate)."
         )
     if now.world_size == then.world_size:
         return None
@@ -79,7 +79,7 @@ def misfit(then: Layout, now: Layout) -> str | None:
         )
     if now.global_batch != then.global_batch:
         return (
-            f"its global batch is {then.batch_in_words}, but that of this run is {now.batch_in_words}. "
+            f"its global batch is {then.batch_text}, but that of this run is {now.batch_text}. "
             "Choose batch_size and gradient_accumulation so that both are equal, since the position in the "
             "data is counted in steps."
         )
@@ -158,7 +158,7 @@ def entry_of(folder: Path, path: Path) -> FileEntry:
     return FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path, sync=True))
 
 
-def faults(folder: Path, entries: Iterable[FileEntry], content: bool) -> list[str]:
+def damaged_files(folder: Path, entries: Iterable[FileEntry], content: bool) -> list[str]:
     """Return a line for each file that is missing, or has another size or (with `content`) other content."""
     found = []
     for entry in entries:
@@ -182,7 +182,7 @@ def _other_content(path: Path, entry: FileEntry) -> str | None:
         return f"cannot be read: {error.strerror}"
 
 
-def complaint(folder: Path, content: bool) -> str | None:
+def why_unusable(folder: Path, content: bool) -> str | None:
     """Return why a checkpoint cannot be used, in one line, or None if it verifies.
 
     Without `content`, check only the names and sizes of the files, and do not read them.
@@ -191,7 +191,7 @@ def complaint(folder: Path, content: bool) -> str | None:
         manifest = read_manifest(folder)
     except ValueError as error:
         return str(error)
-    found = faults(folder, manifest.files, content)
+    found = damaged_files(folder, manifest.files, content)
     return _several(found) if found else None
 
 
@@ -218,7 +218,7 @@ def newest_usable(folder: Path, content: bool) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and a line for each newer one, which is skipped."""
     skipped: list[str] = []
     for path in reversed(checkpoint_folders(folder)):
-        why = complaint(path, content)
+        why = why_unusable(path, content)
         if why is None:
             return path, skipped
         skipped.append(f"skipped {path}: {why}")

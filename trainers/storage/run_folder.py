@@ -20,10 +20,16 @@ from trainers.config.errors import ConfigError
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
-from trainers.rank.failures import knows_no_locks
+from trainers.rank.failures import has_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
-from trainers.storage.manifest import CHECKPOINT_PREFIX, checkpoint_folders, complaint, newest_usable, step_of
+from trainers.storage.manifest import (
+    CHECKPOINT_PREFIX,
+    checkpoint_folders,
+    newest_usable,
+    step_of,
+    why_unusable,
+)
 from trainers.storage.saved_model import ADAPTER
 
 RECORD = "run.json"
@@ -70,8 +76,8 @@ class InUse(ConfigError):
     """Another process holds the lock of the run's folder."""
 
 
-def hold(folder: Path) -> IO[str]:
-    """Lock the folder for this process, until release() or its end: two runs in one folder would ruin both.
+def lock_folder(folder: Path) -> IO[str]:
+    """Lock the folder until unlock_folder() or the end of the process. Two runs in it would ruin both.
 
     Raises:
         InUse: another process holds the lock.
@@ -88,7 +94,7 @@ def hold(folder: Path) -> IO[str]:
             "give another project_name."
         ) from None
     except OSError as error:
-        if not knows_no_locks(error):
+        if not has_no_locks(error):
             raise
         say("note", f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
     file.truncate(0)
@@ -98,7 +104,7 @@ def hold(folder: Path) -> IO[str]:
     return file
 
 
-def holder(folder: Path) -> tuple[int, str] | None:
+def lock_owner(folder: Path) -> tuple[int, str] | None:
     """Return the process that holds the lock, as (pid, machine), or None if the folder is free.
 
     The result is (0, "") if the process has just taken the lock. On a file system without locks, only a
@@ -112,14 +118,14 @@ def holder(folder: Path) -> tuple[int, str] | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
         except OSError as error:
-            if not isinstance(error, BlockingIOError) and not knows_no_locks(error):
+            if not isinstance(error, BlockingIOError) and not has_no_locks(error):
                 raise
             _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
             alive = host == socket.gethostname() and Path("/proc", pid).exists()
             return (int(pid), host) if isinstance(error, BlockingIOError) or alive else None
 
 
-def release() -> None:
+def unlock_folder() -> None:
     """Release all locks that this process holds."""
     while _held:
         _held.pop().close()
@@ -146,7 +152,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
         shutil.rmtree(folder / SAVING, ignore_errors=True)
         remove_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    set_aside_later(folder, config)
+    set_aside_newer_checkpoints(folder, config)
 
 
 def remove_model(folder: Path) -> None:
@@ -178,7 +184,7 @@ def resume_checkpoint(
             raise ConfigError(
                 f"resume: {path} does not exist. resume: true uses the newest checkpoint that verifies."
             )
-        if why := complaint(path, content):
+        if why := why_unusable(path, content):
             raise ConfigError(
                 f"resume: {path} cannot be used: {why}. resume: true uses the newest checkpoint that "
                 "verifies."
@@ -189,7 +195,7 @@ def resume_checkpoint(
     return newest_usable(folder, content)
 
 
-def set_aside_later(folder: Path, config: TrainConfig) -> None:
+def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
     """Rename the checkpoints that are newer than the named one to set-aside-N-checkpoint-M.
 
     After `resume: checkpoint-5`, checkpoint-10 does not belong to the run any more. Without another name, a
@@ -212,10 +218,10 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> Non
         name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
     }
     record = {"config": config, "notes": settings.notes, **facts, "versions": versions()}
-    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: a reader, or a kill at any moment, never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

@@ -95,10 +95,10 @@ def plant_in_boundary(module):
 
 def plant_in_batches(module):
     """`worker`: collating the step's batch fails, in a worker process of the data loader."""
-    call = module.CountRows.__call__
+    call = module.CountSamples.__call__
     seen = [0]
 
-    def collate(self, rows):
+    def collate(self, samples):
         fault = json.loads(os.environ["PHALANX_FAULT"])
         seen[0] += 1
         if (
@@ -107,9 +107,9 @@ def plant_in_batches(module):
             and seen[0] == fault["step"]
         ):
             raise ValueError("planted in a data worker")
-        return call(self, rows)
+        return call(self, samples)
 
-    module.CountRows.__call__ = collate
+    module.CountSamples.__call__ = collate
 
 
 def plant_in_training_step(module):

@@ -14,7 +14,7 @@ import pytest
 from launcher.cli import main
 from launcher.commands.submit import ARRAY
 from launcher.config import load_run
-from launcher.slurm.journal import jobs, note, started, starts_in_vain
+from launcher.slurm.journal import jobs, note, started, starts_without_progress
 from launcher.slurm.request import TRAIN, requested
 
 BASE = """\
@@ -266,14 +266,14 @@ def test_starts_without_progress_are_counted(work: Path, steps: list[int], witho
         note(Path("run"), job)
         for restart, step in enumerate(steps):
             note(Path("run"), job, step, restart)
-        assert starts_in_vain(Path("run"), job) == without_progress
+        assert starts_without_progress(Path("run"), job) == without_progress
 
 
 def test_several_runs_in_one_start_of_a_job_are_not_restarts(work: Path) -> None:
     """This happens in an interactive job."""
     for _ in range(5):
         note(Path("run"), "1", 0)
-    assert starts_in_vain(Path("run"), "1") == 0
+    assert starts_without_progress(Path("run"), "1") == 0
 
 
 def test_the_folder_of_a_waiting_job_is_free(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

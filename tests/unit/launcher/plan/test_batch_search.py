@@ -31,7 +31,7 @@ from trainers.config.errors import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, Confi
 from trainers.config.file import load_settings, write_effective
 from trainers.config.schema import TrainConfig
 from trainers.rank import process
-from trainers.rank.failures import BatchTooLarge, ran_out_of_memory, taking_batches
+from trainers.rank.failures import BatchTooLarge, batch_memory_errors, ran_out_of_memory
 from trainers.rank.protocol import AttemptFiles
 from trainers.storage import run_folder
 
@@ -77,10 +77,10 @@ def test_a_real_failed_allocation_means_out_of_memory() -> None:
 
 
 def test_only_errors_while_batches_are_taken_are_batch_too_large() -> None:
-    with pytest.raises(BatchTooLarge, match="CUDA out of memory") as error, taking_batches():
+    with pytest.raises(BatchTooLarge, match="CUDA out of memory") as error, batch_memory_errors():
         raise torch.OutOfMemoryError(CUDA)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-    with pytest.raises(RuntimeError, match="Connection closed") as other, taking_batches():
+    with pytest.raises(RuntimeError, match="Connection closed") as other, batch_memory_errors():
         raise RuntimeError("Connection closed by peer")
     assert type(other.value) is RuntimeError
 

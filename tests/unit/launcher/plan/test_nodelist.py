@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.plan.nodelist import hosts
+from launcher.plan.nodelist import expand_nodelist
 
 
 @pytest.mark.parametrize(
@@ -20,16 +20,16 @@ from launcher.plan.nodelist import hosts
     ],
 )
 def test_a_list_is_expanded(text: str, names: list[str]) -> None:
-    assert hosts(text) == names
+    assert expand_nodelist(text) == names
 
 
 @pytest.mark.parametrize("text", ["node[1-3", "node[a-b]", "node[]", "node[1-]"])
 def test_a_malformed_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"bracket|numbers"):
-        hosts(text)
+        expand_nodelist(text)
 
 
 def test_1024_nodes_are_expanded() -> None:
-    names = hosts("r[01-32]n[01-32]")
+    names = expand_nodelist("r[01-32]n[01-32]")
     assert len(set(names)) == 1024
     assert (names[0], names[-1]) == ("r01n01", "r32n32")

@@ -208,7 +208,7 @@ class Controller:
     def __call__(self, *argv: str) -> str:
         if argv[:2] == ("scontrol", "show"):
             if (state := self.states.get(argv[-1])) is None:
-                raise slurm.NoSlurm("scontrol: Invalid job id specified")
+                raise slurm.SlurmError("scontrol: Invalid job id specified")
             return f"JobId={argv[-1]} JobState={state} Reason=None"
         if argv[0] == "squeue":
             return f"{argv[4]}.0" if self.states[argv[4]] == "RUNNING" else ""

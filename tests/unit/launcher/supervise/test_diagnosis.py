@@ -41,7 +41,7 @@ from trainers.config.errors import (
 )
 from trainers.rank import process
 from trainers.rank.failures import BatchTooLarge, NotFinite, code_of, disk_is_full, is_lost_peer
-from trainers.rank.heartbeat import STEP, Beat
+from trainers.rank.heartbeat import STEP, Heartbeat
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import SIGNALS
 
@@ -228,7 +228,7 @@ STACK = (
 
 
 def hang(number: int) -> Hang:
-    return Hang(number, 75.0, Beat(0.0, 50, 6, 0.5, STEP), stopped=False, stack=STACK)
+    return Hang(number, 75.0, Heartbeat(0.0, 50, 6, 0.5, STEP), stopped=False, stack=STACK)
 
 
 def test_out_of_memory_has_priority_over_all_other_failures(tmp_path: Path) -> None:
@@ -389,7 +389,10 @@ Root Cause (first observed failure):
 )
 def test_which_failures_are_restarted(code: int, restarted: bool, with_restart_on_nan: bool) -> None:
     failure = Failure(0, "planted", code)
-    assert (failure.mendable(restart_on_nan=False), failure.mendable(restart_on_nan=True)) == (
+    assert (
+        failure.restart_may_help(restart_on_nan=False),
+        failure.restart_may_help(restart_on_nan=True),
+    ) == (
         restarted,
         with_restart_on_nan,
     )
@@ -416,7 +419,7 @@ def test_errors_that_the_same_code_repeats_are_not_restarted(
     tmp_path: Path, error: Exception, restarted: bool
 ) -> None:
     note(tmp_path, 1, error, time=1.0)
-    assert diagnosed(tmp_path, {1: 1}).mendable(restart_on_nan=True) == restarted
+    assert diagnosed(tmp_path, {1: 1}).restart_may_help(restart_on_nan=True) == restarted
 
 
 def reported(

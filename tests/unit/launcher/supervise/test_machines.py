@@ -18,7 +18,7 @@ from launcher.supervise.diagnosis import Failure
 from launcher.supervise.machine_messages import (
     AnotherRefused,
     Ended,
-    GoneMachine,
+    MachineLost,
     Order,
     StoppedWaiting,
     first_cause,
@@ -37,9 +37,9 @@ def fast_polling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def machine(
-    folder: Path, rank: int, count: int = 2, given_up: Callable[[], bool] = lambda: False
+    folder: Path, rank: int, count: int = 2, not_needed: Callable[[], bool] = lambda: False
 ) -> Machines:
-    return Machines(folder, Topology(count, rank, count, "here", 1), given_up)
+    return Machines(folder, Topology(count, rank, count, "here", 1), not_needed)
 
 
 def ended(number: int, **values: object) -> Ended:
@@ -58,7 +58,7 @@ def together(folder: Path, count: int = 2) -> list[Machines]:
 def test_one_machine_decides_by_itself_and_writes_nothing(tmp_path: Path) -> None:
     single = machine(tmp_path, 0, 1)
     assert single.join(lambda: ORDER) == ORDER
-    assert single.elsewhere() is None
+    assert single.end_on_other_machine() is None
     assert single.settle(ended(0, stopped=3), lambda all_: replace(ORDER, end=all_[0].stopped)).end == 3
     single.close()
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_a_failure_on_another_machine_is_seen_and_a_good_end_is_not(tmp_path: Pa
 
     def look() -> Ended | None:
         first.looked = 0.0
-        return first.elsewhere()
+        return first.end_on_other_machine()
 
     assert look() is None
     report(ended(1))
@@ -124,10 +124,10 @@ def test_a_machine_without_heartbeats_is_lost(tmp_path: Path, monkeypatch: pytes
 
     assert first.settle(ended(0), decide).end == 5
     (gone,) = [one for one in seen if one.machine == 1]
-    assert gone.gone and gone.failure is not None and gone.failure.code == PEER_LOST
+    assert gone.lost and gone.failure is not None and gone.failure.code == PEER_LOST
     assert "sent no heartbeat for" in gone.failure.reason
     (tmp_path / "launch" / "attempt-1" / "order.json").unlink()
-    with pytest.raises(GoneMachine):
+    with pytest.raises(MachineLost):
         second.settle(ended(1), decide)
 
 
@@ -198,10 +198,10 @@ def test_machine_0_forwards_an_end_that_all_must_follow(tmp_path: Path) -> None:
     path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
     machine_messages.write_message(path, asdict(failed))
     second.looked = first.looked = 0.0
-    assert second.elsewhere() is None
-    assert first.elsewhere() == failed
+    assert second.end_on_other_machine() is None
+    assert first.end_on_other_machine() == failed
     second.looked = 0.0
-    assert second.elsewhere() == failed
+    assert second.end_on_other_machine() == failed
     assert list(second.heard) == list(third.heard) == [0]
 
 
@@ -218,7 +218,7 @@ def test_a_machine_is_not_lost_after_a_suspension(tmp_path: Path, monkeypatch: p
 def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(StoppedWaiting):
-        machine(tmp_path, 1, given_up=lambda: time.monotonic() > began + 0.1).join(lambda: ORDER)
+        machine(tmp_path, 1, not_needed=lambda: time.monotonic() > began + 0.1).join(lambda: ORDER)
 
 
 def test_which_of_several_failures_is_the_cause() -> None:
@@ -227,7 +227,7 @@ def test_which_of_several_failures_is_the_cause() -> None:
     waits = ended(0, time=1.0, failure=Failure(0, "", HUNG, waits=True))
     hangs = ended(1, time=2.0, failure=Failure(1, "", HUNG))
     short = ended(2, time=9.0, failure=Failure(2, "", OUT_OF_MEMORY))
-    gone = ended(3, time=9.0, gone=True, failure=Failure(None, "", PEER_LOST))
+    gone = ended(3, time=9.0, lost=True, failure=Failure(None, "", PEER_LOST))
     assert first_cause([lost, killed])[0] is killed
     assert first_cause([waits, hangs])[0] is hangs
     assert first_cause([killed, short])[0] is short

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launcher.supervise.stale_locks import OLD, extensions_cache, remove_left_locks
+from launcher.supervise.stale_locks import OLD, extensions_cache, remove_stale_locks
 
 
 @pytest.fixture
@@ -21,18 +21,18 @@ def lock(tmp_path):
 
 
 def test_a_lock_that_was_left_since_the_start_is_removed(tmp_path, lock):
-    assert remove_left_locks(tmp_path, time.time() - 60) == [lock]
+    assert remove_stale_locks(tmp_path, time.time() - 60) == [lock]
     assert not lock.exists()
 
 
 def test_an_earlier_lock_stays_because_another_machine_may_hold_it(tmp_path, lock):
-    assert remove_left_locks(tmp_path, time.time() + 60) == []
+    assert remove_stale_locks(tmp_path, time.time() + 60) == []
     assert lock.exists()
 
 
 def test_an_old_lock_is_removed(tmp_path, lock):
     os.utime(lock, (time.time() - OLD - 1,) * 2)
-    assert remove_left_locks(tmp_path, time.time() + 60) == [lock]
+    assert remove_stale_locks(tmp_path, time.time() + 60) == [lock]
 
 
 def test_a_lock_that_a_process_holds_stays(tmp_path, lock):
@@ -41,9 +41,9 @@ def test_a_lock_that_a_process_holds_stays(tmp_path, lock):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert remove_left_locks(tmp_path, time.time() - 60) == []
+        assert remove_stale_locks(tmp_path, time.time() - 60) == []
         holder.stdin.close()
-    assert remove_left_locks(tmp_path, time.time() - 60) == [lock]
+    assert remove_stale_locks(tmp_path, time.time() - 60) == [lock]
 
 
 def test_the_cache_is_where_torch_looks(monkeypatch, tmp_path):

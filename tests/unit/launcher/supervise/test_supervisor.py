@@ -41,7 +41,7 @@ from trainers.config.errors import (
     SAVED,
     USAGE_ERROR,
 )
-from trainers.rank.heartbeat import STEP, Beat
+from trainers.rank.heartbeat import STEP, Heartbeat
 from trainers.rank.protocol import LAUNCH, AttemptFiles
 from trainers.storage.manifest import MANIFEST
 from trainers.storage.run_folder import InUse
@@ -73,7 +73,7 @@ def fails(kind: str, code: int = RUN_FAILED, saves: int = 0) -> Ends:
     return Ends(saves=saves, kind=kind, of=code, exits={1: 1})
 
 
-HANGS = Ends(hang=Hang(1, 75.0, Beat(0.0, 50, 6, 0.5, STEP), False, ""))
+HANGS = Ends(hang=Hang(1, 75.0, Heartbeat(0.0, 50, 6, 0.5, STEP), False, ""))
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Life:
             done.code = supervisor.run_to_end()
         finally:
             supervisor.close()
-        done.requeued = supervisor.comes_back
+        done.requeued = supervisor.requeue_job
         assert next(left, None) is None, "an attempt too few"
         done.err = self.capsys.readouterr().err.splitlines()
         return done
@@ -157,12 +157,12 @@ def life(
     work: Path, packages: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Life]:
     def make() -> Path:
-        (work / "beats").mkdir()
-        return work / "beats"
+        (work / "heartbeats").mkdir()
+        return work / "heartbeats"
 
     monkeypatch.setattr(supervise, "make_beats_folder", make)
     yield Life(monkeypatch, capsys)
-    assert not (work / "beats").exists(), "close() did not remove the folder of the heartbeats"
+    assert not (work / "heartbeats").exists(), "close() did not remove the folder of the heartbeats"
 
 
 def test_a_run_that_ends_well_is_one_attempt(life: Life) -> None:
@@ -446,12 +446,12 @@ def test_the_start_waits_for_a_lock_that_is_released_soon(
     """`phalanx status` holds it for a moment. A file server may keep the lock of a lost node for minutes."""
     asked: list[Path] = []
 
-    def hold(folder: Path) -> None:
+    def lock_folder(folder: Path) -> None:
         asked.append(folder)
         if len(asked) < 3:
             raise InUse("it is in use")
 
-    monkeypatch.setattr(supervise, "hold", hold)
+    monkeypatch.setattr(supervise, "lock_folder", lock_folder)
     monkeypatch.setattr(supervise, "TAKE_SECONDS", 60.0)
     supervisor = life.supervisor()
     supervisor.close()

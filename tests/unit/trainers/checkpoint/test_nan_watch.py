@@ -27,9 +27,9 @@ def step(watch: FiniteWatch, number: int, *losses: float, norm: Any = None) -> i
     """Do an optimiser step of these micro-batches, and return the result of end()."""
     watch.begin(number)
     for index, loss in enumerate(losses):
-        watch.saw(*batch(loss, first=index))
+        watch.record_loss(*batch(loss, first=index))
     if norm is not None:
-        watch.saw_norm(norm)
+        watch.record_norm(norm)
     return watch.end()
 
 
@@ -37,7 +37,7 @@ def step(watch: FiniteWatch, number: int, *losses: float, norm: Any = None) -> i
 def test_finite_values_are_not_reported(norm: Any) -> None:
     watch = FiniteWatch(fp16=False)
     assert [step(watch, number, 1.0, 2.0, norm=norm) for number in (1, 2)] == [0, 0]
-    assert watch.settle() == 0
+    assert watch.wait() == 0
     assert watch.bad is None
 
 
@@ -78,10 +78,10 @@ def test_losses_may_have_any_type_and_shape() -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(1)
     for loss in (torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor([2.0], requires_grad=True)):
-        watch.saw({}, loss)
+        watch.record_loss({}, loss)
     assert watch.end() == 0
     watch.begin(2)
-    watch.saw({}, torch.tensor(NAN, dtype=torch.float16))
+    watch.record_loss({}, torch.tensor(NAN, dtype=torch.float16))
     assert watch.end() == 1
 
 
@@ -92,7 +92,7 @@ def test_a_step_without_batches_is_finite() -> None:
 def test_a_bad_step_is_reported_until_the_end() -> None:
     watch = FiniteWatch(fp16=False)
     step(watch, 3, NAN)
-    assert (watch.settle(), watch.settle()) == (1, 1)
+    assert (watch.wait(), watch.wait()) == (1, 1)
     assert step(watch, 4, 1.0) == 1
     assert watch.bad_step == 3
 
@@ -115,7 +115,7 @@ def test_settle_reads_the_pending_result() -> None:
     for flag, expected in ((False, 0), (True, 1)):
         record = StepRecord(7, [batch(NAN)])
         watch.previous = (record, torch.tensor(flag), Event())
-        assert watch.settle() == expected
+        assert watch.wait() == expected
         assert watch.previous is None
     assert waited == [True, True]
     assert watch.bad_step == 7
@@ -128,15 +128,15 @@ def test_on_a_gpu_the_result_comes_one_step_later() -> None:
     results = []
     for number, loss in enumerate((1.0, NAN, 1.0), start=1):
         watch.begin(number)
-        watch.saw({}, torch.tensor(loss, device="cuda"))
-        watch.saw_norm(torch.tensor(1.0, device="cuda"))
+        watch.record_loss({}, torch.tensor(loss, device="cuda"))
+        watch.record_norm(torch.tensor(1.0, device="cuda"))
         results.append(watch.end())
     assert results == [0, 0, 1]
     assert watch.bad_step == 2
     watch = FiniteWatch(fp16=False)
     watch.begin(1)
-    watch.saw({}, torch.tensor(NAN, device="cuda"))
-    assert (watch.end(), watch.settle()) == (0, 1)
+    watch.record_loss({}, torch.tensor(NAN, device="cuda"))
+    assert (watch.end(), watch.wait()) == (0, 1)
 
 
 class Tokenizer:
@@ -188,7 +188,9 @@ def test_the_ids_of_pairs_are_written_under_their_names(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(3)
     ids = torch.tensor([[1, 2]])
-    watch.saw({"prompt_ids": ids, "chosen_input_ids": ids + 1, "labels": ids, "name": "x"}, torch.tensor(NAN))
+    watch.record_loss(
+        {"prompt_ids": ids, "chosen_input_ids": ids + 1, "labels": ids, "name": "x"}, torch.tensor(NAN)
+    )
     watch.end()
     assert written(watch, folder) == {
         "step": 3,
@@ -201,8 +203,8 @@ def test_the_batches_of_the_bad_step_are_written_even_if_it_is_the_previous_one(
     watch = FiniteWatch(fp16=False)
     watch.previous = (StepRecord(7, [batch(NAN, first=9)]), torch.tensor(True), None)
     watch.begin(8)
-    watch.saw(*batch(1.0))
-    watch.settle()
+    watch.record_loss(*batch(1.0))
+    watch.wait()
     assert [each["text"][0] for each in written(watch, folder)["batches"]] == ["9 2 3"]
 
 
@@ -227,6 +229,6 @@ def test_a_rank_without_a_bad_batch_writes_nothing(folder: Path) -> None:
 def test_a_loss_of_shape_1_can_be_written(folder: Path) -> None:
     watch = FiniteWatch(fp16=False)
     watch.begin(3)
-    watch.saw(batch(0.0)[0], torch.tensor([NAN]))
+    watch.record_loss(batch(0.0)[0], torch.tensor([NAN]))
     watch.end()
     assert math.isnan(float(written(watch, folder)["batches"][0]["loss"]))

@@ -219,10 +219,10 @@ def test_a_hub_dataset_is_loaded_by_configuration_and_split(monkeypatch, tmp_pat
 
     from trainers.data import prepare
 
-    asked = {}
+    as_turns = {}
 
     def load_dataset(path, name, split, token):
-        asked.update(path=path, name=name, split=split, token=token)
+        as_turns.update(path=path, name=name, split=split, token=token)
         return datasets.Dataset.from_list([{"text": "one"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -231,7 +231,7 @@ def test_a_hub_dataset_is_loaded_by_configuration_and_split(monkeypatch, tmp_pat
         data_path="org/rows", trainer="sft", block_size=64, token="secret", train_split="en:train"
     )
     assert len(prepare.prepare(config, tokenizer).dataset) == 1
-    assert asked == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
+    assert as_turns == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
 
 
 def test_a_hub_that_does_not_answer_is_reported(monkeypatch, tokenizer):

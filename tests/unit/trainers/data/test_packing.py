@@ -13,7 +13,7 @@ from inprocess import build, settings_of
 
 from trainers.config.errors import ConfigError
 from trainers.data.collators import FlatCollator
-from trainers.data.packing import plan_packs, whole_rows, wrap_rows
+from trainers.data.packing import plan_packs, whole_samples, wrap_samples
 from trainers.data.sampler import Batches, Steps, piece_costs
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
@@ -66,22 +66,22 @@ def test_without_pieces_there_are_no_packs():
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.integers(1, 50))
 def test_wrapped_packs_have_the_tokens_in_their_order_and_are_full(lengths, capacity):
-    pieces, offsets = wrap_rows(lengths, capacity)
-    tokens = [(row, place) for row, length in enumerate(lengths) for place in range(length)]
+    pieces, offsets = wrap_samples(lengths, capacity)
+    tokens = [(sample, place) for sample, length in enumerate(lengths) for place in range(length)]
     found = [
-        (row, place)
-        for row, start, stop in zip(pieces.row, pieces.start, pieces.stop, strict=True)
+        (sample, place)
+        for sample, start, stop in zip(pieces.sample, pieces.start, pieces.stop, strict=True)
         for place in range(start, stop)
     ]
     assert found == tokens
     sizes = [pieces.lengths[begin:end].sum() for begin, end in pairwise(offsets)]
     full, rest = divmod(len(tokens), capacity)
     assert sizes == [capacity] * full + [rest] * bool(rest)
-    assert offsets[-1] == len(pieces.row)
+    assert offsets[-1] == len(pieces.sample)
 
 
 def batches_of(lengths, steps, **options):
-    pieces = whole_rows(lengths)
+    pieces = whole_samples(lengths)
     return Batches(pieces, piece_costs(pieces.lengths, 64), steps, **options)
 
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.supervise import hangs
-from launcher.supervise.hangs import find_hang, limit, make_beats_folder
+from launcher.supervise.hangs import find_hang, limit, make_heartbeat_folder
 from trainers.rank import heartbeat
-from trainers.rank.heartbeat import STEP, Beat, Heart, read_beat
-from trainers.rank.protocol import BEATS, AttemptFiles
+from trainers.rank.heartbeat import STEP, Heart, Heartbeat, read_heartbeat
+from trainers.rank.protocol import HEARTBEATS, AttemptFiles
 
 PATIENCE = 20.0  # seconds; a limit, not a measurement
 
@@ -33,7 +33,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heart]:
     """The heartbeats of rank 3. Its thread sends a hundred per second; it is not started yet."""
-    monkeypatch.setenv(BEATS, str(tmp_path))
+    monkeypatch.setenv(HEARTBEATS, str(tmp_path))
     monkeypatch.setattr(heartbeat, "PERIOD", 0.01)
     made = Heart()
     yield made
@@ -41,12 +41,12 @@ def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heart]:
 
 
 @pytest.fixture
-def last(tmp_path: Path) -> Callable[[], Beat]:
+def last(tmp_path: Path) -> Callable[[], Heartbeat]:
     """`last()` returns the last heartbeat of rank 3, as the launcher reads it."""
 
-    def read() -> Beat:
-        found: list[Beat | None] = []
-        wait_for(lambda: bool(found.append(read_beat(tmp_path / "rank-3")) or found[-1]))
+    def read() -> Heartbeat:
+        found: list[Heartbeat | None] = []
+        wait_for(lambda: bool(found.append(read_heartbeat(tmp_path / "rank-3")) or found[-1]))
         assert found[-1] is not None
         return found[-1]
 
@@ -55,14 +55,14 @@ def last(tmp_path: Path) -> Callable[[], Beat]:
 
 def test_before_its_first_heartbeat_a_rank_has_none(tmp_path: Path) -> None:
     path = tmp_path / "rank-3"
-    assert read_beat(path) is None
+    assert read_heartbeat(path) is None
     path.write_bytes(b"")
-    assert read_beat(path) is None
+    assert read_heartbeat(path) is None
     path.write_bytes(bytes(64))
-    assert read_beat(path) is None
+    assert read_heartbeat(path) is None
 
 
-def test_the_start_is_the_first_heartbeat(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_start_is_the_first_heartbeat(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     before = time.monotonic()
     heart.start(3)
     beat = last()
@@ -71,7 +71,7 @@ def test_the_start_is_the_first_heartbeat(heart: Heart, last: Callable[[], Beat]
     assert beat.count >= 1
 
 
-def test_the_end_of_a_step_is_a_heartbeat_with_the_step(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_end_of_a_step_is_a_heartbeat_with_the_step(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     heart.start(3)
     heart.stepped(1)
     heart.stepped(2)
@@ -82,7 +82,7 @@ def test_the_end_of_a_step_is_a_heartbeat_with_the_step(heart: Heart, last: Call
 
 
 def test_without_a_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BEATS, raising=False)
+    monkeypatch.delenv(HEARTBEATS, raising=False)
     heart = Heart()
     heart.start(3)
     heart.stepped(1)
@@ -92,13 +92,15 @@ def test_without_a_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_long_name_of_a_phase_is_cut(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_a_long_name_of_a_phase_is_cut(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     heart.start(3)
     heart.enter("x" * 100)
     assert last().phase == "x" * 32
 
 
-def test_the_thread_sends_heartbeats_in_phases_without_steps(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_the_thread_sends_heartbeats_in_phases_without_steps(
+    heart: Heart, last: Callable[[], Heartbeat]
+) -> None:
     heart.start(3)
     for phase in ("start", "save", "end"):
         heart.enter(phase)
@@ -107,7 +109,7 @@ def test_the_thread_sends_heartbeats_in_phases_without_steps(heart: Heart, last:
         assert last().phase == phase and last().count == count  # heartbeats without progress
 
 
-def test_in_steps_only_the_main_thread_sends_heartbeats(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_in_steps_only_the_main_thread_sends_heartbeats(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     heart.start(3)
     heart.stepped(1)
     time.sleep(0.1)  # the thread may be about to send a heartbeat
@@ -118,7 +120,7 @@ def test_in_steps_only_the_main_thread_sends_heartbeats(heart: Heart, last: Call
     assert last().count == before.count + 1
 
 
-def test_after_a_phase_the_previous_one_continues(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_after_a_phase_the_previous_one_continues(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     heart.start(3)
     heart.stepped(1)
     with heart.during("evaluate"):
@@ -130,7 +132,7 @@ def test_after_a_phase_the_previous_one_continues(heart: Heart, last: Callable[[
     assert not heart.steady.is_set()
 
 
-def test_a_phase_with_an_error_ends_too(heart: Heart, last: Callable[[], Beat]) -> None:
+def test_a_phase_with_an_error_ends_too(heart: Heart, last: Callable[[], Heartbeat]) -> None:
     heart.start(3)
     heart.stepped(1)
     with pytest.raises(OSError), heart.during("save"):
@@ -156,7 +158,7 @@ def test_loading_the_best_model_is_a_phase_without_steps(monkeypatch: pytest.Mon
 
 
 def test_the_seconds_of_a_step_are_a_median_without_the_time_between_steps(
-    heart: Heart, last: Callable[[], Beat], monkeypatch: pytest.MonkeyPatch
+    heart: Heart, last: Callable[[], Heartbeat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
@@ -184,7 +186,7 @@ def test_the_seconds_of_a_step_are_a_median_without_the_time_between_steps(
 
 
 def test_setting_the_clock_back_changes_nothing(
-    heart: Heart, last: Callable[[], Beat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heart: Heart, last: Callable[[], Heartbeat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heart.start(3)
     heart.stepped(1)
@@ -287,7 +289,7 @@ def test_time_in_which_the_launcher_did_not_run_does_not_count(
     """A job is suspended with all its processes, but its clock continues."""
     pids = ranks.start("others", "itself")
     now = time.monotonic()
-    wakefulness = hangs.Wakefulness()
+    wakefulness = hangs.SuspensionDetector()
     for rank in pids:
         ranks.beat(rank, ago=0.0)
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
@@ -415,7 +417,7 @@ def test_the_stack_shows_whether_a_rank_waits_for_others(frames: list[str], wait
 def test_how_long_a_rank_may_send_no_heartbeat(
     timeout: float | None, step_seconds: float, seconds: float
 ) -> None:
-    assert limit(Beat(0.0, 1, 1, step_seconds, STEP), timeout) == seconds
+    assert limit(Heartbeat(0.0, 1, 1, step_seconds, STEP), timeout) == seconds
 
 
 @pytest.mark.parametrize(("timeout", "found"), [(None, False), (4.0, True), (0.0, False)])
@@ -431,19 +433,23 @@ def test_the_folders_of_launchers_that_have_ended_are_removed(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"phalanx-beats-{gone.pid}-abc", f"phalanx-beats-{os.getppid()}-abc", "of-another-program"):
+    for name in (
+        f"phalanx-heartbeats-{gone.pid}-abc",
+        f"phalanx-heartbeats-{os.getppid()}-abc",
+        "of-another-program",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-0").write_bytes(b"")
-    made = make_beats_folder()
+    made = make_heartbeat_folder()
     assert made.parent == tmp_path and list(made.iterdir()) == []
-    assert made.name.startswith(f"phalanx-beats-{os.getpid()}-")
+    assert made.name.startswith(f"phalanx-heartbeats-{os.getpid()}-")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [made.name, f"phalanx-beats-{os.getppid()}-abc", "of-another-program"]
+        [made.name, f"phalanx-heartbeats-{os.getppid()}-abc", "of-another-program"]
     )
 
 
 def test_two_starts_of_one_process_have_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    first = make_beats_folder()
-    assert first != make_beats_folder()
+    first = make_heartbeat_folder()
+    assert first != make_heartbeat_folder()
     assert first.exists()

@@ -17,7 +17,7 @@ import pytest
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import WAITS
 from trainers.storage import data_cache
-from trainers.storage.data_cache import cache_root, make_once, tell_prepared, wait_for_machine_0
+from trainers.storage.data_cache import cache_root, make_once, mark_prepared, wait_for_machine_0
 
 
 def fill(folder: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_ranks_of_another_machine_wait_for_machine_0(
     waits.start()
     waits.join(0.1)
     assert waits.is_alive()
-    tell_prepared()  # as rank 0 does; both machines have the same attempt folder
+    mark_prepared()  # as rank 0 does; both machines have the same attempt folder
     waits.join(10)
     assert not waits.is_alive()
 

@@ -19,7 +19,7 @@ from fakes import fake_checkpoint, machine
 
 from launcher.config import Run, load_run
 from launcher.plan.backend import resolve_backend
-from launcher.plan.resume_layout import fitted
+from launcher.plan.resume_layout import with_kept_global_batch
 from launcher.plan.topology import resolve_topology
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
@@ -31,14 +31,19 @@ from trainers.storage.manifest import (
     Layout,
     Manifest,
     checkpoint_folders,
-    complaint,
     entry_of,
-    misfit,
     newest_usable,
     read_manifest,
     step_of,
+    why_layouts_differ,
+    why_unusable,
 )
-from trainers.storage.run_folder import hold, holder, resume_checkpoint, set_aside_later
+from trainers.storage.run_folder import (
+    lock_folder,
+    lock_owner,
+    resume_checkpoint,
+    set_aside_newer_checkpoints,
+)
 
 DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
 FSDP = replace(DDP, backend="fsdp")
@@ -86,7 +91,7 @@ def test_a_file_longer_than_a_block_is_hashed_completely(
 
 @pytest.mark.parametrize("content", [False, True])
 def test_a_complete_checkpoint_verifies(checkpoint: Path, content: bool) -> None:
-    assert complaint(checkpoint, content) is None
+    assert why_unusable(checkpoint, content) is None
 
 
 def cut(path: Path, size: int) -> None:
@@ -132,7 +137,7 @@ def test_damage_is_reported(
     checkpoint: Path, damage: Callable[[Path], Any], expected: str, content: bool
 ) -> None:
     damage(checkpoint)
-    found = complaint(checkpoint, content)
+    found = why_unusable(checkpoint, content)
     assert str(found).startswith(expected)
     assert len(str(found).splitlines()) == 1
 
@@ -141,8 +146,8 @@ def test_a_flipped_bit_is_found_only_if_the_content_is_read(checkpoint: Path) ->
     raw = bytearray((checkpoint / WEIGHTS).read_bytes())
     raw[4] ^= 1
     (checkpoint / WEIGHTS).write_bytes(raw)
-    assert complaint(checkpoint, content=False) is None
-    assert complaint(checkpoint, content=True) == "model.safetensors has changed since it was written"
+    assert why_unusable(checkpoint, content=False) is None
+    assert why_unusable(checkpoint, content=True) == "model.safetensors has changed since it was written"
 
 
 def test_a_file_that_the_disk_cannot_read_is_damage(
@@ -152,12 +157,12 @@ def test_a_file_that_the_disk_cannot_read_is_damage(
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(manifest, "hash_file", unreadable)
-    assert "model.safetensors" in str(complaint(checkpoint, content=True))
+    assert "model.safetensors" in str(why_unusable(checkpoint, content=True))
 
 
 def test_an_additional_file_is_allowed(checkpoint: Path) -> None:
     (checkpoint / "notes.txt").write_text("mine")
-    assert complaint(checkpoint, content=True) is None
+    assert why_unusable(checkpoint, content=True) is None
 
 
 def test_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path: Path) -> None:
@@ -263,11 +268,11 @@ def names(folder: Path) -> list[str]:
 def test_checkpoints_after_the_named_one_are_renamed(tmp_path: Path) -> None:
     for step in (3, 5, 10):
         fake_checkpoint(tmp_path, step)
-    set_aside_later(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
+    set_aside_newer_checkpoints(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-5", "set-aside-1-checkpoint-10"]
-    assert complaint(tmp_path / "set-aside-1-checkpoint-10", content=True) is None
+    assert why_unusable(tmp_path / "set-aside-1-checkpoint-10", content=True) is None
     fake_checkpoint(tmp_path, 10)
-    set_aside_later(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
+    set_aside_newer_checkpoints(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
     assert names(tmp_path)[2:] == ["set-aside-1-checkpoint-10", "set-aside-2-checkpoint-10"]
 
 
@@ -278,7 +283,7 @@ def test_in_other_cases_no_checkpoint_is_renamed(
     monkeypatch.chdir(tmp_path)
     fake_checkpoint(Path("elsewhere"), 1)
     fake_checkpoint(Path("run"), 10)
-    set_aside_later(Path("run"), resuming(resume))
+    set_aside_newer_checkpoints(Path("run"), resuming(resume))
     assert names(tmp_path / "run") == ["checkpoint-10"]
 
 
@@ -307,15 +312,15 @@ def test_a_second_process_is_refused(other: subprocess.Popen[str], tmp_path: Pat
     with pytest.raises(
         ConfigError, match=rf"run is in use by another run \(process {other.pid} on .*another project_na"
     ):
-        hold(tmp_path / "run")
+        lock_folder(tmp_path / "run")
     with pytest.raises(ConfigError, match=rf"\(process {other.pid} on "):
-        hold(tmp_path / "run")  # a refusal does not remove the owner's name
+        lock_folder(tmp_path / "run")  # a refusal does not remove the owner's name
 
 
 def test_the_folder_is_free_when_its_process_has_ended(other: subprocess.Popen[str], tmp_path: Path) -> None:
     other.kill()
     other.wait()
-    hold(tmp_path / "run")
+    lock_folder(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -328,18 +333,18 @@ def test_on_a_file_system_without_locks_only_local_processes_are_known(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    hold(tmp_path / "run")
+    lock_folder(tmp_path / "run")
     assert (
         "run cannot be locked (Function not implemented); do not start a second run in it"
         in capsys.readouterr().out
     )
-    assert holder(tmp_path / "run") == (os.getpid(), socket.gethostname())
+    assert lock_owner(tmp_path / "run") == (os.getpid(), socket.gethostname())
     (tmp_path / "run" / ".lock").write_text("process 1 on another\n")
-    assert holder(tmp_path / "run") is None, "this machine cannot know whether that process is alive"
+    assert lock_owner(tmp_path / "run") is None, "this machine cannot know whether that process is alive"
 
 
 def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    hold(tmp_path / "second")
+    lock_folder(tmp_path / "second")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +376,7 @@ def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) ->
     ],
 )  # fmt: skip
 def test_which_layouts_can_resume_from_which(then: Layout, now: Layout, expected: str | None) -> None:
-    why = misfit(then, now)
+    why = why_layouts_differ(then, now)
     assert why is None if expected is None else str(why).startswith(expected)
 
 
@@ -384,7 +389,7 @@ def asked(work: Path, packages: object) -> Callable[..., Run]:
                  "num_processes": ranks, "batch_size": 2, "gradient_accumulation": 4, **flags}  # fmt: skip
         run = load_run(None, {name: str(value) for name, value in given.items()})
         topology = resolve_topology(run.launch, machine(), {})
-        return fitted(run, topology, resolve_backend(run, topology))
+        return with_kept_global_batch(run, topology, resolve_backend(run, topology))
 
     return make
 
