@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import trainers
+from trainers.config.text import count_of
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
 from trainers.rank.process import die_with_parent
@@ -174,7 +175,7 @@ class Parent:
 
     def _why_not(self) -> str | None:
         if self.ranks:
-            return f"{len(self.ranks)} ranks of the last start are still running"
+            return f"{count_of(len(self.ranks), 'rank')} of the last start still running"
         return unsafe()
 
     def _leave(self) -> None:

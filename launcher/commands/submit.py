@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Run, SlurmConfig, load_run
+from launcher.config import SlurmConfig, load_run
 from launcher.parser import add_config_flags
 from launcher.slurm.arrays import LIST, Task, numbered_tasks, sweep_tasks
 from launcher.slurm.job import SlurmError, ask
@@ -74,9 +72,9 @@ def plan(config: Path | None, flags: Mapping[str, Any], array: str | None) -> tu
         if array is None:
             run = load_run(config, flags)
             check(run)
-            return [Task(run)], sbatch_argv(_with_job_name(run), [str(TRAIN), *common])
+            return [Task(run)], sbatch_argv(run, [str(TRAIN), *common])
         tasks = numbered_tasks(config, flags, array)
-        return tasks, sbatch_argv(_with_job_name(tasks[0].run, config), [str(TRAIN), *common], array)
+        return tasks, sbatch_argv(tasks[0].run, [str(TRAIN), *common], array, config)
     file, _, at_once = array.partition("%")
     tasks = sweep_tasks(config, flags, Path(file))
     numbers = f"1-{len(tasks)}" + (f"%{at_once}" if at_once else "")
@@ -84,8 +82,8 @@ def plan(config: Path | None, flags: Mapping[str, Any], array: str | None) -> tu
         raise ConfigError(
             f"--array: {at_once!r} is not a number of tasks that run at a time. Write for example {file}%2."
         )
-    named = _with_job_name(tasks[0].run, config or Path(file))
-    return tasks, sbatch_argv(named, [str(ARRAY), file, *common], numbers)
+    script = [str(ARRAY), file, *common]
+    return tasks, sbatch_argv(tasks[0].run, script, numbers, config or Path(file))
 
 
 def submit(tasks: Sequence[Task], argv: Sequence[str]) -> str:
@@ -101,15 +99,6 @@ def submit(tasks: Sequence[Task], argv: Sequence[str]) -> str:
     for task in tasks:
         note(task.run.folder, job if task.index is None else f"{job}_{task.index}")
     return job
-
-
-def _with_job_name(run: Run, of_many: Path | None = None) -> Run:
-    """Return the run with a job name: the user's, the name of the file behind an array, or the project's."""
-    if run.slurm.job_name:
-        return run
-    name = of_many.stem if of_many else Path(run.train.project_name).name
-    slurm = run.slurm.model_copy(update={"job_name": re.sub(r"[^A-Za-z0-9._-]", "-", name)})
-    return replace(run, slurm=slurm)
 
 
 def _command_flags(flags: Mapping[str, Any]) -> list[str]:

@@ -12,11 +12,11 @@ from launcher.config import Run
 from launcher.plan.memory import predict_disk, size_of_model
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import format_bytes
 from trainers.data.columns import check_split
 from trainers.data.files import find_split
 from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.run_folder import check_free
-from trainers.storage.sizes import format_bytes
 
 
 def preflight(run: Run) -> None:

@@ -8,6 +8,7 @@ from launcher.config import Run
 from launcher.plan.backend import AUTOTRAIN_ZERO_STAGE, Backend
 from launcher.plan.topology import Topology
 from trainers.config.errors import ConfigError
+from trainers.config.text import count_of
 from trainers.storage.manifest import Layout, read_manifest, why_layouts_differ
 from trainers.storage.run_folder import resume_checkpoint
 
@@ -35,7 +36,9 @@ def with_kept_global_batch(run: Run, topology: Topology, backend: Backend) -> Ru
                 f"{now.batch_text}: the data continues by steps, so some rows are skipped or repeated."
             )
         return run
-    kept = f"{checkpoint.name} was written by {then.world_size} ranks and the global batch is kept"
+    kept = (
+        f"{checkpoint.name} was written by {count_of(then.world_size, 'rank')} and the global batch is kept"
+    )
     run = run.changed(f"resume ({kept})", gradient_accumulation=accumulation)
     run.settings.notes.append(
         f"gradient_accumulation: {accumulation}, because {kept}. Random numbers (dropout) differ from those "

@@ -12,6 +12,7 @@ from launcher.config import LaunchConfig
 from launcher.plan.nodelist import expand_nodelist
 from trainers.config.errors import ConfigError
 from trainers.config.requirements import cpu_computes_bf16
+from trainers.config.text import count_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -121,13 +122,13 @@ def resolve_topology(
     processes = launch.num_processes or max(gpus, 1) * machines
     if processes % machines:
         raise ConfigError(
-            f"launch.num_processes: {processes} ranks do not spread evenly over {machines} machines. "
-            f"Allowed: a multiple of {machines}."
+            f"launch.num_processes: {count_of(processes, 'rank')} cannot be spread evenly over {machines} "
+            f"machines. Allowed: a multiple of {machines}."
         )
     if gpus and processes // machines > gpus:
         raise ConfigError(
-            f"launch.num_processes: {processes // machines} ranks on this machine are more than its {gpus} "
-            f"visible GPU{'s' if gpus > 1 else ''}. Allowed: num_processes up to {gpus * machines}."
+            f"launch.num_processes: {count_of(processes // machines, 'rank')} on this machine are more than "
+            f"its {count_of(gpus, 'visible GPU')}. Allowed: num_processes up to {gpus * machines}."
         )
     address = launch.main_process_ip or (_slurm_hosts(environ)[0] if in_step else LOOPBACK)
     if machines > 1 and address == LOOPBACK and not launch.main_process_ip:

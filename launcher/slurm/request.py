@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from launcher.config import Run, SlurmConfig
 from launcher.plan.backend import resolve_backend
@@ -11,6 +12,7 @@ from launcher.plan.preflight import preflight
 from launcher.plan.topology import Gpu, Hardware, Topology
 from trainers.config.errors import ConfigError
 from trainers.config.schema import SECRET_FIELDS
+from trainers.config.text import count_of
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 TRAIN = SLURM_SCRIPTS / "train.sh"
@@ -18,10 +20,17 @@ TRAIN = SLURM_SCRIPTS / "train.sh"
 _SOME_GPU = Gpu("requested", 1 << 40, (9, 0))
 
 
-def sbatch_argv(run: Run, script: Sequence[str] | None = None, array: str | None = None) -> list[str]:
-    """Return the command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`."""
+def sbatch_argv(
+    run: Run, script: Sequence[str] | None = None, array: str | None = None, array_file: Path | None = None
+) -> list[str]:
+    """Return the command that submits this run: `sbatch --nodes=2 ... slurm/train.sh config.yaml`.
+
+    The job's name is slurm.job_name, or that of an array's file, or the project's.
+    """
     flags = [f"--array={array}"] if array else []
-    for name, value in run.slurm.model_dump(exclude_none=True).items():
+    name = array_file.stem if array_file else Path(run.train.project_name).name
+    named = {"job_name": re.sub(r"[^A-Za-z0-9._-]", "-", name)}
+    for name, value in (named | run.slurm.model_dump(exclude_none=True)).items():
         if value is not False:
             dashed = f"--{name.replace('_', '-')}"
             flags.append(dashed if value is True else f"{dashed}={value}")
@@ -51,7 +60,8 @@ def requested(run: Run) -> Topology:
     processes = launch.num_processes or machines * max(gpus, 1)
     if processes % machines or (gpus and processes // machines > gpus):
         raise ConfigError(
-            f"launch.num_processes: {processes} ranks do not fit on {machines} nodes"
+            f"launch.num_processes: {count_of(processes, 'rank')} cannot be placed on "
+            + count_of(machines, "node")
             + (f" with {gpus} GPUs each" if gpus else "")
             + f". Allowed: a multiple of {machines}"
             + (f" up to {machines * gpus}." if gpus else ".")

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.slurm.job import ControllerUnreachable, SlurmError, facts
 from launcher.slurm.journal import JOBS, ended, jobs, last_job
 from trainers.config.errors import ConfigError
+from trainers.config.text import count_of
 from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
 from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
@@ -53,7 +54,7 @@ class Status:
         if self.attempts > 1:
             parts.append(f"{self.attempts} attempts")
         if self.requeues:
-            parts.append(f"requeued {self.requeues} times")
+            parts.append(f"requeued {count_of(self.requeues, 'time')}")
         return "  ".join(parts)
 
 

@@ -1,16 +1,16 @@
 """How the launchers of several machines coordinate: by small files in the run's folder, which they share.
 
-    launch/machines/member-M.json           machine M has started; has its word, a random id of this start
-    launch/machines/start.json              by machine 0: the words of all machines, and the first order
+    launch/machines/member-M.json           machine M has started; has its token, random for this start
+    launch/machines/start.json              by machine 0: the tokens of all machines, and the first order
     launch/machines/refused-ID-M.json       why machine M, of the start with this id, does not start
     launch/machines/alive-M                 heartbeat: a number that grows while machine M's launcher lives
     launch/attempt-K/machine-M/ended.json   how the attempt ended on machine M
-    launch/attempt-K/cut.json               by machine 0: the end of one machine that all must follow
+    launch/attempt-K/early-end.json         by machine 0: the end of one machine that all must follow
     launch/attempt-K/order.json             by machine 0, when all machines have ended: what all do next
     launch/attempt-K/prepared               by rank 0: the data is prepared (storage/data_cache.py)
 
 Only machine 0 decides, and the others read only its files. A run on one machine writes none of these files.
-Before the first attempt, machine 0 writes a file with its word into the cache of prepared data. A machine
+Before the first attempt, machine 0 writes a file with its token into the cache of prepared data. A machine
 that finds this file shares the cache.
 """
 
@@ -40,12 +40,14 @@ from launcher.supervise.machine_messages import (
     write_message,
 )
 from trainers.config.errors import PEER_LOST, USAGE_ERROR, ConfigError
+from trainers.config.text import count_of
 from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
 from trainers.storage.data_cache import ABANDONED_SECONDS, cache_root
 
 JOIN_SECONDS = 600.0  # for all machines to start: environments are set up, file systems are slow
-GONE_SECONDS = 60.0  # without a heartbeat; a network file system may show a file that late
-MARK = ".machine-0-"  # prefix of the file in the cache of prepared data; the word follows
+LOST_SECONDS = 60.0  # without a heartbeat; a network file system may show a file that late
+MARK = ".machine-0-"  # prefix of the file in the cache of prepared data; the token follows
+EARLY_END = "early-end.json"
 LOOK_SECONDS = 0.5  # between two looks at the files of the others
 
 
@@ -57,10 +59,10 @@ class Machines:
     ) -> None:
         self.run_folder, self.not_needed, self.start_id = folder, not_needed, start_id
         self.rank, self.count = topology.machine_rank, topology.num_machines
-        self.ranks = f"{topology.num_processes} ranks on {'GPUs' if topology.on_gpu else 'CPUs'}"
+        self.ranks = f"{count_of(topology.num_processes, 'rank')} on {'GPUs' if topology.on_gpu else 'CPUs'}"
         self.others = [number for number in range(self.count) if number != self.rank]
         self.watched = [0] if self.rank else self.others
-        self.word = secrets.token_hex(8)
+        self.token = secrets.token_hex(8)
         self.number = 0  # of the attempt
         self.shares_cache = False  # whether this machine and machine 0 have the same cache
         self.mark: Path | None = None  # machine 0's file in its cache
@@ -90,16 +92,15 @@ class Machines:
                     left.unlink(missing_ok=True)
         cards: dict[int, dict[str, Any]] = {}
         for _ in self._until_timeout():
-            found = {number: read_message(self._folder / f"member-{number}.json") for number in self.others}
-            cards = {n: card for n, card in found.items() if card and card["start"] == self.start_id}
+            cards = self._members()
             if len(cards) == len(self.others):
                 break
-        words = {str(number): card["word"] for number, card in cards.items()}
+        tokens = {str(number): card["token"] for number, card in cards.items()}
         unequal = next((card for card in cards.values() if card["ranks"] != self.ranks), None)
         first = order() if unequal is None else Order(0, 0, end=USAGE_ERROR)
         if unequal is None:
             self._write_mark()
-        start = {"words": words, "machine_0": self.word, "order": asdict(first)}
+        start = {"tokens": tokens, "machine_0": self.token, "order": asdict(first)}
         write_message(self._folder / "start.json", start)
         if unequal is not None:
             raise ConfigError(
@@ -107,6 +108,11 @@ class Machines:
                 f"{unequal['ranks']}. Use the same number of GPUs on each machine, or give --num-processes."
             )
         return first
+
+    def _members(self) -> dict[int, dict[str, Any]]:
+        """Return the member files of this start. Another start may have left some."""
+        found = {number: read_message(self._folder / f"member-{number}.json") for number in self.others}
+        return {number: card for number, card in found.items() if card and card["start"] == self.start_id}
 
     def _write_mark(self) -> None:
         """Write the mark into the cache, if it is writable. Remove old marks, which killed launchers left."""
@@ -116,24 +122,24 @@ class Machines:
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
         with contextlib.suppress(OSError):
-            (root / f"{MARK}{self.word}").touch()
-            self.mark = root / f"{MARK}{self.word}"
+            (root / f"{MARK}{self.token}").touch()
+            self.mark = root / f"{MARK}{self.token}"
 
     def close(self) -> None:
         if self.mark is not None:
             self.mark.unlink(missing_ok=True)
 
     def _register(self) -> Order:
-        """On the other machines: write the member file until start.json has this machine's word."""
+        """On the other machines: write the member file until start.json has this machine's token."""
         card = self._folder / f"member-{self.rank}.json"
         for _ in self._until_timeout():
             start = read_message(self._folder / "start.json")
-            if start and start["words"].get(str(self.rank)) == self.word:
+            if start and start["tokens"].get(str(self.rank)) == self.token:
                 self.shares_cache = (cache_root() / f"{MARK}{start['machine_0']}").exists()
                 return Order(**start["order"])
             # Machine 0 empties the folder when it starts, so write the file again if it is gone.
-            if (read_message(card) or {}).get("word") != self.word:
-                own = {"word": self.word, "start": self.start_id, "ranks": self.ranks}
+            if (read_message(card) or {}).get("token") != self.token:
+                own = {"token": self.token, "start": self.start_id, "ranks": self.ranks}
                 write_message(card, {**own, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
@@ -154,8 +160,7 @@ class Machines:
             time.sleep(LOOK_SECONDS)
         if self.not_needed():
             raise StoppedWaiting
-        present = {number for number in self.others if (self._folder / f"member-{number}.json").exists()}
-        missing = [0] if self.rank else sorted(set(self.others) - present)
+        missing = [0] if self.rank else sorted(set(self.others) - self._members().keys())
         raise ConfigError(
             f"launch.num_machines: machine {', '.join(map(str, missing))} did not start within "
             f"{JOIN_SECONDS:.0f} s. Run the same command on all {self.count} machines, each with its own "
@@ -167,12 +172,12 @@ class Machines:
         if self.count == 1 or time.monotonic() - self.looked < self.pause:
             return None
         self._send_heartbeat()
-        if self.rank and (cut := read_ended(self._attempt / "cut.json")):
-            return cut
+        if self.rank and (early := read_ended(self._attempt / EARLY_END)):
+            return early
         for number in self.watched:
-            ended = self._ended(number) or self._gone(number)
+            ended = self._ended(number) or self._lost(number)
             if ended is not None and ended.early:
-                self._write_cut(ended)
+                self._pass_on(ended)
                 return ended
         return None
 
@@ -181,9 +186,9 @@ class Machines:
         """Seconds between two looks; more on machine 0 of many machines, which reads two files of each."""
         return LOOK_SECONDS if self.rank else max(LOOK_SECONDS, self.count / 200)
 
-    def _write_cut(self, ended: Ended) -> None:
+    def _pass_on(self, ended: Ended) -> None:
         """On machine 0: write the first end that all machines must follow, for the others."""
-        path = self._attempt / "cut.json"
+        path = self._attempt / EARLY_END
         if self.rank == 0 and not path.exists():
             write_message(path, asdict(ended))
 
@@ -208,10 +213,10 @@ class Machines:
         while len(found) < len(self.others):
             self._send_heartbeat()
             for number in self.others:
-                if number not in found and (ended := self._ended(number) or self._gone(number)):
+                if number not in found and (ended := self._ended(number) or self._lost(number)):
                     found[number] = ended
                     if ended.early:
-                        self._write_cut(ended)
+                        self._pass_on(ended)
             if len(found) < len(self.others):
                 time.sleep(self.pause)
         return list(found.values())
@@ -222,7 +227,7 @@ class Machines:
             if message := read_message(self._attempt / "order.json"):
                 return Order(**message)
             self._send_heartbeat()
-            if self._gone(0):
+            if self._lost(0):
                 raise MachineLost
             time.sleep(LOOK_SECONDS)
 
@@ -236,14 +241,14 @@ class Machines:
         self.counter += 1
         (self._folder / f"alive-{self.rank}").write_text(str(self.counter), encoding="utf-8")
 
-    def _gone(self, number: int) -> Ended | None:
-        """Return the end of a machine that is lost: it sent no heartbeat for GONE_SECONDS. Else None."""
+    def _lost(self, number: int) -> Ended | None:
+        """Return the end of a machine that is lost: it sent no heartbeat for LOST_SECONDS. Else None."""
         now, last = time.monotonic(), read_number(self._folder / f"alive-{number}")
         before, since = self.heard[number]
         if last != before:
             self.heard[number] = last, now
             return None
-        if now - since < GONE_SECONDS:
+        if now - since < LOST_SECONDS:
             return None
         host = (read_message(self._folder / f"member-{number}.json") or {}).get("host", "the first")
         reason = f"machine {number} ({host}) sent no heartbeat for {now - since:.0f} s"

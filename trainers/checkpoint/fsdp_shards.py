@@ -31,8 +31,7 @@ from trainers.storage.manifest import SHARDS
 def make_stager() -> DefaultStager:
     """Return the stager: host memory to which the state is copied before a thread writes it.
 
-    All saves of a run reuse this memory. A copy to new memory took ten times as long (benchmarks/RESULTS.md,
-    Recovery).
+    All saves of a run reuse this memory. A copy to new memory takes several times as long.
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 

@@ -26,6 +26,7 @@ from trainers.checkpoint.nan_watch import FiniteWatch
 from trainers.checkpoint.publishing import publish, rotate
 from trainers.checkpoint.resuming import SCHEDULER, Resuming
 from trainers.config.packages import versions
+from trainers.config.text import format_bytes
 from trainers.rank.failures import disk_is_full
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
@@ -42,7 +43,7 @@ from trainers.storage.manifest import (
     why_unusable,
 )
 from trainers.storage.run_folder import SAVING
-from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES, format_bytes
+from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES
 
 UNREAD = "training_args.bin"  # a pickle that nothing reads
 

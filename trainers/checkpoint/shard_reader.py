@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from trainers.checkpoint.safe_pickle import SafeReader, allow_deepspeed
-from trainers.config.errors import ConfigError, first_line
+from trainers.config.errors import ConfigError
+from trainers.config.text import count_of, first_line
 from trainers.storage.manifest import SHARDS
 
 LATEST = "latest"  # DeepSpeed's pointer to the folder of its newest save
@@ -96,7 +97,8 @@ def _zero(folder: Path) -> Source:
     count = ranks[0][key.PARTITION_COUNT]
     if (expected := max(count) if isinstance(count, list) else count) != len(ranks):
         raise ConfigError(
-            f"{folder} has the optimiser files of {len(ranks)} ranks, but {expected} ranks wrote it."
+            f"{folder} has the optimiser files of {count_of(len(ranks), 'rank')}, but it was written by "
+            f"{count_of(expected, 'rank')}."
         )
     parts = dict(
         _zero3_parts(ranks, states[0]) if key.FP32_FLAT_GROUPS in ranks[0] else _zero2_parts(ranks, states[0])

@@ -20,8 +20,3 @@ class ConfigError(ValueError):
 
     The message says what is wrong, where, and what is allowed.
     """
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

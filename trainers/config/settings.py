@@ -175,8 +175,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("block_size", length, f"block_size -1 is model_max_length, at most {BLOCK_SIZE_LIMIT}")
         if config.model_max_length > length:
             notes.append(
-                f"block_size: {length}, AutoTrain's value for -1; longer documents are cut. "
-                f"To keep more, set block_size up to model_max_length ({config.model_max_length})."
+                f"block_size: {length} tokens, AutoTrain's value for -1, is the longest sample. To keep more "
+                f"of long documents, set block_size up to model_max_length ({config.model_max_length})."
             )
     if config.save_strategy is None:
         derive(

@@ -26,7 +26,7 @@ Recipe = tuple[tuple[int, int], ...]  # (length, pieces of this length in each p
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a split: piece i is the tokens start[i] to stop[i] of the sample with number sample[i]."""
+    """The pieces of a split: piece i is the tokens start[i] to stop[i] of the sample number sample[i]."""
 
     sample: Ints
     start: Ints

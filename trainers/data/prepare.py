@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import count_of
 from trainers.data.chat import forget_truncation
 from trainers.data.columns import Columns, find_columns
 from trainers.data.encoders import Encoder
@@ -54,16 +55,17 @@ class Summary:
     longest: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    blocks: int = 0  # packs of an epoch
+    packs: int = 0  # packs of an epoch
 
     @property
     def line(self) -> str:
         """The counts in one line, for the log."""
-        packed = f" in {self.blocks} packs" if self.blocks != self.kept else ""
+        packed = f" in {count_of(self.packs, 'pack')}" if self.packs != self.kept else ""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
-            f"{self.rows} rows{packed}, {self.tokens} tokens ({self.supervised_tokens} trained on), "
-            f"longest {self.longest}, truncated {self.truncated}, dropped {reasons or 0}"
+            f"{count_of(self.rows, 'row')}{packed}, {count_of(self.tokens, 'token')} "
+            f"({self.supervised_tokens} trained on), longest {self.longest}, "
+            f"truncated {self.truncated}, dropped {reasons or 0}"
         )
 
 
@@ -118,7 +120,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
         )
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
-    summary.blocks = count_packs(config, dataset)
+    summary.packs = count_packs(config, dataset)
     return Prepared(dataset, summary, folder.name)
 
 
@@ -146,7 +148,7 @@ def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
         if share and counts[name] < 1:
             raise ConfigError(
                 f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: it leaves none of the "
-                f"{len(raw)} rows for {name}. Give more rows, or set another fraction."
+                f"{count_of(len(raw), 'row')} for {name}. Give more rows, or set another fraction."
             )
     if counts["train"] == len(raw):
         return raw

@@ -11,6 +11,7 @@ from trainers.data import chat
 from trainers.data.chat import Turns
 from trainers.data.columns import Columns
 from trainers.data.samples import Dropped, RowError
+from trainers.data.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +77,8 @@ class RowReader:
         """Raise RowError if the config has no chat template."""
         if self.config.chat_template is None:
             raise RowError(
-                "chat_template: the row has messages, which need a template. Set chat_template: tokenizer, "
-                "chatml or zephyr."
+                "chat_template: the row has messages, which need a template. Set chat_template: tokenizer (the "
+                f"model's), or {', '.join(TEMPLATES)}."
             )
 
     def string(self, row: dict[str, Any], column: str, empty: str) -> str:

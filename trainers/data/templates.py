@@ -54,7 +54,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
         ConfigError: the config asks for the template of a tokenizer that has none.
     """
     if name == "tokenizer" and not tokenizer.chat_template:
-        raise ConfigError("chat_template: the tokenizer of this model has none. Use chatml or zephyr.")
+        raise ConfigError(f"chat_template: the tokenizer of this model has none. Use {', '.join(TEMPLATES)}.")
     if name in TEMPLATES:
         tokenizer.chat_template, tokens, end = TEMPLATES[name]
         gained = _add_tokens(tokenizer, list(tokens))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainers.config.errors import ConfigError, first_line
+from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import first_line
 from trainers.model import fsdp
 
 if TYPE_CHECKING:

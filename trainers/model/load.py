@@ -6,8 +6,9 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.errors import ConfigError, first_line
+from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import first_line
 from trainers.model import fsdp
 from trainers.model.activation_checkpointing import checkpoint_layers
 from trainers.model.attention import choose_attention, implementation

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainers.config.errors import ConfigError, first_line
+from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainers.config.errors import ConfigError, first_line
+from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.config.text import first_line
 from trainers.data.chat import forget_truncation
 from trainers.data.templates import set_template
 from trainers.model.source import source_arguments

@@ -15,6 +15,7 @@ import yaml
 
 from trainers.config.packages import versions
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
+from trainers.config.text import count_of
 from trainers.data.files import is_hub_id
 from trainers.storage.run_folder import METRICS, write_atomically
 from trainers.storage.saved_model import ADAPTER
@@ -163,9 +164,10 @@ def _limits(
         yield "Its checkpoint was chosen by eval_loss, so the values on new rows are probably somewhat worse."
     yield "Safety, bias and truthfulness were not evaluated. It may have the problems of its base model."
     for split, counts in data.items():
-        for count, what in ((counts.get("truncated"), "cut to block_size"), (_dropped(counts), "dropped")):
-            if count:
-                yield f"{count} of {counts.get('rows', '?')} rows of {split} were {what}."
+        if cut := counts.get("truncated"):  # a row may become several samples
+            yield f"Cut to block_size: {count_of(cut, 'sample')} of {split}."
+        if dropped := _dropped(counts):
+            yield f"Dropped: {dropped} of the {counts.get('rows', '?')} rows of {split}."
     if config.quantization:
         yield f"It was trained with {config.quantization} weights; with others its outputs differ a little."
     yield "No licence is stated here: those of the base model and of the data apply."

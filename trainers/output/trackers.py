@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from trainers.config.errors import first_line
 from trainers.config.schema import TrainConfig
+from trainers.config.text import first_line
 from trainers.rank.say import say
 from trainers.storage.run_folder import TRACKER, write_atomically
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import xxhash
 
+from trainers.config.text import count_of
+
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 SHARDS = "shards"  # FSDP's folder in a checkpoint
@@ -41,7 +43,7 @@ class Layout:
     @property
     def batch_text(self) -> str:
         """The global batch and its factors, as text."""
-        parts = f"{self.world_size} ranks x batch_size {self.batch_size}"
+        parts = f"{count_of(self.world_size, 'rank')} x batch_size {self.batch_size}"
         return f"{self.global_batch} ({parts} x gradient_accumulation {self.gradient_accumulation})"
 
     @property
@@ -73,9 +75,9 @@ def why_layouts_differ(then: Layout, now: Layout) -> str | None:
         return None
     if then.backend == "deepspeed":
         return (
-            f"it has the ZeRO shards of {then.world_size} ranks, but this run has a world size of "
-            f"{now.world_size}. Continue with num_processes: {then.world_size}, or start a new run from its "
-            "weights (phalanx consolidate)."
+            f"it has the ZeRO shards of {count_of(then.world_size, 'rank')}, but this run has a world size "
+            f"of {now.world_size}. Continue with num_processes: {then.world_size}, or start a new run from "
+            "its weights (phalanx consolidate)."
         )
     if now.global_batch != then.global_batch:
         return (
@@ -136,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         if raw["format"] != FORMAT:
             raise ValueError(f"its {MANIFEST} has format {raw['format']}; this version reads {FORMAT}")
         files = [FileEntry(**entry) for entry in raw.pop("files")]
-        raw["layout"].pop("shards", None)  # in checkpoints from before November 2026; nothing reads it
+        raw["layout"].pop("shards", None)  # in checkpoints of earlier versions; nothing reads it
         return Manifest(**raw | {"layout": Layout(**raw["layout"])}, files=files)
     except (KeyError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged: {error}") from None

@@ -114,7 +114,7 @@ def test_a_failure_on_another_machine_is_seen_and_a_good_end_is_not(tmp_path: Pa
 
 
 def test_a_machine_without_heartbeats_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "GONE_SECONDS", 0.2)
+    monkeypatch.setattr(machines, "LOST_SECONDS", 0.2)
     first, second = together(tmp_path)
     seen: list[Ended] = []
 
@@ -208,11 +208,11 @@ def test_machine_0_forwards_an_end_that_all_must_follow(tmp_path: Path) -> None:
 def test_a_machine_is_not_lost_after_a_suspension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock continues while a job is suspended."""
     first, _ = together(tmp_path)
-    assert first._gone(1) is None
+    assert first._lost(1) is None
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
     first._send_heartbeat()
-    assert first._gone(1) is None
+    assert first._lost(1) is None
 
 
 def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_which_of_several_failures_is_the_cause() -> None:
 def test_start_json_has_the_order_and_the_words(tmp_path: Path) -> None:
     together(tmp_path)
     start = json.loads((tmp_path / "launch" / "machines" / "start.json").read_text())
-    assert start["order"]["attempt"] == 1 and set(start["words"]) == {"1"}
+    assert start["order"]["attempt"] == 1 and set(start["tokens"]) == {"1"}
 
 
 def test_a_machine_of_another_start_is_ignored(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_the_card_shows_what_was_done_and_measured(folder, tmp_path):
     assert "lr: 0.001\n" in text and "block_size: 64\n" in text and "epochs" not in text
     assert "| loss | 5.25 | 2 |" in text and "| eval_loss | 5.75 | 4 |" in text
     assert "runtime" not in text and "num_tokens" not in text and "train_loss" not in text
-    assert "3 of 40 rows of train were cut" in text and "2 of 40 rows of train were dropped" in text
+    assert "Cut to block_size: 3 samples of train" in text and "Dropped: 2 of the 40 rows of train" in text
     assert "Safety, bias and truthfulness were not evaluated" in text
     assert "- torch: 1.2.3" in text
     assert "licen" not in str(front)
