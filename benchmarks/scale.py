@@ -23,7 +23,7 @@ from measure import REPO, provenance, table
 
 from launcher.config import load_run
 from launcher.plan.backend import resolve_backend
-from launcher.plan.nodelist import hosts
+from launcher.plan.nodelist import expand_nodelist
 from launcher.plan.topology import Gpu, Hardware, resolve_topology
 from launcher.supervise import attempt
 
@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for size in sizes:
                 environ = environment(size)
                 nodelist = environ["SLURM_STEP_NODELIST"]
-                assert len(hosts(nodelist)) == size
+                assert len(expand_nodelist(nodelist)) == size
                 assert files_of_a_machine(folder, environ) == GPUS * size
                 found = (
-                    seconds(lambda nodelist=nodelist: hosts(nodelist)),
+                    seconds(lambda nodelist=nodelist: expand_nodelist(nodelist)),
                     seconds(lambda environ=environ: files_of_a_machine(folder, environ)),
                     seconds(lambda size=size: submit(folder, size)),
                 )

@@ -28,9 +28,10 @@ def sbatch_argv(
     The job's name is slurm.job_name, or that of an array's file, or the project's.
     """
     flags = [f"--array={array}"] if array else []
+    requested = run.slurm.model_dump(exclude_none=True)
     name = array_file.stem if array_file else Path(run.train.project_name).name
-    named = {"job_name": re.sub(r"[^A-Za-z0-9._-]", "-", name)}
-    for name, value in (named | run.slurm.model_dump(exclude_none=True)).items():
+    requested.setdefault("job_name", re.sub(r"[^A-Za-z0-9._-]", "-", name))
+    for name, value in requested.items():
         if value is not False:
             dashed = f"--{name.replace('_', '-')}"
             flags.append(dashed if value is True else f"{dashed}={value}")

@@ -77,8 +77,8 @@ class RowReader:
         """Raise RowError if the config has no chat template."""
         if self.config.chat_template is None:
             raise RowError(
-                "chat_template: the row has messages, which need a template. Set chat_template: tokenizer (the "
-                f"model's), or {', '.join(TEMPLATES)}."
+                "chat_template: the row has messages, which need a template. Set chat_template: tokenizer "
+                f"(the model's), or {', '.join(TEMPLATES)}."
             )
 
     def string(self, row: dict[str, Any], column: str, empty: str) -> str:

@@ -54,7 +54,7 @@ def test_keys_become_flags(read: Read) -> None:
 
 
 def test_a_key_that_is_not_set_gives_no_flag(read: Read) -> None:
-    assert sbatch_argv(read()) == ["sbatch", str(SCRIPT), "c.yaml"]
+    assert sbatch_argv(read()) == ["sbatch", "--job-name=run", str(SCRIPT), "c.yaml"]
 
 
 def test_zero_gpus_gives_a_flag(read: Read) -> None:

@@ -24,8 +24,8 @@ from trainers.storage.run_folder import PROGRESS
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.storage.run_folder import hold
-hold(Path(sys.argv[1]))
+from trainers.storage.run_folder import lock_folder
+lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """

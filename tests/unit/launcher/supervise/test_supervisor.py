@@ -160,7 +160,7 @@ def life(
         (work / "heartbeats").mkdir()
         return work / "heartbeats"
 
-    monkeypatch.setattr(supervise, "make_beats_folder", make)
+    monkeypatch.setattr(supervise, "make_heartbeat_folder", make)
     yield Life(monkeypatch, capsys)
     assert not (work / "heartbeats").exists(), "close() did not remove the folder of the heartbeats"
 

@@ -290,8 +290,8 @@ def test_in_other_cases_no_checkpoint_is_renamed(
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.storage.run_folder import hold
-hold(Path(sys.argv[1]))
+from trainers.storage.run_folder import lock_folder
+lock_folder(Path(sys.argv[1]))
 print("it is mine", flush=True)
 time.sleep(60)
 """
