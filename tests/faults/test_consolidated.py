@@ -52,7 +52,7 @@ def test_a_rank_whose_file_is_missing_or_broken_is_an_error(faults, tmp_path, ca
     assert "cannot be read" in capsys.readouterr().err
     path.unlink()
     assert consolidate.main([str(checkpoint), str(tmp_path / "out")]) == 2
-    assert "files of 1 ranks, and 2 wrote it" in capsys.readouterr().err
+    assert "files of 1 rank, but it was written by 2 ranks" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.name]
 
 
