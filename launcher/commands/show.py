@@ -21,6 +21,7 @@ from launcher.plan.topology import Topology
 from launcher.slurm.request import sbatch_argv
 from launcher.supervise.attempt import attempt_files
 from trainers.config.errors import ConfigError
+from trainers.config.text import count_of
 from trainers.rank.protocol import AttemptFiles
 from trainers.storage.shipped import ACCELERATE_CONFIGS, DEEPSPEED_CONFIGS, SLURM_SCRIPTS
 
@@ -100,7 +101,8 @@ def render(plan: dict[str, Any]) -> str:
         "",
         "# backend",
         f"{plan['backend']['name']}: {plan['backend']['reason']}",
-        f"{ranks['num_processes']} rank(s) on {ranks['num_machines']} machine(s), {ranks['device']}",
+        f"{count_of(ranks['num_processes'], 'rank')} on {count_of(ranks['num_machines'], 'machine')}, "
+        + ranks["device"],
         "",
         f"# {files.accelerate_config}",
         yaml.safe_dump(plan["accelerate_config"], sort_keys=False).rstrip(),

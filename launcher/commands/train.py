@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.parser import add_config_flags
 from trainers.config.errors import ConfigError
+from trainers.config.text import count_of
 from trainers.rank.say import say
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _train(run: Run, layout: Topology) -> int:
         for note in run.settings.notes:
             say("note", note)
         where = "GPU" if layout.on_gpu else "CPU"
-        say("backend", f"{chosen.name} ({chosen.reason}); {layout.num_processes} {where} rank(s)")
+        say("backend", f"{chosen.name} ({chosen.reason}); {count_of(layout.num_processes, where + ' rank')}")
         if layout.num_machines > 1:
             for variable, name in command.socket_interfaces(layout, os.environ).items():
                 say("network", f"{variable}={name}, between the {layout.num_machines} machines")

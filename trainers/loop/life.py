@@ -26,6 +26,7 @@ from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
 from trainers.rank.failures import batch_memory_errors
+from trainers.rank.library_output import quieten_libraries
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
@@ -57,7 +58,7 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
         check_free(folder, config)  # before the folder is made
         lock_folder(folder)
         claim(folder, config)
-    _quiet()
+    quieten_libraries()
     from transformers import set_seed
 
     from trainers.checkpoint.safe_pickle import allow_deepspeed, weights_only
@@ -115,24 +116,6 @@ def _finished(tracker: Tracker | None) -> Iterator[None]:
     after_failure(lambda: tracker.finish(RUN_FAILED))
     yield
     tracker.finish()
-
-
-def _quiet() -> None:
-    """Let the libraries log only warnings, and only on rank 0, without progress bars."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    # Deprecation warnings inside the libraries are for their authors. A user cannot fix them.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate)\b"
-    )
-    os.environ |= {"TQDM_DISABLE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    if rank() != 0:
-        transformers.logging.set_verbosity_error()
 
 
 def _resolve_deepspeed_pointer() -> None:

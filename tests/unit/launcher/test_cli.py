@@ -218,7 +218,7 @@ def test_show_prints_everything_and_writes_nothing(
         "default",
         "derived: ",
         "ddp: the model fits",
-        "2 rank(s) on 1 machine(s), cpu",
+        "2 ranks on 1 machine, cpu",
     ):
         assert words in out
 
@@ -298,7 +298,7 @@ def test_train_prints_what_was_decided(
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("note: quantization: ")
     assert out[1].startswith("note: block_size: 1024")
-    assert out[2] == "backend: none (one process); 1 CPU rank(s)"
+    assert out[2] == "backend: none (one process); 1 CPU rank"
     assert out[3] == "done: run (model, run.json, metrics.jsonl)"
 
 
