@@ -9,8 +9,12 @@ from trainers.rank import library_output
 
 
 @pytest.fixture
-def loggers(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Log as the libraries do, to caplog; without the new filters after the test."""
+def loggers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Log as the libraries do, to caplog. After the test, filters and environment are as before."""
+    for name in ("TQDM_DISABLE", "TRL_EXPERIMENTAL_SILENCE"):
+        monkeypatch.setenv(name, "")
     before = {name: list(logging.getLogger(name).filters) for name in library_output.HIDDEN}
     for name in library_output.HIDDEN:
         logging.getLogger(name).addHandler(caplog.handler)
