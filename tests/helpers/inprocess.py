@@ -61,6 +61,7 @@ def settings_of(**values: Any) -> Settings:
 def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **values: Any) -> Built:
     """Build `values["trainer"]` with rows (default: ROWS), which are written to `work`."""
     from trainers.loop import life
+    from trainers.rank.library_output import quieten_libraries
 
     os.environ["PHALANX_CACHE"] = str(work / "cache")
     data = work / "data"
@@ -79,7 +80,7 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
         "warmup_ratio": 0.0,
     }
     settings = settings_of(**{**defaults, **values})
-    life._quiet()
+    quieten_libraries()
     context = life._prepare(settings, Path(settings.train.project_name))
     module = importlib.import_module(f"trainers.{settings.train.kind.module}")
     trainer = module.build(context)
