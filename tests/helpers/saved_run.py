@@ -32,8 +32,6 @@ FACTS = {
     },
     "versions": {"torch": "1.2.3"},
 }
-
-
 LOGGED = (
     {"step": 1, "loss": 6.5, "learning_rate": 1e-3, "tokens_per_second": 9.9},
     {"step": 2, "loss": 5.25},

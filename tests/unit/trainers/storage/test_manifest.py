@@ -1,29 +1,19 @@
-"""Which folders are checkpoints, which one a run resumes from, and which process may use a run's folder."""
+"""The manifest of a checkpoint: what is damage, which checkpoint is used, which runs can read it."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import fake_checkpoint, machine
+from fakes import fake_checkpoint
 
-from launcher.config import Run, load_run
-from launcher.plan.backend import resolve_backend
-from launcher.plan.resume_layout import with_kept_global_batch
-from launcher.plan.topology import resolve_topology
-from trainers.config.errors import ConfigError
-from trainers.config.schema import TrainConfig
-from trainers.storage import manifest, run_folder
+from trainers.storage import manifest
 from trainers.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -38,23 +28,12 @@ from trainers.storage.manifest import (
     why_layouts_differ,
     why_unusable,
 )
-from trainers.storage.run_folder import (
-    lock_folder,
-    lock_owner,
-    resume_checkpoint,
-    set_aside_newer_checkpoints,
-)
 
 DDP = Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
 FSDP = replace(DDP, backend="fsdp")
 ZERO2 = replace(DDP, backend="deepspeed", zero_stage=2)
 ONE = replace(DDP, backend="none", world_size=1, gradient_accumulation=8)
 WEIGHTS, STATE = "model.safetensors", "trainer_state.json"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return fake_checkpoint(tmp_path, 5)
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -208,145 +187,6 @@ def test_if_no_checkpoint_verifies_the_result_is_none(checkpoint: Path) -> None:
     assert found is None and len(skipped) == 1
 
 
-def resuming(resume: bool | str) -> TrainConfig:
-    return TrainConfig(resume=resume)
-
-
-def test_without_resume_no_checkpoint_is_used(checkpoint: Path) -> None:
-    assert resume_checkpoint(checkpoint.parent, resuming(False)) == (None, [])
-
-
-def test_resume_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^resume: there is no run in .*Start without --resume"):
-        resume_checkpoint(tmp_path, resuming(True))
-
-
-def test_a_run_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    assert resume_checkpoint(tmp_path, resuming(True)) == (None, [])
-
-
-def test_resume_uses_the_newest_that_verifies(checkpoint: Path) -> None:
-    newer = fake_checkpoint(checkpoint.parent, 6)
-    (newer / WEIGHTS).write_bytes(b"THE WEIGHTS")
-    found, skipped = resume_checkpoint(checkpoint.parent, resuming(True))
-    assert found == checkpoint
-    assert skipped == [f"skipped {newer}: model.safetensors has changed since it was written"]
-
-
-def test_a_named_checkpoint_may_belong_to_another_folder(checkpoint: Path, tmp_path: Path) -> None:
-    assert resume_checkpoint(tmp_path / "other", resuming(str(checkpoint))) == (checkpoint, [])
-
-
-def test_a_named_checkpoint_must_verify(checkpoint: Path) -> None:
-    older = fake_checkpoint(checkpoint.parent, 3)
-    (checkpoint / WEIGHTS).write_bytes(b"THE WEIGHTS")
-    with pytest.raises(ConfigError) as error:
-        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint)))
-    assert str(error.value) == (
-        f"resume: {checkpoint} cannot be used: model.safetensors has changed since it was written. "
-        "resume: true uses the newest checkpoint that verifies."
-    )
-    assert resume_checkpoint(checkpoint.parent, resuming(str(older))) == (older, [])
-
-
-def test_a_folder_with_another_name_is_not_a_checkpoint(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is not a checkpoint\. Give a folder checkpoint-N of a run"):
-        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent)))
-
-
-def test_a_missing_checkpoint_is_not_reported_as_incomplete(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        resume_checkpoint(checkpoint.parent, resuming(str(checkpoint.parent / "checkpoint-500")))
-    assert "save did not finish" not in str(error.value)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_checkpoints_after_the_named_one_are_renamed(tmp_path: Path) -> None:
-    for step in (3, 5, 10):
-        fake_checkpoint(tmp_path, step)
-    set_aside_newer_checkpoints(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
-    assert names(tmp_path) == ["checkpoint-3", "checkpoint-5", "set-aside-1-checkpoint-10"]
-    assert why_unusable(tmp_path / "set-aside-1-checkpoint-10", content=True) is None
-    fake_checkpoint(tmp_path, 10)
-    set_aside_newer_checkpoints(tmp_path, resuming(str(tmp_path / "checkpoint-5")))
-    assert names(tmp_path)[2:] == ["set-aside-1-checkpoint-10", "set-aside-2-checkpoint-10"]
-
-
-@pytest.mark.parametrize("resume", [True, False, "elsewhere/checkpoint-1"])
-def test_in_other_cases_no_checkpoint_is_renamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool | str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    fake_checkpoint(Path("elsewhere"), 1)
-    fake_checkpoint(Path("run"), 10)
-    set_aside_newer_checkpoints(Path("run"), resuming(resume))
-    assert names(tmp_path / "run") == ["checkpoint-10"]
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from trainers.storage.run_folder import lock_folder
-lock_folder(Path(sys.argv[1]))
-print("it is mine", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which holds the lock of the run's folder."""
-    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
-    argv = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "it is mine\n"
-        yield process
-        process.kill()
-
-
-def test_a_second_process_is_refused(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"run is in use by another run \(process {other.pid} on .*another project_na"
-    ):
-        lock_folder(tmp_path / "run")
-    with pytest.raises(ConfigError, match=rf"\(process {other.pid} on "):
-        lock_folder(tmp_path / "run")  # a refusal does not remove the owner's name
-
-
-def test_the_folder_is_free_when_its_process_has_ended(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    other.kill()
-    other.wait()
-    lock_folder(tmp_path / "run")
-    assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-
-
-def test_on_a_file_system_without_locks_only_local_processes_are_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """flock fails in this way on Lustre that is mounted without locks."""
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    lock_folder(tmp_path / "run")
-    assert (
-        "run cannot be locked (Function not implemented); do not start a second run in it"
-        in capsys.readouterr().out
-    )
-    assert lock_owner(tmp_path / "run") == (os.getpid(), socket.gethostname())
-    (tmp_path / "run" / ".lock").write_text("process 1 on another\n")
-    assert lock_owner(tmp_path / "run") is None, "this machine cannot know whether that process is alive"
-
-
-def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    lock_folder(tmp_path / "second")
-
-
 @pytest.mark.parametrize(
     ("then", "now", "expected"),
     [
@@ -378,44 +218,3 @@ def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) ->
 def test_which_layouts_can_resume_from_which(then: Layout, now: Layout, expected: str | None) -> None:
     why = why_layouts_differ(then, now)
     assert why is None if expected is None else str(why).startswith(expected)
-
-
-@pytest.fixture
-def asked(work: Path, packages: object) -> Callable[..., Run]:
-    """`asked(ranks=4)` returns the run that resumes `run` with these flags, as the launcher starts it."""
-
-    def make(ranks: int, **flags: Any) -> Run:
-        given = {"trainer": "sft", "model": "model", "project_name": "run", "resume": True,
-                 "num_processes": ranks, "batch_size": 2, "gradient_accumulation": 4, **flags}  # fmt: skip
-        run = load_run(None, {name: str(value) for name, value in given.items()})
-        topology = resolve_topology(run.launch, machine(), {})
-        return with_kept_global_batch(run, topology, resolve_backend(run, topology))
-
-    return make
-
-
-@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
-def test_another_number_of_ranks_keeps_the_global_batch(
-    asked: Callable[..., Run], ranks: int, accumulation: int
-) -> None:
-    fake_checkpoint(Path("run"), 5)
-    backend = "none" if ranks == 1 else "ddp"
-    run = asked(ranks, distributed_backend=backend)
-    assert run.train.gradient_accumulation == accumulation
-    notes = [note for note in run.settings.notes if note.startswith("gradient_accumulation: ")]
-    assert bool(notes) == (ranks != 2)
-    if ranks != 2:
-        why = "resume (checkpoint-5 was written by 2 ranks and the global batch is kept)"
-        assert run.settings.sources["gradient_accumulation"] == why
-
-
-def test_a_number_of_ranks_that_cannot_keep_the_global_batch_is_refused(asked: Callable[..., Run]) -> None:
-    fake_checkpoint(Path("run"), 5)
-    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: its global batch is 16 \(2 ranks"):
-        asked(3, distributed_backend="ddp")
-
-
-def test_another_backend_is_refused(asked: Callable[..., Run]) -> None:
-    fake_checkpoint(Path("run"), 5)
-    with pytest.raises(ConfigError, match=r"resume: run/checkpoint-5: it was written by ddp, which fsdp"):
-        asked(2, distributed_backend="fsdp")
