@@ -1,4 +1,4 @@
-"""auto_find_batch_size without ranks: which errors mean out of memory, what is tried next, what is printed.
+"""auto_find_batch_size without ranks: what is tried next, where it continues, and what is printed.
 
 A short script replaces accelerate and the ranks. It reads the config of its attempt, and writes the note that
 a rank would write.
@@ -14,97 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fakes import fake_checkpoint, machine
+from fakes import fake_checkpoint
 from places import HELPERS
 
 from launcher.cli import main
-from launcher.config import Run, load_run
-from launcher.plan.backend import resolve_backend
+from launcher.config import Run
 from launcher.plan.batch_search import announce, next_smaller, with_smaller_batch
-from launcher.plan.memory_advice import advice
-from launcher.plan.topology import Hardware, resolve_topology
+from launcher.plan.topology import Hardware
 from launcher.supervise import attempt
-from launcher.supervise.attempt import Outcome
-from launcher.supervise.diagnosis import diagnose
-from trainers.config.errors import OUT_OF_MEMORY, RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.config.errors import OUT_OF_MEMORY, USAGE_ERROR
 from trainers.config.file import load_settings, write_effective
 from trainers.config.schema import TrainConfig
-from trainers.rank import process
-from trainers.rank.failures import BatchTooLarge, batch_memory_errors, ran_out_of_memory
-from trainers.rank.protocol import AttemptFiles
 from trainers.storage import run_folder
-
-CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("planted"),
-        RuntimeError(CUDA),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        BatchTooLarge("planted"),
-    ],
-    ids=str,
-)
-def test_these_errors_mean_out_of_memory(error: Exception) -> None:
-    assert ran_out_of_memory(error)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3456"),
-        RuntimeError("CUDA error: device-side assert triggered"),
-        RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. Insufficient shared memory"),
-        ValueError("out of memory"),
-        ConfigError("batch_size: a number is needed"),
-    ],
-    ids=str,
-)
-def test_other_errors_do_not_mean_out_of_memory(error: Exception) -> None:
-    assert not ran_out_of_memory(error)
-
-
-def test_a_real_failed_allocation_means_out_of_memory() -> None:
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**55, dtype=torch.uint8)
-    assert ran_out_of_memory(error.value)
-
-
-def test_only_errors_while_batches_are_taken_are_batch_too_large() -> None:
-    with pytest.raises(BatchTooLarge, match="CUDA out of memory") as error, batch_memory_errors():
-        raise torch.OutOfMemoryError(CUDA)
-    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-    with pytest.raises(RuntimeError, match="Connection closed") as other, batch_memory_errors():
-        raise RuntimeError("Connection closed by peer")
-    assert type(other.value) is RuntimeError
-
-
-def rank_that_raises(error: Exception) -> int:
-    def fail() -> int:
-        raise error
-
-    return process.run_rank(fail)
-
-
-def test_a_rank_started_by_hand_recommends_the_launchers_search(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("PHALANX_LOG_DIR", raising=False)
-    assert rank_that_raises(BatchTooLarge(CUDA)) == OUT_OF_MEMORY
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(
-        "error: rank 0 ran out of memory. Lower batch_size and raise gradient_accumulation"
-    )
-    assert "phalanx train config.yaml --auto-find-batch-size" in last
-    assert rank_that_raises(RuntimeError(CUDA)) == OUT_OF_MEMORY  # for example while it loaded the model
-    assert "Lower batch_size" not in capsys.readouterr().err
-    assert rank_that_raises(RuntimeError("planted")) == RUN_FAILED
 
 
 @pytest.mark.parametrize(
@@ -137,19 +58,8 @@ def test_kto_keeps_the_batch_size_that_it_needs(loss: str | None, sizes: dict[in
         assert (found and found[0]) == expected, size
 
 
-@pytest.fixture
-def asked(work: Path) -> Callable[..., Run]:
-    """Return asked(): `asked(batch_size=8, ...)` is a run with these flags."""
-
-    def make(**flags: Any) -> Run:
-        given = {"trainer": "sft", "model": "model", "project_name": "run", "batch_size": 8, **flags}
-        return load_run(None, {name: str(value) for name, value in given.items()})
-
-    return make
-
-
 def test_the_next_attempt_differs_only_in_its_batch(asked: Callable[..., Run], tmp_path: Path) -> None:
-    run = asked(gradient_accumulation=2, auto_find_batch_size=True, valid_split="train", lr=0.5)
+    run = asked(batch_size=8, gradient_accumulation=2, auto_find_batch_size=True, valid_split="train", lr=0.5)
     new = with_smaller_batch(run)
     assert new is not None
     before, after = run.settings.public(), new.settings.public()
@@ -172,20 +82,20 @@ def test_the_next_attempt_differs_only_in_its_batch(asked: Callable[..., Run], t
 
 
 def test_an_evaluation_batch_that_the_user_set_stays(asked: Callable[..., Run]) -> None:
-    new = with_smaller_batch(asked(valid_split="train", per_device_eval_batch_size=16))
+    new = with_smaller_batch(asked(batch_size=8, valid_split="train", per_device_eval_batch_size=16))
     assert new is not None and new.train.per_device_eval_batch_size == 16
 
 
 def test_the_token_is_kept(asked: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    run = asked(push_to_hub=True, username="me")
+    run = asked(batch_size=8, push_to_hub=True, username="me")
     monkeypatch.delenv("HF_TOKEN")
     new = with_smaller_batch(run)
     assert new is not None and new.train.token == "secret"
 
 
 def test_the_line_says_where_the_next_attempt_starts(asked: Callable[..., Run]) -> None:
-    run = asked()
+    run = asked(batch_size=8)
     new = with_smaller_batch(run)
     assert new is not None
     assert announce(run, new, 1, Path("run/checkpoint-3")) == (
@@ -195,68 +105,6 @@ def test_the_line_says_where_the_next_attempt_starts(asked: Callable[..., Run]) 
     again = with_smaller_batch(new)
     assert again is not None
     assert announce(new, again, 0, None).endswith("from the start")
-
-
-GPUS = machine(gpus=2)
-
-
-@pytest.mark.parametrize(
-    ("hardware", "flags", "tried", "of_batches", "present", "absent"),
-    [
-        (GPUS, {}, [8], True,
-         ["Set batch_size: 4 and gradient_accumulation: 8 (the same global batch), or "
-          "auto_find_batch_size: true."],
-         ["What needs less"]),
-        (GPUS, {"tokens_per_batch": 4096}, [8], True,
-         ["Lower tokens_per_batch (4096) and raise gradient_accumulation"], ["batch_size: 4", "auto_find"]),
-        (GPUS, {"batch_size": 1}, [1], True,
-         ["batch_size 1 is the smallest.", "activation_checkpointing: offload; a block_size below 1024; "
-          "peft: true; quantization: int4 (with peft: true); distributed_backend: fsdp, or deepspeed with "
-          "launch.zero_stage: 3"],
-         ["offload: cpu", "auto_find", "precompute"]),
-        (GPUS, {"batch_size": 1, "auto_find_batch_size": True, "distributed_backend": "fsdp", "peft": True,
-                "quantization": "int4", "activation_checkpointing": "none"}, [4, 2, 1], True,
-         ["auto_find_batch_size tried batch_size 4, 2 and 1; 1 is the smallest.",
-          "activation_checkpointing: full;", "launch.offload: cpu."],
-         ["peft", "quantization", "distributed_backend"]),
-        (GPUS, {"batch_size": 3, "trainer": "kto", "auto_find_batch_size": True,
-                "text_column": "a", "prompt_text_column": "b"}, [6, 3], True,
-         ["tried batch_size 6 and 3; 3 has no smaller usable divisor", "precompute_ref_log_probs: true"], []),
-        (GPUS, {"batch_size": 1, "valid_split": "train", "per_device_eval_batch_size": 64}, [1], True,
-         ["What needs less memory: per_device_eval_batch_size: 1;"], []),
-        (GPUS, {"distributed_backend": "deepspeed", "auto_find_batch_size": True}, [8], False,
-         ["Memory ran out while the model was loaded or saved", "peft: true", "launch.offload: cpu"],
-         ["block_size below", "activation_"]),
-        (machine(), {"peft": True, "quantization": "int4", "num_processes": 2, "distributed_backend": "fsdp"},
-         [8], False,
-         ["Memory ran out while the model was loaded or saved", "Use larger GPUs."], ["What needs less"]),
-    ],
-)  # fmt: skip
-def test_advice(
-    asked: Callable[..., Run], packages: object, hardware: Hardware, flags: dict[str, Any], tried: list[int],
-    of_batches: bool, present: list[str], absent: list[str],
-) -> None:  # fmt: skip
-    run = asked(**{"distributed_backend": "ddp", **flags})
-    topology = resolve_topology(run.launch, hardware, {})
-    text = "\n".join(advice(run, resolve_backend(run, topology), topology, tried, of_batches))
-    for words in present:
-        assert words in text
-    for words in absent:
-        assert words not in text
-
-
-def note(folder: Path, rank: int, time: float, code: int, kind: str, message: str) -> None:
-    entry = {"rank": rank, "time": time, "code": code, "type": kind, "message": message, "peer_lost": False}
-    (folder / f"rank-{rank}.error.json").write_text(json.dumps(entry))
-
-
-def test_out_of_memory_has_priority_over_its_consequences(tmp_path: Path) -> None:
-    """A rank that lost its peer may be killed by its own watchdog, and may write a note with any text."""
-    note(tmp_path, 0, 1.0, RUN_FAILED, "RuntimeError", "a collective timed out")
-    note(tmp_path, 1, 2.0, OUT_OF_MEMORY, "BatchTooLarge", CUDA)
-    failure = diagnose(Outcome(AttemptFiles(tmp_path), 1, exits={0: -signal.SIGABRT, 1: 1}))
-    assert (failure.rank, failure.code, failure.of_batches) == (1, OUT_OF_MEMORY, True)
-    assert failure.reason == f"BatchTooLarge: {CUDA}"
 
 
 # The script in place of the ranks. If batch_size is above `fits`, rank 1 writes an error note.
