@@ -123,17 +123,6 @@ def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == f"phalanx {version('phalanx')}\n"
 
 
-def test_the_schema_has_every_section(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_command(["schema"], monkeypatch) == 0
-    schema = json.loads(capsys.readouterr().out)
-    assert schema["title"] == "PhalanxConfig"
-    assert {"task", "base_model", "project_name", "data", "params", "hub", "launch", "slurm"} <= set(
-        schema["properties"]
-    )
-
-
 @pytest.mark.parametrize(
     ("flag", "name"),
     [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inprocess import build, settings_of
+from inprocess import build
 
 from trainers.config.errors import ConfigError
 from trainers.data.collators import FlatCollator
@@ -161,25 +161,6 @@ def test_flat_batches_restart_positions_and_mask_the_first_token_of_each_piece(l
     assert batch["labels"].tolist() == [[place + 1 if place else -100 for place in positions]]
     assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(lengths)]
     assert batch["max_length_q"] == max(lengths)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"trainer": "dpo", "packing": "wrapped"}, "packing: wrapped would cut the answers of dpo"),
-        ({"trainer": "mlm", "packing": "bfd"}, "packing: in a masked LM each token sees the full sequence"),
-        ({"tokens_per_batch": 512}, "tokens_per_batch: 512 is below block_size"),
-        ({"tokens_per_batch": 4096, "packing": "none"}, "tokens_per_batch: it counts no padding"),
-        (
-            {"tokens_per_batch": 4096, "auto_find_batch_size": True},
-            "auto_find_batch_size: tokens_per_batch already sets",
-        ),
-        ({"packing": "none", "eval_packing": True, "valid_split": "v"}, "eval_packing: packing is none"),
-    ],
-)
-def test_contradictory_settings_are_refused(values, message):
-    with pytest.raises(ConfigError, match=message):
-        settings_of(**{"model": "m", "trainer": "sft", "block_size": 1024, **values})
 
 
 def test_a_pair_that_does_not_fit_in_tokens_per_batch_is_refused(tmp_path, tiny_model):
