@@ -1,4 +1,4 @@
-"""Fake hardware, model folders and checkpoints; rows; and running a command."""
+"""Fake hardware, model folders, runs and checkpoints; rows; and running a command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from launcher.cli import main
 from launcher.plan.topology import Gpu, Hardware
 from launcher.supervise import supervisor
 from trainers.storage.manifest import CHECKPOINT_PREFIX, Layout, Manifest, entry_of
+from trainers.storage.run_folder import PROGRESS
 
 GIB = 2**30
 
@@ -47,6 +49,18 @@ def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
     return folder
 
 
+def fake_run(folder: str, **progress: object) -> Path:
+    """Write the folder of a run that was started: its first attempt, a log, and its progress if given."""
+    path = Path(folder)
+    attempt = path / "launch" / "attempt-1"
+    attempt.mkdir(parents=True)
+    (attempt / "command.txt").write_text("accelerate launch\n")
+    (attempt / "rank-0.log").write_text("step 1/4\nstep 2/4\n")
+    if progress:
+        (path / PROGRESS).write_text(json.dumps(progress))
+    return path
+
+
 def write_rows(path: Path, *rows: object) -> Path:
     """Write JSONL, one row in each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,3 +85,12 @@ def run_command(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
         return main(argv)
     except SystemExit as error:  # argparse
         return int(error.code or 0)
+
+
+def show(
+    argv: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """Return what `phalanx show <argv> --json` prints."""
+    assert run_command(["show", *argv, "--json"], monkeypatch) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan

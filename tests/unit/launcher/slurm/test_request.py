@@ -5,17 +5,15 @@ The words are quoted only when they are shown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from fakes import listing, run_command
 
 from launcher.config import Run, load_run
 from launcher.slurm.request import TRAIN as SCRIPT
-from launcher.slurm.request import sbatch_argv
+from launcher.slurm.request import requested, sbatch_argv
 from trainers.config.errors import ConfigError
 
 BASE = "task: llm-sft\nbase_model: model\nproject_name: run\ndata: {path: data}\n"
@@ -141,18 +139,22 @@ def test_wrong_numbers_are_refused(read: Read, key: str, value: object) -> None:
         read(**{key: value})
 
 
-def test_show_prints_the_command_and_submits_nothing(
-    read: Read,
-    work: Path,
-    hardware: object,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("flags", "machines", "ranks"),
+    [
+        ({}, 1, 1),
+        ({"nodes": "4"}, 4, 4),
+        ({"nodes": "2", "gpus_per_node": "8"}, 2, 16),
+        ({"gres": "gpu"}, 1, 1),
+        ({"gres": "gpu:4"}, 1, 4),
+        ({"gres": "gpu:a100:4"}, 1, 4),
+        ({"gres": "ssd:1,gpu:2"}, 1, 2),
+        ({"nodes": "2", "num_processes": "4"}, 2, 4),
+    ],
+)
+def test_the_topology_follows_from_the_request(
+    read: Read, flags: dict[str, str], machines: int, ranks: int
 ) -> None:
-    read(nodes=2, job_name="mine")
-    before = listing(work.parent)
-    assert run_command(["show", "c.yaml"], monkeypatch) == 0
-    assert f"sbatch --nodes=2 --job-name=mine {SCRIPT} c.yaml" in capsys.readouterr().out
-    assert run_command(["show", "c.yaml", "--json"], monkeypatch) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["sbatch"] == ["sbatch", "--nodes=2", "--job-name=mine", str(SCRIPT), "c.yaml"]
-    assert listing(work.parent) == before
+    read()
+    found = requested(load_run(Path("c.yaml"), flags))
+    assert (found.num_machines, found.num_processes) == (machines, ranks)

@@ -1,0 +1,51 @@
+"""`phalanx logs`: which log is printed, and when following it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from fakes import fake_run
+
+from launcher.cli import main
+
+pytestmark = pytest.mark.usefixtures("no_slurm")
+
+
+def test_logs_prints_the_newest_attempt_that_has_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fake_run("run")
+    newest = folder / "launch" / "attempt-10" / "machine-1"
+    newest.mkdir(parents=True)
+    (newest / "rank-1.log").write_text("a line of rank 1\n")
+    assert main(["logs", "run", "--rank", "1"]) == 0
+    assert capsys.readouterr().out == "a line of rank 1\n"
+    assert main(["logs", "run"]) == 0
+    assert capsys.readouterr().out == "step 1/4\nstep 2/4\n"
+    assert main(["logs", "run", "--rank", "7"]) == 2
+    assert "there is no log of rank 7 yet" in capsys.readouterr().err
+
+
+def test_a_log_is_followed_to_the_end_of_the_run(held: subprocess.Popen[str]) -> None:
+    log = fake_run("run") / "launch" / "attempt-1" / "rank-0.log"
+    argv = [sys.executable, "-m", "launcher", "logs", "run", "--follow"]
+    follower = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert follower.stdout is not None
+    assert [follower.stdout.readline() for _ in range(2)] == ["step 1/4\n", "step 2/4\n"]
+    with log.open("a") as file:
+        file.write("step 3/4\n")
+    assert follower.stdout.readline() == "step 3/4\n"
+    os.kill(held.pid, signal.SIGKILL)
+    assert follower.wait(timeout=60) == 0
+
+
+def test_ctrl_c_ends_a_log_that_is_followed(held: subprocess.Popen[str]) -> None:
+    fake_run("run")
+    argv = [sys.executable, "-m", "launcher", "logs", "run", "--follow"]
+    follower = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert follower.stdout is not None and follower.stdout.readline() == "step 1/4\n"
+    follower.send_signal(signal.SIGINT)
+    _, err = follower.communicate(timeout=60)
+    assert follower.returncode == 130 and "Traceback" not in err
