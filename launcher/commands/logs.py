@@ -19,7 +19,7 @@ HELP = "print the log of a rank"
 USAGE = "RUN|JOB [--rank N] [--follow]"
 
 FOLLOW_SECONDS = 0.5
-STATE_SECONDS = 10.0  # between two checks whether the run is active: the controller has many users
+STATE_SECONDS = 10.0  # between two checks whether a job is active: the controller has many users
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,8 @@ def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
     """Copy what is new in the newest log to the terminal, and yield the log's path, until the run ends."""
     path, position, ended, asked = None, 0, False, float("-inf")
     while True:
-        if time.monotonic() - asked >= STATE_SECONDS:
+        # Without a job the state is the lock of the run's folder, which is cheap to read.
+        if last_job(folder) is None or time.monotonic() - asked >= STATE_SECONDS:
             ended, asked = not follow or not _is_active(folder), time.monotonic()
         newest = _newest_log(folder, rank)
         if newest != path:
