@@ -23,6 +23,7 @@ ROWS = [
     }
     for i in range(6)
 ]
+PEFT = {"peft": True, "quantization": None, "lora_r": 4, "max_steps": 3, "lr": 1e-2}
 
 
 def write_split(path: Path, rows: Any) -> None:
@@ -92,3 +93,11 @@ def logged(built: Built) -> list[dict[str, Any]]:
     """Train, and return what was logged at each step."""
     built.trainer.train()
     return [entry for entry in built.trainer.state.log_history if "loss" in entry]
+
+
+def outputs(model: Any, ids: list[int]) -> Any:
+    """Return the logits of a sequence: (1, tokens, vocabulary)."""
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids])).logits

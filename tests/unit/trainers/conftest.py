@@ -1,12 +1,15 @@
-"""Fixtures for the tests of the trainers: the folder of a finished run, a checkpoint, a tokenizer."""
+"""Fixtures of the trainers: the folder of a finished run, a checkpoint, and the tokenizer of a run."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from fakes import fake_checkpoint
 from saved_run import make_adapter, write_run
+
+from trainers.config.schema import TrainConfig
 
 
 @pytest.fixture
@@ -25,3 +28,19 @@ def saved_run(tmp_path: Path, tiny_model: Path) -> Path:
 def saved_adapter(saved_run: Path) -> Path:
     """The folder of the same run with an adapter."""
     return make_adapter(saved_run)
+
+
+@pytest.fixture
+def run_tokenizer(tiny_model, tokenizer, tmp_path):
+    """`run_tokenizer(pad=..., **config)`: the tokenizer as a run loads it. Its folder says `pad`."""
+    from trainers.model.tokenizer import load_tokenizer
+
+    def loaded(pad="<pad>", **config):
+        own = deepcopy(tokenizer)
+        own.pad_token = pad
+        own.save_pretrained(tmp_path / "tokenizer")
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / "tokenizer" / file).write_bytes((tiny_model / file).read_bytes())
+        return load_tokenizer(TrainConfig(model=str(tmp_path / "tokenizer"), **config))[0]
+
+    return loaded

@@ -1,33 +1,24 @@
-"""Rows become token ids and labels: what the loss sees, EOS, BOS, truncation, templates, and the cache."""
+"""Rows of default, sft and mlm: what the loss sees, what is cut, and what is dropped."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from rows import END, FORMATS, GOOD, TEXTS, TURNS, Q, assistant, in_format, trained_text
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import TrainConfig
 
-Q = "What is a rank?"
-A = "One process of many."
-
-
-def trained_text(tokenizer, row) -> str:
-    return tokenizer.decode([label for label in row["labels"] if label != -100])
-
-
-TURNS = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
-SHAREGPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+SHAREGPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": GOOD}]
 CHAT_ROWS = [
-    pytest.param({"prompt": Q, "completion": A}, {}, id="prompt-completion"),
-    pytest.param({"instruction": Q, "input": "", "output": A}, {}, id="instruction"),
+    pytest.param({"prompt": Q, "completion": GOOD}, {}, id="prompt-completion"),
+    pytest.param({"instruction": Q, "input": "", "output": GOOD}, {}, id="instruction"),
     pytest.param({"messages": TURNS}, {}, id="messages"),
     pytest.param({"text": TURNS}, {}, id="messages-in-text"),
     pytest.param({"text": json.dumps(TURNS)}, {}, id="json-string"),
     pytest.param({"text": repr(TURNS)}, {}, id="python-literal"),
     pytest.param({"c": SHAREGPT}, {"text_column": "c"}, id="sharegpt"),
-    pytest.param({"q": Q, "a": A}, {"prompt_text_column": "q", "text_column": "a"}, id="named-columns"),
+    pytest.param({"q": Q, "a": GOOD}, {"prompt_text_column": "q", "text_column": "a"}, id="named-columns"),
     pytest.param({"prompt": TURNS[:1], "completion": TURNS[1:]}, {}, id="conversational-pair"),
 ]  # fmt: skip
 
@@ -37,16 +28,8 @@ def test_every_form_of_a_chat_row_gives_the_same_tokens(prepare, tokenizer, row,
     (found,) = prepare([row], chat_template="tokenizer", **config).dataset
     expected = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert tokenizer.decode(found["input_ids"]) == expected
-    assert trained_text(tokenizer, found) == A + "<|im_end|>", "the answer and its end, nothing else"
+    assert trained_text(tokenizer, found) == GOOD + "<|im_end|>", "the answer and its end, nothing else"
     assert len(found["input_ids"]) == len(found["labels"])
-
-
-def test_only_assistant_turns_are_trained_on_and_all_of_them(prepare, tokenizer):
-    turns = [{"role": "system", "content": "Be short."}, *TURNS, {"role": "user", "content": "Why?"}]
-    turns.append({"role": "assistant", "content": "Speed."})
-    (row,) = prepare([{"messages": turns}], chat_template="tokenizer").dataset
-    assert trained_text(tokenizer, row) == f"{A}<|im_end|>Speed.<|im_end|>"
-    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
 
 
 def test_train_on_all_supervises_the_prompt_too(prepare, tokenizer):
@@ -54,42 +37,10 @@ def test_train_on_all_supervises_the_prompt_too(prepare, tokenizer):
     assert Q in trained_text(tokenizer, row)
 
 
-def test_text_ends_with_eos_once(prepare, tokenizer):
-    rows = prepare([{"text": "A rank."}, {"text": "A rank.<|im_end|>"}]).dataset
-    for row in rows:
-        assert row["input_ids"].count(tokenizer.eos_token_id) == 1
-        assert row["labels"][-1] == tokenizer.eos_token_id
-    (row,) = prepare([{"text": "A rank."}], add_eos_token=False).dataset
-    assert tokenizer.eos_token_id not in row["input_ids"]
-
-
-def test_bos_is_not_doubled(tokenizer):
-    from copy import deepcopy
-
-    from tokenizers.processors import TemplateProcessing
-
-    from trainers.data.chat import encode_text
-
-    with_bos = deepcopy(tokenizer)
-    bos = with_bos.bos_token_id
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bos)]
-    )
-    assert encode_text(with_bos, "A rank.", eos=True).input_ids.count(bos) == 1
-    assert encode_text(with_bos, "<s>A rank.", eos=True).input_ids.count(bos) == 1
-
-
 def test_plain_completion_masks_the_prompt(prepare, tokenizer):
-    (row,) = prepare([{"prompt": Q + " ", "completion": A}]).dataset
-    assert trained_text(tokenizer, row) == A + "<|im_end|>"
-    assert tokenizer.decode(row["input_ids"]) == f"{Q} {A}<|im_end|>"
-
-
-def test_instruction_without_a_template_gets_headings(prepare, tokenizer):
-    (row,) = prepare([{"instruction": "Add.", "input": "1 and 2", "output": "3"}]).dataset
-    text = tokenizer.decode(row["input_ids"])
-    assert text == "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3<|im_end|>"
-    assert trained_text(tokenizer, row) == "3<|im_end|>"
+    (row,) = prepare([{"prompt": Q + " ", "completion": GOOD}]).dataset
+    assert trained_text(tokenizer, row) == GOOD + "<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]) == f"{Q} {GOOD}<|im_end|>"
 
 
 def test_long_rows_are_cut_and_rows_without_a_trained_token_are_dropped(prepare):
@@ -100,13 +51,6 @@ def test_long_rows_are_cut_and_rows_without_a_trained_token_are_dropped(prepare)
     (row,) = prepared.dataset
     assert len(row["input_ids"]) == 64
     assert prepared.summary.tokens == 64
-
-
-def test_a_split_without_any_trained_token_is_an_error(prepare):
-    with pytest.raises(
-        ConfigError, match=r"no row .* has a token to train on \(1: no trained .* Raise block_size"
-    ):
-        prepare([{"prompt": "x" * 500, "completion": "y"}], block_size=64)
 
 
 def test_errors_in_rows_name_the_row(prepare):
@@ -120,128 +64,119 @@ def test_errors_in_rows_name_the_row(prepare):
         prepare('{"text": "one"}\n{"text": \n')
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
-def test_all_formats_give_the_same_samples(prepare, tokenizer, tmp_path, suffix):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from trainers.data import prepare as data
-
-    expected = list(prepare([{"text": "one"}, {"text": "two"}]).dataset)
-    folder = tmp_path / suffix
-    folder.mkdir()
-    if suffix == "parquet":
-        pq.write_table(pa.table({"text": ["one", "two"]}), folder / "train.parquet")
-    else:
-        content = {"csv": "text\none\ntwo\n", "json": '[{"text": "one"}, {"text": "two"}]'}
-        (folder / f"train.{suffix}").write_text(content[suffix])
-    config = TrainConfig(data_path=str(folder), trainer="sft", block_size=128, packing="none")
-    assert list(data.prepare(config, tokenizer).dataset) == expected
+TRAINED = [
+    ("sft", {}, GOOD + END),
+    ("sft", {"train_on": "completion"}, GOOD + END),
+    ("sft", {"train_on": "all"}, f"{Q} {GOOD}{END}"),
+    ("default", {}, f"{Q} {GOOD}{END}"),
+    ("default", {"train_on": "completion"}, GOOD + END),
+]
 
 
-def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
-    cache = tmp_path / "cache" / "data"
-
-    def entries() -> int:
-        return sum(path.is_dir() for path in cache.iterdir())
-
-    prepare([{"text": "one"}])
-    prepare([{"text": "one"}])
-    assert entries() == 1, "the same data is prepared once"
-    prepare([{"text": "two"}])
-    prepare([{"text": "two"}], block_size=64)
-    prepare([{"text": "two"}], train_on="all")
-    assert entries() == 4
-    assert not list(cache.glob("*.part"))
+@pytest.mark.parametrize(("trainer", "config", "expected"), TRAINED)
+def test_train_on_decides_what_the_loss_sees(prepare, tokenizer, trainer, config, expected):
+    row = {"prompt": f"{Q} ", "completion": GOOD}
+    (found,) = prepare([row], trainer=trainer, **config).dataset
+    assert tokenizer.decode([label for label in found["labels"] if label != -100]) == expected
 
 
-def test_an_interrupted_preparation_is_not_used(prepare, tmp_path, monkeypatch):
-    from trainers.data import prepare as data
-
-    def fails(*_):
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "_tokenize", fails)
-        with pytest.raises(RuntimeError):
-            prepare([{"text": "one"}])
-    assert len(prepare([{"text": "one"}]).dataset) == 1
-
-
-GAINED = {
-    "chatml": [],
-    "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"],
-    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "alpaca": [],
-}
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("trainer", ["default", "sft"])
+def test_token_ids_stay_unchanged_but_for_padding(prepare, trainer, suffix):
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]},
+        {"input_ids": [0, 0, 5, 6], "labels": [-100, -100, 5, 6], "attention_mask": [0, 0, 1, 1]},
+    ]
+    dataset = prepare(rows, trainer=trainer, suffix=suffix).dataset
+    assert dataset["input_ids"][:] == [[5, 6, 7, 8], [5, 6]], "padding is removed"
+    assert dataset["labels"][:] == [[-100, -100, 7, 8], [5, 6]]
 
 
-@pytest.mark.parametrize("template", GAINED)
-def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, template):
-    from copy import deepcopy
-
-    from trainers.data.chat import encode_messages
-    from trainers.data.templates import set_template
-
-    own = deepcopy(tokenizer)
-    gained = set_template(own, template)
-    assert gained == GAINED[template]
-    assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in gained)
-    encoded = encode_messages(own, TURNS, train_all=False)
-    supervised = own.decode([label for label in encoded.labels if label != -100])
-    assert supervised == A + own.eos_token
+@pytest.mark.parametrize("trainer", ["default", "sft"])
+def test_token_ids_without_labels_are_trained_on(prepare, trainer):
+    (row,) = prepare([{"input_ids": [5, 6, 7]}], trainer=trainer).dataset
+    assert row["labels"] == [5, 6, 7]
 
 
-def test_a_template_that_rewrites_turns_is_refused(tokenizer):
-    from copy import deepcopy
-
-    from trainers.data.chat import encode_messages
-
-    odd = deepcopy(tokenizer)
-    odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ConfigError, match="Set train_on: all"):
-        encode_messages(odd, TURNS, train_all=False)
-    assert encode_messages(odd, TURNS, train_all=True).labels
+def test_token_ids_for_mlm_are_cut_into_samples(prepare):
+    dataset = prepare([{"input_ids": list(range(5, 15))}], trainer="mlm", block_size=4).dataset
+    assert dataset["input_ids"][:] == [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]
 
 
-def test_logging_steps_follow_autotrain(prepare):
-    from trainers.loop.arguments import logging_steps
-
-    data = {"train": prepare([{"text": f"row {i}"} for i in range(40)])}
-    assert logging_steps(TrainConfig(batch_size=2), data) == 4
-    assert logging_steps(TrainConfig(batch_size=64), data) == 1
-    assert logging_steps(TrainConfig(logging_steps=7), data) == 7
+def test_token_ids_that_are_too_long_are_cut(prepare):
+    prepared = prepare([{"input_ids": list(range(5, 100))}], block_size=16)
+    assert len(prepared.dataset[0]["input_ids"]) == 16
+    assert prepared.summary.truncated == 1
 
 
-def test_a_hub_dataset_is_loaded_by_configuration_and_split(monkeypatch, tmp_path, tokenizer):
-    """A test cannot use the hub, so `load_dataset` is replaced."""
-    import datasets
-
-    from trainers.data import prepare
-
-    as_turns = {}
-
-    def load_dataset(path, name, split, token):
-        as_turns.update(path=path, name=name, split=split, token=token)
-        return datasets.Dataset.from_list([{"text": "one"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "cache"))
-    config = TrainConfig(
-        data_path="org/rows", trainer="sft", block_size=64, token="secret", train_split="en:train"
-    )
-    assert len(prepare.prepare(config, tokenizer).dataset) == 1
-    assert as_turns == {"path": "org/rows", "name": "en", "split": "train", "token": "secret"}
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_empty_texts_are_dropped(dropped, trainer, suffix):
+    rows = [{"text": "A rank."}, {"text": ""}, {"text": " \n "}, {"text": None}]
+    assert dropped(rows, trainer=trainer, suffix=suffix) == {"empty text": 3}
 
 
-def test_a_hub_that_does_not_answer_is_reported(monkeypatch, tokenizer):
-    import datasets
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_empty_prompts_and_completions_are_dropped(dropped, trainer, suffix):
+    rows = [{"prompt": p, "completion": c} for p, c in (("a", "b"), ("a", ""), ("a", None), (" ", "b"))]
+    assert dropped(rows, trainer=trainer, suffix=suffix) == {"empty completion": 2, "empty prompt": 1}
 
-    from trainers.data import prepare
 
-    def load_dataset(*_, **__):
-        raise ConnectionError("offline")
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_empty_messages_are_dropped(dropped, tokenizer, trainer, suffix):
+    rows = in_format(suffix, {"messages": TURNS}, {"messages": None}, {"messages": [TURNS[0], assistant("")]})
+    found = dropped(rows, trainer=trainer, suffix=suffix, chat_template="tokenizer", using=tokenizer)
+    assert found == {"empty text": 1, "empty completion": 1}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match=r"org/rows \(train\) cannot be loaded from the hub: offline"):
-        prepare.prepare(TrainConfig(data_path="org/rows", trainer="sft"), tokenizer)
+
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_a_template_needs_messages(refused, tokenizer, trainer):
+    refused([{"text": "plain"}], "row 1", "needs messages", "Set chat_template: null", trainer=trainer,
+            chat_template="tokenizer", using=tokenizer)  # fmt: skip
+
+
+def test_a_row_whose_prompt_fills_block_size_is_dropped(dropped):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "x" * 500, "completion": "b"}]
+    assert dropped(rows) == {"no trained token": 1}
+
+
+IDS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("trainer", TEXTS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": [6, 7]}, "lists of equal length"),
+        ({"attention_mask": [1]}, "lists of equal length"),
+        ({"input_ids": [5, 6, 99999]}, "integers from 0 to 383"),
+        ({"input_ids": [5, 6, -1]}, "integers from 0 to 383"),
+        ({"labels": [5, 6, 99999]}, "labels must be token ids, or -100"),
+        ({"labels": [5, 6, -1]}, "labels must be token ids, or -100"),
+    ],
+)
+def test_malformed_token_ids_are_refused(refused, trainer, suffix, change, words):
+    refused([IDS, {**IDS, **change}], f"train.{suffix}: row 2", words, trainer=trainer, suffix=suffix)
+
+
+@pytest.mark.parametrize("trainer", TEXTS)
+@pytest.mark.parametrize("ids", ["5 6 7", 5, [5.0, 6.5], ["5", "6"]])
+def test_token_ids_of_another_type_are_refused(refused, trainer, ids):
+    refused([{"input_ids": ids}], "train.jsonl: row 1", "input_ids", trainer=trainer)
+
+
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_empty_token_ids_are_dropped(dropped, trainer):
+    nothing = {"input_ids": [], "labels": [], "attention_mask": []}
+    padding = {**IDS, "attention_mask": [0, 0, 0]}
+    rows = [IDS, nothing, padding, dict.fromkeys(IDS)]
+    assert dropped(rows, trainer=trainer) == {"empty text": 3}
+
+
+@pytest.mark.parametrize("trainer", ["default", "sft"])
+def test_token_ids_without_a_trained_token_are_dropped(dropped, trainer):
+    rows = [IDS, {**IDS, "labels": [-100] * 3}, {**IDS, "labels": [5, -100, -100]}]
+    assert dropped(rows, trainer=trainer) == {"no trained token": 2}

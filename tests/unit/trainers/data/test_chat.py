@@ -1,0 +1,109 @@
+"""Messages become token ids: their roles, the template, BOS and EOS, and what is trained on."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+from rows import EACH, GOOD, OTHER, PAIRS, SYSTEM, TEXTS, TURNS, assistant, in_format, trained_text, user
+
+from trainers.config.errors import ConfigError
+from trainers.data.chat import encode_messages, encode_text
+
+BAD_TURNS = [
+    pytest.param([{"role": "wizard", "content": "x"}, TURNS[1]], "no role 'wizard'", id="unknown-role"),
+    pytest.param([TURNS[0], {"role": "system", "content": "x"}, TURNS[1]], "a system turn must be the first",
+                 id="system-late"),
+    pytest.param([{"content": "x"}, TURNS[1]], "a message must be", id="no-role"),
+    pytest.param([{"role": "user"}, TURNS[1]], "a message must be", id="no-content"),
+    pytest.param([user(None), TURNS[1]], "a message must be", id="null-content"),
+    pytest.param([], "at least one message", id="no-turns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trainer", "suffix"), [*EACH, ("sft", "parquet"), ("dpo", "parquet")])
+@pytest.mark.parametrize(("turns", "words"), BAD_TURNS)
+def test_messages_that_are_not_a_conversation_are_refused(refused, tokenizer, trainer, suffix, turns, words):
+    good, bad = {"messages": TURNS}, {"messages": turns}
+    if trainer in PAIRS:
+        good, bad = ({"chosen": row["messages"], "rejected": OTHER} for row in (good, bad))
+    refused(in_format(suffix, good, bad), f"train.{suffix}: row 2", words, trainer=trainer, suffix=suffix,
+            chat_template="tokenizer", using=tokenizer)  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", (*TEXTS, *PAIRS))
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (user("x"), "must hold text or messages, not dict"),
+        (5, "must hold text or messages, not int"),
+        (["a", "b"], "a message must be"),
+        ([None], "a message must be"),
+    ],
+)
+def test_messages_that_are_not_a_list_of_turns_are_refused(refused, tokenizer, trainer, value, words):
+    row = {"prompt": "q", "chosen": value, "rejected": value} if trainer in PAIRS else {"messages": value}
+    refused([row], "train.jsonl: row 1", words, trainer=trainer, chat_template="tokenizer", using=tokenizer)
+
+
+@pytest.mark.parametrize("trainer", (*TEXTS, *PAIRS))
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{{ messages[5].content }}", "no element 5"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+    ],
+    ids=["raises", "index", "arithmetic", "syntax"],
+)
+def test_a_template_that_fails_is_reported_with_the_row(refused, tokenizer, trainer, template, words):
+    odd = deepcopy(tokenizer)
+    odd.chat_template = template
+    row = {"chosen": TURNS, "rejected": OTHER} if trainer in PAIRS else {"messages": TURNS}
+    refused([row], "train.jsonl: row 1: chat_template: the template rejects the turns (user", words,
+            trainer=trainer, chat_template="tokenizer", using=odd)  # fmt: skip
+
+
+def test_only_assistant_turns_are_trained_on_and_all_of_them(prepare, tokenizer):
+    turns = [SYSTEM, *TURNS, user("Why?"), assistant("Speed.")]
+    (row,) = prepare([{"messages": turns}], chat_template="tokenizer").dataset
+    assert trained_text(tokenizer, row) == f"{GOOD}<|im_end|>Speed.<|im_end|>"
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def test_a_template_that_rewrites_turns_is_refused(tokenizer):
+    odd = deepcopy(tokenizer)
+    odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ConfigError, match="Set train_on: all"):
+        encode_messages(odd, TURNS, train_all=False)
+    assert encode_messages(odd, TURNS, train_all=True).labels
+
+
+def test_text_ends_with_eos_once(prepare, tokenizer):
+    rows = prepare([{"text": "A rank."}, {"text": "A rank.<|im_end|>"}]).dataset
+    for row in rows:
+        assert row["input_ids"].count(tokenizer.eos_token_id) == 1
+        assert row["labels"][-1] == tokenizer.eos_token_id
+    (row,) = prepare([{"text": "A rank."}], add_eos_token=False).dataset
+    assert tokenizer.eos_token_id not in row["input_ids"]
+
+
+def test_bos_is_not_doubled(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    with_bos = deepcopy(tokenizer)
+    bos = with_bos.bos_token_id
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    assert encode_text(with_bos, "A rank.", eos=True).input_ids.count(bos) == 1
+    assert encode_text(with_bos, "<s>A rank.", eos=True).input_ids.count(bos) == 1
+
+
+@pytest.mark.parametrize("trainer", ["default", "sft", "dpo", "orpo", "kto", "reward"])
+def test_no_system_turn_is_invented(prepare, tokenizer, trainer):
+    row = {"chosen": TURNS, "rejected": OTHER, "messages": TURNS}
+    for found in prepare([row], trainer=trainer, chat_template="tokenizer").dataset:
+        for name in ("input_ids", "prompt_ids", "chosen_ids"):
+            assert "system" not in tokenizer.decode(found.get(name, []))
