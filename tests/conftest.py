@@ -73,6 +73,17 @@ def own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread. With models of this size, more threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real two-layer model with its tokenizer. It imports torch, which takes seconds."""
