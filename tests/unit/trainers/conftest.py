@@ -44,3 +44,10 @@ def run_tokenizer(tiny_model, tokenizer, tmp_path):
         return load_tokenizer(TrainConfig(model=str(tmp_path / "tokenizer"), **config))[0]
 
     return loaded
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo after the test what consolidate and safe_pickle change for their process."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -12,48 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from shards import checkpoint_of, plant_code, shard
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainers import consolidate as module
-from trainers.checkpoint import safe_pickle
-from trainers.checkpoint.safe_pickle import SafeReader, allow_deepspeed
 from trainers.consolidate import consolidate, main
 
 TINY = 100_000  # bytes; the tiny model has 492,000
-
-
-@pytest.fixture(autouse=True)
-def process(monkeypatch):
-    """Undo after each test what a command changes for its process."""
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-
-
-def shard(folder: Path, model, *, only_trained: bool = False) -> Path:
-    """Write what FSDP saves on one rank: a model state, and an optimiser state with more than tensors."""
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad} if only_trained else set()
-    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
-    save(
-        {"model": state, "optimizer": {"step": 3, "lr": [0.1, None], "moment": torch.ones(4)}},
-        storage_writer=FileSystemWriter(folder / "shards"),
-        no_dist=True,
-    )
-    return folder
-
-
-def checkpoint_of(folder: Path, tiny: Path, **config) -> tuple[Path, object]:
-    """Return a checkpoint of a full model, and the model."""
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(AutoConfig.from_pretrained(tiny, **config))
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.save_pretrained(folder)
-    (folder / "trainer_state.json").write_text("{}")
-    (folder / "manifest.json").write_text("{}")
-    return shard(folder, model), model
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def adapter_of(folder: Path, tiny: Path, **lora) -> tuple[Path, object]:
@@ -290,65 +256,9 @@ def test_a_failure_leaves_no_files(tmp_path, tiny_model, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
-class Malice:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
 def test_an_index_with_code_is_refused(tmp_path, tiny_model, capsys):
     folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
     mark = tmp_path / "ran"
-    index = folder / "shards" / ".metadata"
-    metadata = FileSystemReader(folder / "shards").read_metadata()
-    metadata.planner_data = Malice(mark)
-    index.write_bytes(pickle.dumps(metadata))
+    plant_code(folder / "shards", mark)
     assert ".system, which an index" in refused(capsys, folder, tmp_path / "out")
     assert not mark.exists()
-    with pytest.raises(pickle.UnpicklingError):
-        SafeReader(folder / "shards").read_metadata()
-    assert not mark.exists()
-
-
-def test_an_optimiser_state_with_code_is_refused(tmp_path):
-    """DCP unpickles values that are not tensors, and a resume reads them."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    save({"step": Malice(tmp_path / "ran")}, storage_writer=FileSystemWriter(tmp_path / "s"), no_dist=True)
-    with pytest.raises(CheckpointException, match=r"posix\.system"):
-        load({"step": 0}, storage_reader=SafeReader(tmp_path / "s"), no_dist=True)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_our_reader_reads_an_index_as_torch_does(tmp_path, tiny_model):
-    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
-    ours = SafeReader(folder / "shards").read_metadata()
-    theirs = FileSystemReader(folder / "shards").read_metadata()
-    ours.storage_meta = theirs.storage_meta
-    assert ours == theirs
-
-
-def test_the_classes_that_an_index_may_have_exist():
-    import importlib
-
-    for name, members in safe_pickle.INDEX.items():
-        if name != "pathlib._local":  # only in Python 3.13
-            assert all(hasattr(importlib.import_module(name), member) for member in members)
-
-
-def test_deepspeed_may_load_its_classes_but_no_code(tmp_path):
-    pytest.importorskip("deepspeed")
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    allow_deepspeed()
-    scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2)
-    torch.save({"loss_scaler": scaler}, tmp_path / "scaler.pt")
-    loaded = torch.load(tmp_path / "scaler.pt", weights_only=False)["loss_scaler"]
-    assert vars(loaded) == vars(scaler)
-    torch.save({"loss_scaler": Malice(tmp_path / "ran")}, tmp_path / "code.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "code.pt", weights_only=False)
-    assert not (tmp_path / "ran").exists()
