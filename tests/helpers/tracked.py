@@ -1,4 +1,4 @@
-"""Read what a tracker wrote: wandb's offline file (a LevelDB log of records), and TensorBoard's files."""
+"""Read what a run logs: metrics.jsonl, wandb's file (a LevelDB log of records), TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -68,3 +68,22 @@ def events(folder: Path) -> Any:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     found = events(folder)
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def report_logs(folder: Path, tracker: Any, *logs: dict[str, Any], resumed_step: int = 0) -> list[Any]:
+    """Return the lines of metrics.jsonl after these logs, read as strict JSON."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from trainers.output.metrics import Report
+
+    report = Report(folder, False, resumed_step, tracker)
+    arguments: Any = TrainingArguments.__new__(TrainingArguments)
+    for step, values in enumerate(logs, start=resumed_step + 1):
+        state = TrainerState(global_step=step, max_steps=9, epoch=step / 8, is_world_process_zero=True)
+        report.on_log(arguments, state, TrainerControl(), dict(values))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,11 @@ from places import REPO
 
 @pytest.fixture(scope="module")
 def recovery():
-    """The benchmarks are scripts that import each other by name."""
-    sys.path.insert(0, str(REPO / "benchmarks"))
     import killed_run
     import recovery
 
     recovery.killed_run = killed_run
-    yield recovery
-    sys.path.remove(str(REPO / "benchmarks"))
-    for name in ("recovery", "killed_run", "measure"):
-        sys.modules.pop(name, None)
+    return recovery
 
 
 def test_the_step_lines_of_both_sides_are_parsed(recovery):

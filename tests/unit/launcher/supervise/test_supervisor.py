@@ -408,28 +408,6 @@ def test_whether_the_job_is_requeued_after_a_signal(
     assert done.code == (SAVED if moment == "within" else 128 + number)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "received", "twice"),
-    [
-        ((signal.SIGUSR1,), signal.SIGUSR1, False),
-        ((signal.SIGUSR1, signal.SIGUSR1), signal.SIGUSR1, False),
-        ((signal.SIGUSR1, signal.SIGTERM), signal.SIGTERM, False),
-        ((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), signal.SIGTERM, True),
-        ((signal.SIGINT, signal.SIGTERM), signal.SIGINT, True),
-        ((signal.SIGTERM, signal.SIGUSR1), signal.SIGTERM, False),
-    ],
-)
-def test_one_signal_after_another(numbers: tuple[int, ...], received: int, twice: bool) -> None:
-    """After a warning the ranks save. A user who then cancels the job does not interrupt the save.
-
-    The job is not requeued then.
-    """
-    with Signals() as signals:
-        for number in numbers:
-            signal.raise_signal(number)
-    assert (signals.received, signals.twice) == (received, twice)
-
-
 def test_nothing_is_overwritten_after_a_signal(life: Life) -> None:
     supervisor = life.supervisor(overwrite=True)
     supervisor.close()

@@ -17,6 +17,7 @@ from tracked import (
     events,
     forget_wandb,
     items,
+    report_logs,
     scalars,
     wandb_files,
     wandb_history,
@@ -273,25 +274,6 @@ def test_tensorboard_uses_the_folder_from_the_environment(
     assert "loss" in scalars(tmp_path / "elsewhere") and not (folder / "runs").exists()
 
 
-def report_logs(folder: Path, tracker: Any, *logs: dict[str, Any], resumed_step: int = 0) -> list[Any]:
-    """Return the lines of metrics.jsonl after these logs, read as strict JSON."""
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from trainers.output.metrics import Report
-
-    report = Report(folder, False, resumed_step, tracker)
-    arguments: Any = TrainingArguments.__new__(TrainingArguments)
-    for step, values in enumerate(logs, start=resumed_step + 1):
-        state = TrainerState(global_step=step, max_steps=9, epoch=step / 8, is_world_process_zero=True)
-        report.on_log(arguments, state, TrainerControl(), dict(values))
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
 def fail(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("no such server\nand a long story")
 
@@ -323,24 +305,3 @@ def test_the_tracker_gets_what_metrics_jsonl_gets(folder: Path) -> None:
     assert math.isnan(rows[2].pop("loss")) and lines[2].pop("loss") == "NaN"
     assert rows[2].pop("grad_norm") == math.inf and lines[2].pop("grad_norm") == "Infinity"
     assert rows == lines
-
-
-def test_nan_and_infinity_are_kept_over_a_resume(folder: Path) -> None:
-    report_logs(folder, None, {"loss": math.nan}, {"loss": 1.0})
-    lines = report_logs(folder, None, {"loss": -math.inf}, resumed_step=1)
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, "NaN"), (2, "-Infinity")]
-
-
-def test_metrics_of_the_test_split_are_named_test(folder: Path) -> None:
-    logs = {"test_loss": 2.0, "test_runtime": 1.0, "eval_mean_token_accuracy": 0.5}
-    [line] = report_logs(folder, None, logs)
-    assert set(line) == {"step", "epoch", "test_loss", "test_runtime", "test_mean_token_accuracy"}
-
-
-def test_the_count_of_tokens_continues_over_a_resume(folder: Path) -> None:
-    report_logs(folder, None, {"loss": 2.0, "num_input_tokens_seen": 100})
-    trl = report_logs(folder, None, {"loss": 1.0, "num_tokens": 50.0}, resumed_step=1)
-    assert [line["tokens"] for line in trl] == [100, 150]
-    transformers = report_logs(folder, None, {"loss": 1.0, "num_input_tokens_seen": 175}, resumed_step=1)
-    assert [line["tokens"] for line in transformers] == [100, 175]
-    assert not any("num_input_tokens_seen" in line for line in transformers)

@@ -1,4 +1,4 @@
-"""The benchmarks without a GPU and without a measurement: their arithmetic, random draws and arguments."""
+"""benchmarks/gpu.py: its arithmetic and its flags."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import sys
 
 import pytest
 from places import REPO
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    """The benchmarks are scripts that import each other by name."""
-    sys.path.insert(0, str(REPO / "benchmarks"))
-    yield
-    sys.path.remove(str(REPO / "benchmarks"))
-    for name in ("gpu", "measure", "packing", "throughput"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("size", ["0.1B", "1B", "8B"])
@@ -92,58 +82,3 @@ def test_gpu_benchmark_refuses_wrong_flags(argv):
 
     with pytest.raises(SystemExit, match="2"):
         gpu.parse(argv)
-
-
-def test_best_fit_decreasing():
-    from throughput import packs_needed
-
-    assert packs_needed([6, 5, 5, 4], 10) == 2
-    assert packs_needed([7, 7, 6, 3], 10) == 3
-
-
-def test_draw_fills_one_pack_for_each_rank():
-    from throughput import draw, packs_needed
-
-    lengths = [40, 70, 90, 110, 200, 330] * 20
-    for ranks, batch in ((1, 1), (2, 2), (2, 64)):
-        chosen = draw(lengths, ranks, 1024, batch, seed=1)
-        assert len(chosen) % (ranks * min(batch, len(chosen) // ranks)) == 0
-        assert packs_needed([lengths[number] for number in chosen], 1024) == ranks
-    assert draw(lengths, 1, 1024, 1, seed=2) != draw(lengths, 1, 1024, 1, seed=3)
-    with pytest.raises(ValueError, match="fewer than 1 rows"):
-        draw([500], 1, 400, 1, seed=0)
-
-
-def test_documents_are_joined_in_their_order():
-    from throughput import documents
-
-    data = [
-        {"instruction": f"ask {n}", "input": "", "output": f"say {n}", "chosen": "yes", "rejected": "no"}
-        for n in range(5)
-    ]
-    first, second = documents(data, "sft", joined=2)
-    assert first["prompt"].index("say 0") < first["prompt"].index("ask 1")
-    assert (first["completion"], second["completion"]) == ("say 1", "say 3")
-    data[0]["rejected"] = "yes"
-    assert len(documents(data, "dpo", joined=1)) == 4
-
-
-def test_tokens_per_second_leaves_the_first_steps_out():
-    from measure import Observed
-
-    seen = Observed(ends=[10.0, 12.0, 16.0], tokens=[100, 300, 700], losses=[], memory=0, gpu_memory=None)
-    assert seen.tokens_per_second(1) == 100
-    assert seen.tokens_per_second(2) == 100
-    assert seen.seconds_per_step(1) == 3
-
-
-def test_a_kind_that_fails_is_not_tried_again():
-    from measure import Failed, alternate
-
-    def fails(repeat):
-        raise Failed("Traceback\n[rank0]: RuntimeError: out of memory\nraise ChildFailedError: no")
-
-    turns = []
-    results, failed = alternate({"a": lambda n: turns.append(n) or n, "b": fails}, 2)
-    assert (results, turns) == ({"a": [0, 1]}, [0, 1])
-    assert failed["b"].reason == "[rank0]: RuntimeError: out of memory"
