@@ -86,7 +86,7 @@ def _add_flag(group: Any, name: str, field: FieldInfo, text: str) -> None:
         action = group.add_argument(
             spelling, dest=name, default=argparse.SUPPRESS, metavar="|".join(words), help=shown, **more
         )
-        choices = [choice for word in words for choice in word.split("|") if word not in KINDS.values()]
+        choices = [choice for word in words for choice in word.split("|") if not _is_kind(word)]
         action.completer = lambda choices=choices, **_: choices  # argcomplete's name for it
 
 
@@ -101,6 +101,11 @@ def _help(field: FieldInfo) -> str:
     return text.replace("%", "%%")
 
 
+def _is_kind(word: str) -> bool:
+    """Whether a word of values_of() stands for any value: N, X, TEXT, or a list of them."""
+    return word.removesuffix(",...") in KINDS.values()
+
+
 def values_of(annotation: Any) -> Iterator[str]:
     """Yield how --help shows the values of a type: each choice, or N, X or TEXT for any other type.
 
@@ -112,7 +117,7 @@ def values_of(annotation: Any) -> Iterator[str]:
     elif origin in (Union, UnionType):
         parts = [word for part in get_args(annotation) for word in values_of(part)]
         # Show none only among other choices. For an optional number or text, the description says it.
-        only_kinds = set(parts) <= {"none", *KINDS.values()}
+        only_kinds = all(word == "none" or _is_kind(word) for word in parts)
         yield from dict.fromkeys(word for word in parts if not (word == "none" and only_kinds))
     elif origin is Literal:
         yield from (str(choice) for choice in get_args(annotation))
