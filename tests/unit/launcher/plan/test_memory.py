@@ -1,4 +1,4 @@
-"""What a run is predicted to need in memory and on the disk, and how the number of a model's parameters is found."""
+"""What a run is predicted to need in memory and on the disk; the parameters of a model are counted."""
 
 from __future__ import annotations
 
