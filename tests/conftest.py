@@ -29,7 +29,7 @@ SHARED = {
     "faults": ("tests/faults/",),
 }
 # Variables of the site's environment that a run would read.
-_SITE = re.compile(r"(SLURM|HF|HUGGING_FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES")
+_SITE = re.compile(r"(SLURM|HF|HUGGING_?FACE|TRANSFORMERS|PHALANX)_.*|CUDA_VISIBLE_DEVICES|XDG_CACHE_HOME")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
