@@ -65,6 +65,12 @@ def test_run_folder_is_complete(trained, backend):
     assert "token" not in record["config"]
 
 
+def test_a_zero_checkpoint_has_no_recovery_script(trained):
+    """DeepSpeed copies zero_to_fp32.py into each; phalanx consolidate does the same."""
+    for folder in (trained("zero2", "full").folder / name for name in ("checkpoint-3", "checkpoint-6")):
+        assert list(folder.glob("global_step*")) and not list(folder.rglob("*.py"))
+
+
 def test_metrics_have_every_logged_value(trained):
     entries = trained("ddp", "full").metrics
     steps = [entry for entry in entries if "loss" in entry]
@@ -212,7 +218,7 @@ def test_two_ranks_and_a_resume_are_one_run_in_the_tracker(bench, tracker):
 
 
 STATIC = [
-    pytest.param("ddp", marks=pytest.mark.slow),  # test_readme starts it so
+    pytest.param("ddp", marks=pytest.mark.slow),  # test_docs_commands starts it so
     pytest.param("fsdp", marks=pytest.mark.slow),
     pytest.param("deepspeed_zero1", marks=pytest.mark.slow),
     pytest.param("deepspeed_zero2", marks=pytest.mark.slow),
