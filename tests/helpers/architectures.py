@@ -34,6 +34,13 @@ MODELS = {
 }
 HEADS = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
 ATTENTIONS = ("documents", "sdpa", "eager")
+# transformers has no sdpa with capped scores.
+IN_EACH_ATTENTION = [
+    (name, attention)
+    for name in MODELS
+    for attention in ATTENTIONS
+    if attention != "sdpa" or "capped" not in name
+]
 LENGTHS = torch.tensor([30, 20, 11])  # longer than the window, twice
 
 
