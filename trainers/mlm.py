@@ -14,7 +14,7 @@ from trainers.loop.context import Context
 from trainers.loop.life import run
 
 if TYPE_CHECKING:
-    from trainers.loop.trl_trainers import MaskedTrainer
+    from trainers.loop.masked_trainer import MaskedTrainer
 
 
 def build(context: Context) -> MaskedTrainer:
@@ -23,7 +23,7 @@ def build(context: Context) -> MaskedTrainer:
 
     from trainers.data.mlm_masking import MaskTokens
     from trainers.loop.ingredients import ingredients
-    from trainers.loop.trl_trainers import MaskedTrainer, masked_token_loss
+    from trainers.loop.masked_trainer import MaskedTrainer, masked_token_loss
 
     config = context.config
     arguments = make_arguments(

@@ -14,7 +14,7 @@ from trainers.loop.context import Context
 from trainers.loop.life import run
 
 if TYPE_CHECKING:
-    from trainers.loop.trl_trainers import TokenizedORPOTrainer
+    from trainers.loop.orpo_trainer import TokenizedORPOTrainer
 
 
 def build(context: Context) -> TokenizedORPOTrainer:
@@ -22,7 +22,7 @@ def build(context: Context) -> TokenizedORPOTrainer:
     from trl.experimental.orpo import ORPOConfig
 
     from trainers.loop.ingredients import ingredients
-    from trainers.loop.trl_trainers import TokenizedORPOTrainer
+    from trainers.loop.orpo_trainer import TokenizedORPOTrainer
 
     config = context.config
     arguments = make_arguments(

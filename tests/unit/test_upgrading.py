@@ -184,11 +184,11 @@ def test_each_private_name_of_a_library_is_on_the_page():
 
 def test_each_overridden_method_is_on_the_page():
     """A method of our Trainer classes that a class of a library has too."""
-    from trainers.loop import trl_trainers
+    from trainers.loop import masked_trainer, orpo_trainer, trl_trainers
 
     listed = {part.rpartition(".")[2] for part in PARTS}
     found = set()
-    for kind in vars(trl_trainers).values():
+    for kind in {**vars(trl_trainers), **vars(orpo_trainer), **vars(masked_trainer)}.values():
         mro = inspect.getmro(kind) if inspect.isclass(kind) else ()
         own = [base for base in mro if base.__module__.startswith("trainers.")]
         others = [base for base in mro if base not in own and base is not object]
@@ -329,11 +329,11 @@ def test_the_fused_head_scores_only_tokens_in_the_loss(documents, monkeypatch):
     """On a CPU too, and in our function."""
     from trl.trainer.utils import add_fused_lm_head
 
-    import trainers.loop.trl_trainers  # noqa: F401
-    from trainers.model.cpu_head import Head
+    from trainers.model.cpu_head import Head, replace_trls_head
 
     scored, apply = [], Head.apply
     monkeypatch.setattr(Head, "apply", lambda hidden, *a: scored.append(len(hidden)) or apply(hidden, *a))
+    replace_trls_head()
     add_fused_lm_head(documents)
     labels = torch.tensor([[-100, -100, -100, 5, 6, -100, -100, 7]])
     documents(input_ids=torch.arange(8)[None], labels=labels, fused_lm_head=True)

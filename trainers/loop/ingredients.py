@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from trainers.loop.context import Context
 from trainers.model import fsdp
+from trainers.model.cpu_head import replace_trls_head
 from trainers.model.load import load_model, load_reference
 from trainers.model.lora import lora_config
 
@@ -18,6 +19,7 @@ def ingredients(context: Context) -> dict[str, Any]:
 
     Call it after TrainingArguments exist, so that ZeRO-3 and FSDP can shard while loading.
     """
+    replace_trls_head()
     model = load_model(context.config, context.tokenizer)
     return {
         "config": context.config,

@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import trl.trainer.utils as trl_utils
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from trainers.rank.library_patches import replace_in
 
 LOGITS = 2**24  # in a block: 64 MiB in float32; two blocks are in memory at a time
 
@@ -37,6 +40,17 @@ def equal_weights() -> Iterator[None]:
         yield
     finally:
         _equal_weights = before
+
+
+def replace_trls_head() -> None:
+    """Let TRL's trainers use Head, and score only the tokens in the loss.
+
+    TRL's fused head scores only these where it uses Triton (on GPUs). Elsewhere it scores all positions, for
+    compilers that need fixed shapes. A CPU does not need them, so prompts and padding cost nothing there
+    either.
+    """
+    replace_in(trl_utils, "_use_triton", lambda device: True)
+    replace_in(trl_utils, "_ChunkedLogProbFunction", Head)
 
 
 class Head:
