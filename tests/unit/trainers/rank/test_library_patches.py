@@ -1,4 +1,4 @@
-"""A replaced part of a library: it is exchanged, it comes back, and a library that moved is an error."""
+"""A replaced part of a library: it is exchanged and restored, and a library that moved is an error."""
 
 from __future__ import annotations
 
