@@ -168,8 +168,8 @@ def _losses(config: TrainConfig) -> list[tuple[str, str]]:
     for name in config.loss_types if allowed else ():
         if name not in allowed:
             found.append(("loss_type", f"'{name}' does not exist. Allowed: {', '.join(allowed)}."))
-    if config.trainer == "kto" and len(config.loss_types) > 1:
-        found.append(("loss_type", "kto takes one loss."))
+    if len(config.loss_types) > 1 and not config.kind.sums_losses:
+        found.append(("loss_type", f"{config.trainer} takes one loss."))
     if "exo_pair" in config.loss_types and not config.label_smoothing:
         found.append(
             ("label_smoothing", "exo_pair needs a value above 0. The paper (arXiv 2402.00856) uses 0.001.")

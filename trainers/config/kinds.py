@@ -36,6 +36,7 @@ class TrainerKind:
     trains_on_all: bool = False  # whether train_on: auto means all
     reference: bool = False  # whether its loss compares with a frozen reference model
     losses: tuple[str, ...] = ()  # values of loss_type, the default first (TRL 1.16); (): one loss
+    sums_losses: bool = False  # whether loss_type may be several, which are added
     batch_losses: tuple[str, ...] = ()  # losses that need two samples in a micro-batch
     auto_class: str = "AutoModelForCausalLM"  # its class in transformers
     peft_task: str | None = "CAUSAL_LM"  # its name in peft
@@ -120,6 +121,7 @@ _ALL = (
             "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
             "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
         ),
+        sums_losses=True,
     ),
     TrainerKind(
         name="orpo",
