@@ -102,6 +102,9 @@ def find_hang(
     stopped = {rank: _is_stopped(ranks[rank]) for rank in last}
     suspects += [rank for rank in last if stopped[rank] and rank not in suspects]
     stacks = _stacks(ranks, files)
+    if all(_waits(stacks.get(rank, "")) for rank in suspects):
+        # The rank for which they wait sent its last heartbeat a moment later, so its time is not up yet.
+        suspects += [rank for rank, beat in last.items() if 2 * silent[rank] > limit(beat, timeout)]
     rank = min(
         suspects,
         key=lambda r: (

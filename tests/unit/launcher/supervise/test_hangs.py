@@ -162,6 +162,14 @@ def test_at_the_same_step_the_rank_that_does_not_wait_for_others_is_named(
     assert "in stay" in hang.stack and "torch/distributed" not in hang.stack
 
 
+def test_the_rank_that_the_others_wait_for_is_named_before_its_own_time_is_up(ranks: Ranks) -> None:
+    pids = ranks.start("others", "itself", "itself")
+    ranks.beat(0, ago=61.0)
+    ranks.beat(1, ago=59.0, count=51)
+    ranks.beat(2, ago=1.0, count=40)  # this one still works
+    assert ranks.named(pids) == 1
+
+
 def test_a_rank_that_sends_heartbeats_does_not_hang(ranks: Ranks) -> None:
     """Rank 0 started later, and waits for the other in a phase in which its thread sends heartbeats."""
     pids = ranks.start("others", "itself")
