@@ -17,16 +17,19 @@ RANKS := $(shell test -e /dev/nvidiactl || echo --num-processes 2)
 
 .PHONY: demo test test-fast test-slow-share test-slurm test-all lint docs bench clean
 
-# Install extras; print a line every ten seconds meanwhile.
+# Run a command, and print a line every ten seconds until it ends.
+define watched
+@( seconds=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do \
+		seconds=$$((seconds + 1)); \
+		test $$((seconds % 10)) != 0 || echo "$(1): $$seconds s"; \
+	done ) & ticker=$$!; trap 'kill $$ticker 2>/dev/null' EXIT INT TERM; $(2)
+endef
+
 define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	@echo "making .venv, with $(if $(UV),uv,pip)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(INSTALL) -c constraints.txt -e '.[$(1)]' & pid=$$!; seconds=0; \
-	while kill -0 $$pid 2>/dev/null; do \
-		sleep 1; seconds=$$((seconds + 1)); \
-		test $$((seconds % 10)) != 0 || echo "installing: $$seconds s"; \
-	done; wait $$pid
+	$(call watched,installing,$(INSTALL) -c constraints.txt -e '.[$(1)]')
 	@touch $@
 endef
 
@@ -37,13 +40,13 @@ $(READY): pyproject.toml constraints.txt
 	$(call install,demo)
 
 demo: $(DEMO_READY)
-	@$(BIN)/python examples/get_model.py $(MODEL)
+	$(call watched,getting the model,$(BIN)/python examples/get_model.py $(MODEL))
 	@echo "--- before: $(QUESTION)"
-	@$(BIN)/python examples/ask.py $(MODEL) --question "$(QUESTION)"
+	$(call watched,asking,$(BIN)/python examples/ask.py $(MODEL) --question "$(QUESTION)")
 	@echo "--- phalanx train examples/demo.yaml"
 	@$(BIN)/phalanx train examples/demo.yaml --overwrite $(RANKS)
 	@echo "--- after: $(QUESTION)"
-	@$(BIN)/python examples/ask.py .demo/run --question "$(QUESTION)"
+	$(call watched,asking,$(BIN)/python examples/ask.py .demo/run --question "$(QUESTION)")
 	@echo "--- files"
 	@echo "base model          $(MODEL)"
 	@echo "adapter, tokenizer  .demo/run"
