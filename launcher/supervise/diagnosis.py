@@ -25,10 +25,11 @@ from trainers.rank.say import say
 
 LOG_LINES = 25  # lines shown of a failed rank's log
 STACK_LINES = 12
-# Errors that the same code raises again: a restart would only repeat them.
+# Errors that a restart does not fix: the same code raises them again, or the upload was tried three times.
 _REPEATED_ERRORS = frozenset({
     "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "ModuleNotFoundError",
     "NameError", "NotImplementedError", "SyntaxError", "TypeError", "UnboundLocalError", "ValueError",
+    "LibraryMoved", "MergeRefused", "UploadFailed",  # of trainers/: library_patches.py, merge.py, hub.py
 })  # fmt: skip
 # Exit code of the class -> (its name, whether a restart can fix the failure, what the user can do).
 CLASSES = {

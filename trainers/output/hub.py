@@ -36,6 +36,10 @@ BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # status codes that 
 REFUSED = frozenset({401, 403, 404})  # the token, its permissions, or the account
 
 
+class UploadFailed(RuntimeError):
+    """The hub does not accept the upload. The model is complete in the run's folder."""
+
+
 def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) -> str:
     """Upload the final model to the repository username/<name of the folder>, and return its address.
 
@@ -44,7 +48,7 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
 
     Raises:
         ConfigError: the hub refuses the token or the name, or the hub is switched off here.
-        RuntimeError: the hub does not accept the upload, or not within the attempts.
+        UploadFailed: the hub does not accept the upload, or not within the attempts.
     """
     repo, token = f"{config.username}/{name_of(folder)}", (config.token or "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
@@ -62,7 +66,7 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
             if _is_mistake(error, status):
                 raise ConfigError(f"push_to_hub: {repo}: {reason} {_by_hand(repo, folder)}") from None
             if pause is None or (status is not None and status not in BUSY):
-                raise RuntimeError(
+                raise UploadFailed(
                     f"push_to_hub: {repo}: {reason} (attempt {attempt}) {_by_hand(repo, folder)}"
                 ) from None
         say("push_to_hub", f"{reason} Trying again.")

@@ -29,9 +29,12 @@ from trainers.config.errors import (
     USAGE_ERROR,
     ConfigError,
 )
+from trainers.output.hub import UploadFailed
+from trainers.output.merge import MergeRefused
 from trainers.rank import process
 from trainers.rank.failures import BatchTooLarge, code_of
 from trainers.rank.heartbeat import STEP, Heartbeat
+from trainers.rank.library_patches import LibraryMoved
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import SIGNALS
 
@@ -197,6 +200,9 @@ def test_which_failures_are_restarted(code: int, restarted: bool, with_restart_o
         (NotImplementedError("planted"), False),
         (ValueError("planted"), False),
         (AssertionError("planted"), False),
+        (LibraryMoved("planted"), False),
+        (MergeRefused("planted"), False),
+        (UploadFailed("planted"), False),
         (RuntimeError("planted"), True),
         (OSError("planted"), True),
         (TimeoutError("planted"), True),
