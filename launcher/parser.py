@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from trainers.config.errors import USAGE_ERROR
+from trainers.config.field_types import read_none
 from trainers.config.names import ALIASES, SWITCHES
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Parser(argparse.ArgumentParser):
         if unknown != message and unknown.startswith("--"):
             close = difflib.get_close_matches(unknown, self._flags(), n=1)
             message += f" (did you mean {close[0]}?)" if close else ""
+        if "arguments are required" in message:
+            message += f". See {self.prog} --help."
         self.exit(USAGE_ERROR, f"error: {message}\n")
 
     def _flags(self) -> list[str]:
@@ -80,6 +83,8 @@ def add_config_flags(parser: argparse.ArgumentParser, slurm: bool = False) -> No
 def _add_flag(group: Any, name: str, field: FieldInfo, text: str) -> None:
     """Add a flag, and its spelling with underscores, which --help does not show."""
     words = list(values_of(field.annotation))
+    if NoneType in get_args(field.annotation) and not _reads_none(field):  # null only by leaving it out
+        words = [word for word in words if word != "none"]
     # As in AutoTrain, --peft means --peft true.
     more: dict[str, Any] = {"nargs": "?", "const": "true"} if BOOLEAN in words else {}
     for shown, spelling in zip((text, argparse.SUPPRESS), _spellings(name), strict=False):
@@ -88,6 +93,11 @@ def _add_flag(group: Any, name: str, field: FieldInfo, text: str) -> None:
         )
         choices = [choice for word in words for choice in word.split("|") if not _is_kind(word)]
         action.completer = lambda choices=choices, **_: choices  # argcomplete's name for it
+
+
+def _reads_none(field: FieldInfo) -> bool:
+    """Whether the word `none` as a flag's value means null."""
+    return any(getattr(mark, "func", None) is read_none for mark in field.metadata)
 
 
 def _spellings(name: str) -> list[str]:

@@ -15,7 +15,7 @@ USAGE = "--train --model NAME --project-name NAME [--flag VALUE ...]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="required: this command only trains")
-    parser.add_argument("--backend", default="local", help="AutoTrain's key; only local")
+    parser.add_argument("--backend", default="local", metavar="local", help="AutoTrain's key; only local")
     add_config_flags(parser)
 
 

@@ -24,7 +24,9 @@ STATE_SECONDS = 10.0  # between two checks whether a job is active: the controll
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="a run's folder, or a job's id")
-    parser.add_argument("--rank", type=int, default=0, help="rank whose log is printed (default: 0)")
+    parser.add_argument(
+        "--rank", type=int, default=0, metavar="N", help="rank whose log is printed (default: 0)"
+    )
     parser.add_argument("--follow", action="store_true", help="print new lines until the run ends")
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parsable", action="store_true", help="print only the job's id")
     parser.add_argument(
         "--array",
-        metavar="FILE[%%N]|LIST",
+        metavar="FILE[%N]|LIST",
         help="one run for each line of a file (at most N at a time), or for each number of sbatch's list",
     )
     add_config_flags(parser, slurm=True)

@@ -101,6 +101,16 @@ def test_values_of_a_type_are_its_choices_or_its_kind(annotation: Any, words: li
     assert list(values_of(annotation)) == words
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_help_offers_none_only_where_it_can_be_given(parser: Parser, name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    action: Any = next(action for action in parser._actions if flag in action.option_strings)
+    if "none" not in action.completer(prefix=""):
+        return
+    model = next(m for m in (TrainConfig, LaunchConfig, SlurmConfig) if name in m.model_fields)
+    assert getattr(model.model_validate({name: "none"}), name) in (None, "none")
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
@@ -108,6 +118,9 @@ def test_values_of_a_type_are_its_choices_or_its_kind(annotation: Any, words: li
         ("--mixed-precision", "fp16|bf16|none"),
         ("--distributed-backend", "auto|ddp|fsdp|deepspeed|none"),
         ("--peft", "[true|false]"),
+        ("--sharding", "full_shard|shard_grad_op|hybrid_shard"),
+        ("--save-strategy", "no|steps|epoch"),
+        ("--eval-packing", "[true|false]"),
         ("--resume", "[true|false|TEXT]"),
         ("--block-size", "N|N,..."),
         ("--lr", "X"),
@@ -164,6 +177,7 @@ def nested() -> Parser:
     made = Parser(prog="phalanx")
     commands = made.add_subparsers(dest="command", parser_class=Parser)
     add_config_flags(commands.add_parser("train", allow_abbrev=False))
+    commands.add_parser("logs").add_argument("target")
     return made
 
 
@@ -178,6 +192,7 @@ def nested() -> Parser:
         (["train", "--zzzzzzzz"], "unrecognized arguments: --zzzzzzzz"),
         (["train", "word"], "unrecognized arguments: word"),
         (["train", "--lr"], "argument --lr: expected one argument"),
+        (["logs"], "the following arguments are required: target. See phalanx logs --help."),
     ],
 )  # fmt: skip
 def test_an_unknown_flag_is_refused_with_the_closest_one(
