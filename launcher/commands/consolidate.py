@@ -17,15 +17,22 @@ USAGE = "RUN|CHECKPOINT [--output FOLDER]"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--output", type=Path, help="folder to write (default: CHECKPOINT-model)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder to write (default: CHECKPOINT-model)"
+    )
 
 
 def run(source: Path, output: Path | None) -> int:
     """Run trainers/consolidate.py and return its exit code.
 
     Raises:
-        ConfigError: there is no checkpoint that verifies.
+        ConfigError: there is no such folder, or no checkpoint in it that verifies.
     """
+    if not source.is_dir():
+        raise ConfigError(
+            f"{source}: there is no checkpoint that verifies. The folder does not exist. Give a run's "
+            "folder, or one of its checkpoints."
+        )
     if source.name.startswith(CHECKPOINT_PREFIX):
         checkpoint: Path | None = source
         if why := why_unusable(source, content=True):
@@ -37,7 +44,9 @@ def run(source: Path, output: Path | None) -> int:
         for line in passed:
             say("warning", line)
     if checkpoint is None:
-        raise ConfigError(f"{source}: there is no checkpoint that verifies.")
+        raise ConfigError(
+            f"{source}: there is no checkpoint that verifies. Give a run's folder, or one of its checkpoints."
+        )
     target = output or checkpoint.with_name(f"{checkpoint.name}-model")
     argv = [sys.executable, "-m", "trainers.consolidate", str(checkpoint), str(target)]
     return subprocess.run(argv, check=False).returncode

@@ -65,6 +65,8 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
 
 def _model(folder: Path) -> dict[str, str]:
     """Return lm-eval's arguments for the model: a full model, or an adapter and its base model."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no final model, and no such folder. Give a run's folder.")
     adapter = folder / ADAPTER
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         found = {"pretrained": str(folder)}
