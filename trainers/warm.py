@@ -48,7 +48,7 @@ PARENT_ONLY = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's jemalloc starts a thread
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch.cuda.is_available() asks NVML instead of CUDA
-    "TRL_EXPERIMENTAL_SILENCE": "1",  # a rank sets it before it imports trl (trainers/loop/life.py)
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # a rank sets it before it imports trl (rank/library_output.py)
 }
 # Only the launcher ends this process. A signal to all processes of a job, as SLURM sends it, is for the
 # ranks. If this process died of it, the ranks would die with it.
@@ -175,7 +175,7 @@ class Parent:
 
     def _why_not(self) -> str | None:
         if self.ranks:
-            return f"{count_of(len(self.ranks), 'rank')} of the last start still running"
+            return f"the last start has {count_of(len(self.ranks), 'rank')} left"
         return unsafe()
 
     def _leave(self) -> None:

@@ -60,12 +60,12 @@ def requested(run: Run) -> Topology:
         )
     processes = launch.num_processes or machines * max(gpus, 1)
     if processes % machines or (gpus and processes // machines > gpus):
+        multiple, most = f" a multiple of {machines}", f" up to {machines * gpus}"
         raise ConfigError(
             f"launch.num_processes: {count_of(processes, 'rank')} cannot be placed on "
             + count_of(machines, "node")
-            + (f" with {gpus} GPUs each" if gpus else "")
-            + f". Allowed: a multiple of {machines}"
-            + (f" up to {machines * gpus}." if gpus else ".")
+            + (f" with {count_of(gpus, 'GPU')} each" if gpus else "")
+            + f". Allowed:{multiple if machines > 1 else ''}{most if gpus else ''}."
         )
     hardware = Hardware((_SOME_GPU,) * gpus, 1 << 50, ask_for.cpus_per_task or 1, cpu_bf16=True)
     return Topology(machines, 0, processes, "node", 0, hardware)

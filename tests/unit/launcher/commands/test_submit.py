@@ -44,6 +44,8 @@ def test_a_dry_run_submits_nothing(submitted: Submitted, capsys: pytest.CaptureF
         (["--base-model", "./none"], "base_model: the folder ./none does not exist"),
         (["--nodes", "2", "--num-processes", "3"], "3 ranks cannot be placed on 2 nodes"),
         (["--gres", "gpu:2", "--num-processes", "4"], "4 ranks cannot be placed on 1 node with 2 GPUs each"),
+        (["--gpus-per-node", "1", "--num-processes", "2"], "1 node with 1 GPU each. Allowed: up to 1."),
+        (["--gpus-per-node", "1", "--nodes", "2", "--num-processes", "3"], "a multiple of 2 up to 2."),
         (["--nodes", "2", "--num-machines", "4"], "4 differs from slurm.nodes (2)"),
         (["--partition", "gpu --wrap=id"], "partition: 'gpu --wrap=id' has a character"),
         (["--machine-rank", "0"], "launch.machine_rank: it is for machines without SLURM"),
