@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecation warnings in the libraries do not concern the user
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it; nothing here needs its kernels
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers is not imported yet
     try:
         made = consolidate(options.checkpoint, options.output, options.max_shard_size)
