@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher.slurm.run_state import find_runs, read_status
+from launcher.slurm.run_state import Status, find_runs, read_status
+from trainers.config.text import count_of
 
 HELP = "print the state of runs: step, loss, speed, time left"
 USAGE = "[RUN|JOB] [--json]"
@@ -30,5 +31,26 @@ def run(target: str | None, as_json: bool) -> int:
     if not found:
         print(f"no runs below {Path.cwd()}")
     for one in found:
-        print(one.line)
+        print(line_of(one))
     return 0
+
+
+def line_of(status: Status) -> str:
+    """Return the line that is printed about a run."""
+    parts = [status.run, status.state + (f" ({status.reason})" if status.reason else "")]
+    if status.job:
+        parts.append(f"job {status.job}")
+    if status.step is not None:
+        parts.append(f"step {status.step}/{status.max_steps}")
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.4f}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:.0f} tokens/s")
+    if status.seconds_left is not None and status.state in ("RUNNING", "running"):
+        hours, rest = divmod(status.seconds_left, 3600)
+        parts.append(f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}")
+    if status.attempts > 1:
+        parts.append(f"{status.attempts} attempts")
+    if status.requeues:
+        parts.append(f"requeued {count_of(status.requeues, 'time')}")
+    return "  ".join(parts)

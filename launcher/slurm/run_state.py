@@ -12,7 +12,6 @@ from typing import Any
 from launcher.slurm.job import ControllerUnreachable, SlurmError, facts
 from launcher.slurm.journal import JOBS, ended, jobs, last_job
 from trainers.config.errors import ConfigError
-from trainers.config.text import count_of
 from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
 from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
@@ -36,26 +35,6 @@ class Status:
     seconds_left: int | None = None
     attempts: int = 0
     requeues: int = 0
-
-    @property
-    def line(self) -> str:
-        parts = [self.run, self.state + (f" ({self.reason})" if self.reason else "")]
-        if self.job:
-            parts.append(f"job {self.job}")
-        if self.step is not None:
-            parts.append(f"step {self.step}/{self.max_steps}")
-        if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
-        if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:.0f} tokens/s")
-        if self.seconds_left is not None and self.state in ("RUNNING", "running"):
-            hours, rest = divmod(self.seconds_left, 3600)
-            parts.append(f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}")
-        if self.attempts > 1:
-            parts.append(f"{self.attempts} attempts")
-        if self.requeues:
-            parts.append(f"requeued {count_of(self.requeues, 'time')}")
-        return "  ".join(parts)
 
 
 def read_status(folder: Path, job: str | None = None) -> Status:
