@@ -270,7 +270,7 @@ def test_ranks_report_their_exit_and_are_killed_at_close(
     pids = warm.start(lasting)["started"]
     os.kill(pids["1"], signal.SIGKILL)
     assert warm.read() == {"exited": {"rank": 1, "code": -signal.SIGKILL}}
-    assert "still run" in warm.start(lasting)["refused"]
+    assert warm.start(lasting)["refused"] == "the last start has 1 rank left"
     os.kill(pids["0"], signal.SIGTERM)
     assert warm.read() == {"exited": {"rank": 0, "code": -signal.SIGTERM}}
 
