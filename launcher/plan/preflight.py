@@ -12,9 +12,10 @@ from launcher.config import Run
 from launcher.plan.memory import predict_disk, size_of_model
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.config.text import format_bytes
+from trainers.config.text import count_of, format_bytes
 from trainers.data.columns import check_split
 from trainers.data.files import find_split
+from trainers.rank.say import say
 from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.run_folder import check_free
 
@@ -65,6 +66,15 @@ def check_disk(folder: Path, train: TrainConfig) -> None:
             f"project_name: a checkpoint of this run needs about {format_bytes(checkpoint)} and its final "
             f"model {format_bytes(model)} (predicted), but {existing} has only {format_bytes(free)} free. "
             "Free some space, or give a project_name on another disk."
+        )
+    at_most = (train.save_total_limit + 1) * checkpoint + model  # one more while it is written
+    if checkpoint and at_most > free:
+        say(
+            "warning",
+            f"project_name: {count_of(train.save_total_limit, 'checkpoint')} of this run, the one that is "
+            f"being written and its final model need about {format_bytes(at_most)} (predicted), but "
+            f"{existing} has {format_bytes(free)} free. Old checkpoints are deleted earlier, or saves are "
+            "skipped. Lower save_total_limit, or free some space.",
         )
 
 

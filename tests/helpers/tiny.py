@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -58,6 +59,49 @@ def build_tiny_model(folder: Path, chat_template: bool = True, seed: int = 0) ->
         eos_token_id=fast.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+# Kinds of models whose weights have other names in files than in memory, or several names.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "tied llama": {**SIZES, "tie_word_embeddings": True},
+    "qwen3_moe": {**SIZES, **EXPERTS, "num_experts": 4},
+    "mixtral": {**SIZES, "num_local_experts": 4},
+    "gemma3 with a vision tower": {"text_config": {**SIZES, "sliding_window": 64}, "vision_config": VISION},
+}
+
+
+def build_architecture(name: str, tokenizer: Path, folder: Path) -> Path:
+    """Write a model of ARCHITECTURES with random weights, and the tokenizer of another tiny model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    ids = {f"{name}_token_id": getattr(loaded, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    ids["vocab_size"] = len(loaded)
+    values = dict(ARCHITECTURES[name])
+    if "text_config" in values:
+        values["text_config"] = {**values["text_config"], **ids}
+    else:
+        values |= ids
+    kind = name.split()[-1] if name.startswith("tied") else name.split()[0]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+    model.save_pretrained(folder)
+    loaded.save_pretrained(folder)
     return folder
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fakes import fake_checkpoint
 from inprocess import build
+from safetensors.torch import load_file
+from tiny import ARCHITECTURES, build_architecture
 
+from trainers.checkpoint.readable import why_unreadable
 from trainers.loop import step_boundary
 from trainers.loop.step_boundary import StepBoundary
-from trainers.storage.manifest import checkpoint_folders, read_manifest, why_unusable
+from trainers.storage.manifest import Layout, checkpoint_folders, entry_of, read_manifest, why_unusable
 
 
 def train(built, checkpoint: Path | None = None):
@@ -106,6 +113,126 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path, tiny_model)
     assert skipped == [f"skipped {folder}: optimizer.pt has 7 bytes instead of {size}"]
     train(again, found)
     assert why_unusable(folder, content=True) is None
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory, tiny_model) -> Path:
+    return build_architecture(request.param, tiny_model, tmp_path_factory.mktemp("architecture") / "model")
+
+
+@pytest.mark.parametrize("trainer", ["sft", "reward"])
+def test_a_resume_and_the_best_model_have_every_weight_of_the_checkpoint(
+    tmp_path, architecture, trainer, caplog
+):
+    values = {"trainer": trainer, "save_total_limit": 9, "lr": 1e-2, **SAVES, "max_steps": 4}
+    trained = train(build(tmp_path, architecture, **values)).trainer
+    expected = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    folder = tmp_path / "run" / "checkpoint-4"
+    resumed = build(tmp_path, architecture, resume=str(folder), **values).trainer
+    resumed._load_from_checkpoint(str(folder))
+    best = build(tmp_path, architecture, **values).trainer
+    best.state.best_model_checkpoint = str(folder)
+    best._load_best_model()
+    for model in (resumed.model, best.model):
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert "missing" not in caplog.text
+
+
+EVALUATES = {"valid_fraction": 0.4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+
+def scored(built, monkeypatch, *scores: float):
+    """Let the evaluations give these losses."""
+    evaluate, losses = built.trainer.evaluate, iter(scores)
+    monkeypatch.setattr(
+        built.trainer, "evaluate", lambda *a, **k: evaluate(*a, **k) | {"eval_loss": next(losses)}
+    )
+    log = built.trainer.log
+
+    def logged(entry, *rest):
+        log(entry, *rest)
+        history = built.trainer.state.log_history
+        if "eval_loss" in history[-1]:
+            history[-1]["eval_loss"] = scores[sum("eval_loss" in entry for entry in history) - 1]
+
+    monkeypatch.setattr(built.trainer, "log", logged)
+    return built
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_the_best_model_is_that_of_the_best_checkpoint_that_verifies(
+    tmp_path, tiny_model, monkeypatch, capsys, damage
+):
+    built = build(tmp_path, tiny_model, trainer="sft", save_total_limit=3, **EVALUATES, **SAVES)
+    scored(built, monkeypatch, 0.1, 0.5, 0.9)
+    best, second = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
+    finalize = built.trainer._finalize_training
+
+    def damaged(*arguments, **named):
+        built.trainer.conclude()
+        if damage == "gone":
+            shutil.rmtree(best)
+        else:
+            flip_a_bit(best / "model.safetensors")
+        return finalize(*arguments, **named)
+
+    monkeypatch.setattr(built.trainer, "_finalize_training", damaged)
+    train(built)
+    assert built.trainer.model_step == 4 and built.trainer.state.best_model_checkpoint == str(second)
+    expected = load_file(second / "model.safetensors")
+    found = built.trainer.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    why = "it is gone" if damage == "gone" else "model.safetensors has changed since it was written"
+    assert f"warning: {best} has the best model, but cannot be used: {why}" in capsys.readouterr().err
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+def test_a_resume_at_the_last_step_trains_nothing(tmp_path, tiny_model, scheduler):
+    values = {"trainer": "sft", "scheduler": scheduler, "lr": 1e-2, "resume": True, **SAVES}
+    trained = train(build(tmp_path, tiny_model, **{**values, "resume": False})).trainer
+    resumed = build(tmp_path, tiny_model, **values)
+    assert resumed.trainer.last_step == 6
+    train(resumed, resumed.trainer.find_checkpoint()[0])
+    assert resumed.trainer.state.global_step == 6
+    for name, value in resumed.trainer.model.state_dict().items():
+        assert torch.equal(value, trained.model.state_dict()[name]), name
+
+
+class Poison:
+    """An object whose pickle runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("poisoned",)
+
+
+@pytest.mark.parametrize("content", ["poison", "text"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_file_that_cannot_be_read_is_named_though_its_hash_is_right(
+    tmp_path, tiny_model, monkeypatch, name, content
+):
+    monkeypatch.chdir(tmp_path)
+    folder = fake_checkpoint(tmp_path / "run", 4, Layout("none", None, 1, 2, 1))
+    torch.save({"state": Poison()}, folder / name) if content == "poison" else (folder / name).write_text(
+        "text"
+    )
+    manifest = read_manifest(folder)
+    files = [entry_of(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    replace(manifest, files=files).write(folder)
+    assert why_unusable(folder, content=True) is None
+    found = why_unreadable(folder / name)
+    assert str(found).startswith("cannot be read: ") and len(str(found).splitlines()) == 1
+    assert not (tmp_path / "poisoned").exists()
+    trainer = build(tmp_path, tiny_model, trainer="sft", resume=True, **SAVES).trainer
+    checkpoint, skipped = trainer.find_checkpoint()
+    assert checkpoint is None and f"skipped {folder}: {name} cannot be read" in skipped[0]
 
 
 @pytest.mark.parametrize("peft", [False, True])

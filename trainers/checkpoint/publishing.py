@@ -1,4 +1,4 @@
-"""Rename a checkpoint once it is complete, and delete old checkpoints. Only rank 0 calls this."""
+"""Rename a checkpoint once it is complete, and decide which old checkpoints are deleted. On rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from trainers.storage.manifest import Manifest, checkpoint_folders
+from trainers.storage.manifest import Manifest, checkpoint_folders, newest_usable, step_of, why_unusable
 from trainers.storage.run_folder import SAVING
 
 
@@ -26,11 +26,37 @@ def publish(part: Path, manifest: Manifest) -> None:
         _sync_folder(folder)
 
 
-def rotate(run_folder: Path, limit: int, best: str) -> None:
-    """Keep the newest `limit` checkpoints and the best one. The newest verifies: it was hashed just now."""
-    for folder in checkpoint_folders(run_folder)[:-limit]:
-        if folder.name != best:
+def rotate(run_folder: Path, saved: int, limit: int, best: str) -> None:
+    """Keep the checkpoint of step `saved`, `limit` in all that verify, and the best one.
+
+    That of `saved` was hashed just now, so whatever else is damaged, one is left that verifies. A higher step
+    is not a newer save: the run did not resume from it. It is deleted only if it does not verify.
+    """
+    kept = 0
+    for folder in reversed(checkpoint_folders(run_folder)):
+        above = step_of(folder) > saved
+        if folder.name == best or (above and why_unusable(folder, content=True) is None):
+            kept += not above
+        elif above or kept >= limit or why_unusable(folder, content=False) is not None:
             discard(folder)
+        else:
+            kept += 1
+
+
+def make_room(run_folder: Path, needed: int, best: str) -> list[Path]:
+    """Delete the oldest checkpoints until the disk has `needed` bytes. Return those that were deleted.
+
+    The newest that verifies is kept, and the best one.
+    """
+    newest, _ = newest_usable(run_folder, content=True)
+    deleted = []
+    for folder in checkpoint_folders(run_folder):
+        if shutil.disk_usage(run_folder).free >= needed:
+            break
+        if newest is not None and folder != newest and folder.name != best:
+            discard(folder)
+            deleted.append(folder)
+    return deleted
 
 
 def discard(folder: Path) -> None:

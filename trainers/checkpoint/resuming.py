@@ -10,6 +10,8 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from trainers.checkpoint import fsdp_shards
+from trainers.checkpoint.readable import why_unreadable
+from trainers.checkpoint.strict_weights import check_shards, load_weights
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
@@ -23,7 +25,7 @@ from trainers.storage.manifest import (
     why_layouts_differ,
     why_unusable,
 )
-from trainers.storage.run_folder import resume_checkpoint
+from trainers.storage.run_folder import INSTEAD, resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
 
@@ -69,8 +71,11 @@ class Resuming(Trainer):
         if not config.resume:
             return None, []
         if isinstance(config.resume, str):
-            named = self._check_layout(resume_checkpoint(self.run_folder, config)[0])
-            return named, self._other_rows(named) if named else []
+            named = Path(config.resume)
+            resume_checkpoint(self.run_folder, config, content=False)
+            if why := self._complaint(named):
+                raise ConfigError(f"resume: {named} cannot be used: {why}. {INSTEAD}")
+            return self._check_layout(named), self._other_rows(named)
         skipped: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
@@ -85,7 +90,7 @@ class Resuming(Trainer):
             return []
         return [f"the rows, or how they are tokenized, have changed since {folder} was written"]
 
-    def _check_layout(self, folder: Path | None) -> Path | None:
+    def _check_layout(self, folder: Path) -> Path:
         """Return the checkpoint if this run can load it.
 
         The launcher has already checked this. Ranks that a user starts without it have not.
@@ -93,8 +98,11 @@ class Resuming(Trainer):
         Raises:
             ConfigError: the layout of this run does not fit.
         """
-        if folder is not None and (why := why_layouts_differ(read_manifest(folder).layout, self.layout())):
+        layout = self.layout()
+        if why := why_layouts_differ(read_manifest(folder).layout, layout):
             raise ConfigError(f"resume: {folder}: {why}")
+        if layout.backend in ("fsdp", "deepspeed"):
+            check_shards(self.model, folder, self._trains_all)
         return folder
 
     def _complaint(self, folder: Path) -> str | None:
@@ -103,14 +111,13 @@ class Resuming(Trainer):
         if why is not None:
             return why
         share = read_manifest(folder).files[rank() :: world_size()]
-        found = [
-            fault for part in self.agreement.gather(damaged_files(folder, share, True)) for fault in part
-        ]
-        return found[0] if found else None
+        found = damaged_files(folder, share, content=True)
+        found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
+        return next((fault for part in self.agreement.gather(found) for fault in part), None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:  # FSDP's weights are loaded with the optimiser's state, below
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled:
@@ -122,10 +129,11 @@ class Resuming(Trainer):
         scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
         with heart.during("load"):
-            if not self.is_fsdp_enabled:
+            if self.is_deepspeed_enabled:
                 super()._load_best_model()
-                return
-            fsdp_shards.load_weights(
-                self.model, Path(str(self.state.best_model_checkpoint)), self._trains_all
-            )
+            elif self.is_fsdp_enabled:
+                fsdp_shards.load_weights(self.model, folder, self._trains_all)
+            else:
+                load_weights(self.model, folder)

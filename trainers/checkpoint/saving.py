@@ -10,6 +10,7 @@ while training continues.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import torch
 
 from trainers.checkpoint import fsdp_shards, zero_shards
 from trainers.checkpoint.nan_watch import FiniteWatch
-from trainers.checkpoint.publishing import publish, rotate
+from trainers.checkpoint.publishing import make_room, publish, rotate
 from trainers.checkpoint.resuming import SCHEDULER, Resuming
 from trainers.config.packages import versions
 from trainers.config.text import format_bytes
@@ -76,6 +77,7 @@ class Durable(Resuming):
         self.watch = FiniteWatch(self.config.mixed_precision == "fp16")
         self.due_evaluation = False  # whether an evaluation is due at the next saved step; a resume does it
         self.saved_step = 0  # step of the last checkpoint of this start
+        self.model_step: int | None = None  # step of the best model, once its weights are loaded
         self.save_seconds = 30.0  # duration of the last save; before the first one, a guess
         self._saving = Save(0, self._position, self.run_folder)
         self._stager = fsdp_shards.make_stager()
@@ -96,6 +98,21 @@ class Durable(Resuming):
             stop.saved = f"saved at step {step}" if self.saved_step == step and step else ""
             return None
 
+    @property
+    def last_step(self) -> int:
+        """The step at which this run's training ends."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """Train an epoch. After a resume at the last step there is nothing to train.
+
+        transformers looks at max_steps only after a step, so it would train one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **named)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.record_loss(inputs, loss)
@@ -111,9 +128,41 @@ class Durable(Resuming):
         with heart.during("evaluate"):
             return super().evaluation_loop(*arguments, **named)
 
+    def _finalize_training(self, *arguments: Any, **named: Any) -> Any:
+        """Look for the best model in any case. transformers does not if its folder is gone at a resume."""
+        if self.config.load_best_model_at_end and self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self._folder_of(self.state.best_global_step))
+        return super()._finalize_training(*arguments, **named)
+
     def _load_best_model(self) -> None:
+        """Load the best model of those that verify: from a checkpoint, or keep that of the last step."""
         self.conclude()  # the best model may be in the checkpoint that is being written
-        super()._load_best_model()
+        found = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        scores: dict[int, float] = self.agreement.from_rank_0(
+            {int(entry["step"]): entry["eval_loss"] for entry in found}
+        )
+        for step in sorted(scores, key=lambda step: (scores[step], step)):
+            if step == self.state.global_step:
+                self.state.best_model_checkpoint = None
+                return
+            folder = self._folder_of(step)
+            why = self._complaint(folder) if self.agreement.from_rank_0(folder.exists()) else "it is gone"
+            if why is None:
+                self.state.best_model_checkpoint, self.model_step = str(folder), step
+                super()._load_best_model()
+                return
+            # save_total_limit does not delete the best. A step between two saves has no checkpoint.
+            if rank() == 0 and step == self.state.best_global_step and self._saves_at(step):
+                say("warning", f"{folder} has the best model, but cannot be used: {why}. The next best is.")
+        if rank() == 0:
+            say("warning", "no checkpoint can be used: the model is that of the last step, not the best.")
+
+    def _saves_at(self, step: int) -> bool:
+        every = self.config.save_steps if self.config.save_strategy == "steps" else None
+        return every is None or step % every == 0
+
+    def _folder_of(self, step: int) -> Path:
+        return self.run_folder / f"{CHECKPOINT_PREFIX}{step}"
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder for checkpoint-N. transformers uses it for saves and at the end of train()."""
@@ -169,8 +218,8 @@ class Durable(Resuming):
         """Do nothing. TRL calls this on rank 0 before each save; model_card.py writes the card at the end."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:  # the final model
-            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._save_final_model(output_dir)
             return
         assert output_dir is not None
         with self._tolerating():
@@ -180,6 +229,29 @@ class Durable(Resuming):
                 super().save_model(output_dir, _internal_call)
                 if rank() == 0 and self.config.peft:  # peft writes only the adapter
                     self._save_config(output_dir)
+
+    def _save_final_model(self, folder: str | None) -> None:
+        """Save the final model. Old checkpoints give way to it.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        model: Any = self.model
+        saved = [p for p in model.parameters() if self._trains_all or p.requires_grad]
+        needed = sum(_numel(p) * p.element_size() for p in saved)
+        free = self._make_room(needed)
+        try:
+            super().save_model(folder)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"the final model needs about {format_bytes(needed)}, and the disk had {format_bytes(free)} "
+                "left. The checkpoints are kept. Free some space, and continue with --resume: it trains "
+                "nothing again",
+                str(self.run_folder),
+            ) from error
 
     def _save_shape(self, folder: str) -> None:
         """Write what a model needs in addition to the shards: its config, the adapter's, the tokenizer."""
@@ -233,7 +305,7 @@ class Durable(Resuming):
         """
         state, best = self.state, self.state.best_global_step
         if best:
-            folder = self.run_folder / f"{CHECKPOINT_PREFIX}{best}"
+            folder = self._folder_of(best)
             exists = best == self._saving.step or folder.exists()
             state.best_model_checkpoint = self.agreement.from_rank_0(
                 str(folder) if exists else state.best_model_checkpoint
@@ -301,7 +373,7 @@ class Durable(Resuming):
                 raise
             return str(error)
         best = Path(self.state.best_model_checkpoint or "").name
-        rotate(self.run_folder, self.config.save_total_limit, best)
+        rotate(self.run_folder, self._saving.step, self.config.save_total_limit, best)
         (self.run_folder / SAVING).rmdir()
         return None
 
@@ -314,14 +386,23 @@ class Durable(Resuming):
         }
 
     def _has_room(self) -> bool:
-        """Return whether rank 0 finds enough space for a checkpoint. If not, print a warning."""
-        needed, free = self._predicted_bytes(), shutil.disk_usage(self.run_folder).free
-        enough = self.agreement.from_rank_0(needed <= free)
-        if not enough:
+        """Return whether there is enough space for a checkpoint. If not, print a warning."""
+        needed = self._predicted_bytes()
+        free = self._make_room(needed)
+        if needed > free:
             self._say(
                 f"it needs about {format_bytes(needed)}, but {self.run_folder} has {format_bytes(free)} left"
             )
-        return enough
+        return needed <= free
+
+    def _make_room(self, needed: int) -> int:
+        """Let old checkpoints give way to `needed` bytes, and return the free space that rank 0 finds."""
+        if rank() == 0:
+            best = Path(self.state.best_model_checkpoint or "").name
+            for old in make_room(self.run_folder, needed, best):
+                say("warning", f"{old} was deleted: the disk has no room for the next save.")
+        free: int = self.agreement.from_rank_0(shutil.disk_usage(self.run_folder).free)
+        return free
 
     def _say(self, why: str) -> None:
         if rank() == 0:

@@ -38,18 +38,20 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     """Write README.md, the model card.
 
     It replaces the card that the libraries write, which names folders of this machine. `facts` is what
-    run.json records about the run; `facts["data"]` has the counts of each split.
+    run.json records about the run; `facts["data"]` has the counts of each split, and `facts["model_step"]` is
+    the step whose weights the model has.
     """
     entries = _logged(folder)
     data: dict[str, dict[str, Any]] = facts.get("data") or {}
+    best = _best(config, entries, facts.get("model_step"))
     parts = [
         "---\n" + _yaml(_front_matter(folder, config)) + "---",
         f"# {name_of(folder)}",
         "## What it is\n\n" + _about(folder, config, facts, entries),
         "## Data\n\n" + _data(config, data),
         "## Parameters\n\n" + _parameters(config),
-        "## Metrics\n\n" + _metrics(config, entries),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(config, data, entries)),
+        "## Metrics\n\n" + _metrics(best, entries),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(config, best, data, entries)),
         "## How to load it\n\n" + f"```python\n{_snippet(folder, config)}```",
         "## Versions\n\n" + _listed((facts.get("versions") or versions()).items()),
     ]
@@ -126,10 +128,10 @@ def _parameters(config: TrainConfig) -> str:
     return f"Parameters that differ from the defaults:\n\n```yaml\n{_yaml(chosen)}```"
 
 
-def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
+def _metrics(best: dict[str, Any] | None, entries: list[dict[str, Any]]) -> str:
     """Return the table of the last value of each measure.
 
-    With load_best_model_at_end, the values are those of the evaluation that chose the model.
+    The values of `best`, the evaluation that chose the model, come before later ones.
     """
     found: dict[str, tuple[Any, int]] = {}
     for entry in entries:
@@ -137,7 +139,6 @@ def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
             measured = name == "loss" or name.startswith(("eval_", "test_"))
             if measured and not name.endswith(SPEEDS):
                 found[name] = (value, entry["step"])
-    best = _best(config, entries)
     if best is not None:
         found |= {name: (best[name], best["step"]) for name in found if name in best and name != "loss"}
     if not found:
@@ -145,12 +146,15 @@ def _metrics(config: TrainConfig, entries: list[dict[str, Any]]) -> str:
     table = [["measure", "value", "step"], *([n, _number(v), str(s)] for n, (v, s) in found.items())]
     notes = ["`loss` is the training loss at the last logged step."] if "loss" in found else []
     if best is not None:
-        notes.append(f"The saved model is that of step {best['step']}, which had the lowest eval_loss.")
+        notes.append(f"The saved model is that of step {best['step']}, chosen by its eval_loss.")
     return "\n\n".join([_table(table), *([" ".join(notes)] if notes else [])])
 
 
 def _limits(
-    config: TrainConfig, data: dict[str, dict[str, Any]], entries: list[dict[str, Any]]
+    config: TrainConfig,
+    best: dict[str, Any] | None,
+    data: dict[str, dict[str, Any]],
+    entries: list[dict[str, Any]],
 ) -> Iterable[str]:
     held_out = [word for word in ("eval", "test") if any(f"{word}_loss" in entry for entry in entries)]
     if held_out:
@@ -160,7 +164,7 @@ def _limits(
         )
     else:
         yield "It was not evaluated: no row was held out. The training loss does not show how good it is."
-    if _best(config, entries) is not None:
+    if best is not None:
         yield "Its checkpoint was chosen by eval_loss, so the values on new rows are probably somewhat worse."
     yield "Safety, bias and truthfulness were not evaluated. It may have the problems of its base model."
     for split, counts in data.items():
@@ -201,12 +205,10 @@ def _logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _best(config: TrainConfig, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the evaluation whose checkpoint became the final model, or None if none was chosen."""
-    scored = [entry for entry in entries if "eval_loss" in entry]
-    if not (config.load_best_model_at_end and scored):
-        return None
-    return min(scored, key=lambda entry: float(entry["eval_loss"]))
+def _best(config: TrainConfig, entries: list[dict[str, Any]], step: int | None) -> dict[str, Any] | None:
+    """Return the evaluation by which the final model, that of `step`, was chosen, or None if none was."""
+    scored = [entry for entry in entries if "eval_loss" in entry and entry["step"] == step]
+    return scored[-1] if config.load_best_model_at_end and scored else None
 
 
 def _dropped(counts: dict[str, Any]) -> int:

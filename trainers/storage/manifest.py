@@ -21,6 +21,7 @@ from trainers.config.text import count_of
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 SHARDS = "shards"  # FSDP's folder in a checkpoint
+CHECKSUM = "xxh3"  # the key of the manifest's own checksum
 FORMAT = 1
 HASH_BLOCK = 1 << 20  # bytes
 
@@ -116,10 +117,16 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest and sync it to the disk: a power failure after the rename must not lose it."""
+        content = asdict(self)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+            json.dump(content | {CHECKSUM: _checksum(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Return the XXH3 of a manifest's values, without its own checksum."""
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -137,6 +144,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if raw["format"] != FORMAT:
             raise ValueError(f"its {MANIFEST} has format {raw['format']}; this version reads {FORMAT}")
+        checksum = raw.pop(CHECKSUM, None)  # earlier versions wrote none
+        if checksum is not None and checksum != _checksum(raw):
+            raise ValueError(f"its {MANIFEST} has changed since it was written")
         files = [FileEntry(**entry) for entry in raw.pop("files")]
         raw["layout"].pop("shards", None)  # in checkpoints of earlier versions; nothing reads it
         return Manifest(**raw | {"layout": Layout(**raw["layout"])}, files=files)

@@ -36,7 +36,9 @@ RECORD = "run.json"
 METRICS = "metrics.jsonl"
 PROGRESS = f"{LAUNCH}/progress.json"  # the progress of the run, for `phalanx status`
 LOCK = ".lock"
+INSTEAD = "resume: true uses the newest checkpoint that verifies."
 SAVING = "saving"  # a checkpoint is in here until it is complete
+FINISHED = "finished.json"  # that the model is saved, and what was done with it (ending.py)
 TRACKER = "tracker.json"  # the id with which each start continues the same tracked run
 
 
@@ -147,7 +149,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
             if not path.is_symlink():
                 shutil.rmtree(path)
         for path in folder.iterdir():
-            if path.name in (RECORD, METRICS, TRACKER):
+            if path.name in (RECORD, METRICS, TRACKER, FINISHED):
                 path.unlink()
         shutil.rmtree(folder / SAVING, ignore_errors=True)
         remove_model(folder)
@@ -181,14 +183,9 @@ def resume_checkpoint(
         if not path.name.removeprefix(CHECKPOINT_PREFIX).isdigit():
             raise ConfigError(f"resume: {path} is not a checkpoint. Give a folder checkpoint-N of a run.")
         if not path.is_dir():
-            raise ConfigError(
-                f"resume: {path} does not exist. resume: true uses the newest checkpoint that verifies."
-            )
+            raise ConfigError(f"resume: {path} does not exist. {INSTEAD}")
         if why := why_unusable(path, content):
-            raise ConfigError(
-                f"resume: {path} cannot be used: {why}. resume: true uses the newest checkpoint that "
-                "verifies."
-            )
+            raise ConfigError(f"resume: {path} cannot be used: {why}. {INSTEAD}")
         return path, []
     if not holds_run(folder):
         raise ConfigError(f"resume: there is no run in {folder}. Start without --resume.")

@@ -49,7 +49,9 @@ def test_the_card_shows_what_was_done_and_measured(saved_run, tmp_path):
 
 
 def test_the_card_shows_the_evaluation_that_chose_the_model(saved_run):
-    _, text = card(saved_run, TrainConfig(valid_split="valid", load_best_model_at_end=True), FACTS)
+    _, text = card(
+        saved_run, TrainConfig(valid_split="valid", load_best_model_at_end=True), {**FACTS, "model_step": 2}
+    )
     assert "| eval_loss | 5.5 | 2 |" in text and "The saved model is that of step 2" in text
 
 

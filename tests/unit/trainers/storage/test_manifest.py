@@ -79,8 +79,9 @@ def cut(path: Path, size: int) -> None:
 
 
 def rewrite(checkpoint: Path, **changes: Any) -> None:
-    """Change values in the manifest."""
+    """Change values in the manifest, as if it were written so by a version without a checksum."""
     raw = json.loads((checkpoint / MANIFEST).read_text())
+    del raw["xxh3"]
     (checkpoint / MANIFEST).write_text(json.dumps({**raw, **changes}))
 
 
@@ -119,6 +120,18 @@ def test_damage_is_reported(
     found = why_unusable(checkpoint, content)
     assert str(found).startswith(expected)
     assert len(str(found).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [('"step": 5', '"step": 6'), ('"world_size": 2', '"world_size": 4'), ('"bytes": 11', '"bytes": 12'),
+     ('"the rows"', '"other rows"'), ('"data_seed": 42', '"data_seed": 43')],
+)  # fmt: skip
+def test_a_changed_value_of_the_manifest_is_damage(checkpoint: Path, value: str, other: str) -> None:
+    text = (checkpoint / MANIFEST).read_text()
+    assert value in text
+    (checkpoint / MANIFEST).write_text(text.replace(value, other))
+    assert why_unusable(checkpoint, content=False) == "its manifest.json has changed since it was written"
 
 
 def test_a_flipped_bit_is_found_only_if_the_content_is_read(checkpoint: Path) -> None:
