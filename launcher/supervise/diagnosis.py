@@ -17,6 +17,7 @@ from trainers.config.errors import (
     OUT_OF_MEMORY,
     PEER_LOST,
     RUN_FAILED,
+    UNFINISHED,
     USAGE_ERROR,
 )
 from trainers.rank.failures import BatchTooLarge
@@ -25,11 +26,11 @@ from trainers.rank.say import say
 
 LOG_LINES = 25  # lines shown of a failed rank's log
 STACK_LINES = 12
-# Errors that a restart does not fix: the same code raises them again, or the upload was tried three times.
+# Errors that the same code raises again: a restart would only repeat them.
 _REPEATED_ERRORS = frozenset({
     "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError", "ModuleNotFoundError",
     "NameError", "NotImplementedError", "SyntaxError", "TypeError", "UnboundLocalError", "ValueError",
-    "LibraryMoved", "MergeRefused", "UploadFailed",  # of trainers/: library_patches.py, merge.py, hub.py
+    "LibraryMoved",  # trainers/rank/library_patches.py
 })  # fmt: skip
 # Exit code of the class -> (its name, whether a restart can fix the failure, what the user can do).
 CLASSES = {
@@ -63,6 +64,7 @@ CLASSES = {
         True,
         "Its stack is above. If a step really takes that long, raise launch.hang_timeout.",
     ),
+    UNFINISHED: ("unfinished", False, "The model is trained and saved. --resume does what is left."),
 }
 
 
@@ -133,6 +135,8 @@ def _from_note(note: ErrorNote) -> Failure:
     if note.code == USAGE_ERROR:
         return Failure(note.rank, note.message, USAGE_ERROR)
     first = next(iter(note.message.strip().splitlines()), "")
+    if note.code == UNFINISHED:
+        return Failure(note.rank, first, UNFINISHED)
     repeats = note.code == RUN_FAILED and note.type in _REPEATED_ERRORS
     of_batches = note.type == BatchTooLarge.__name__
     return Failure(note.rank, f"{note.type}: {first}", note.code, of_batches, repeats)

@@ -9,6 +9,7 @@ from launcher.config import Run
 from launcher.plan.batch_search import announce, with_smaller_batch
 from launcher.supervise.diagnosis import Failure
 from trainers.rank.say import say
+from trainers.storage.ending import read_ending
 from trainers.storage.manifest import newest_usable, step_of
 
 WITHOUT_PROGRESS = 3  # attempts in a row that made no progress
@@ -61,7 +62,8 @@ class Restarts:
 
     def resumed(self, run: Run) -> Run:
         """Return the run that continues from the newest checkpoint, or the same run if there is none."""
-        return resumed(run) if self.newest is not None else run
+        trained = self.newest is not None or read_ending(self.folder) is not None
+        return resumed(run) if trained else run
 
 
 def resumed(run: Run) -> Run:

@@ -49,8 +49,8 @@ def test_a_refused_token_ends_the_run_and_keeps_the_model(bench: Bench, tmp_path
         flags = [*BACKENDS["one"], *PUSHED]
         environ = {"HF_TOKEN_PATH": str(token), "HF_ENDPOINT": hub.endpoint, **ENVIRON}
         done = bench.train("refused", *flags, **environ)
-    assert done.code == 2
-    assert "error: push_to_hub: me/refused: the hub refuses the token" in done.err
+    assert done.code == 10
+    assert "trained and saved; upload failed: push_to_hub: me/refused: the hub refuses the token" in done.err
     assert "The model is safe in refused" in done.err
     assert hub.repositories == {} and hub.sent(CREATE)[0].authorization == f"Bearer {CANARY}"
     assert (done.folder / "model.safetensors").is_file() and (done.folder / "README.md").is_file()

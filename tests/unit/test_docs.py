@@ -110,6 +110,10 @@ def accepted_by_phalanx(words, monkeypatch, capsys):
             rest = [*rest[1:], "--array", rest[0]]
         assert run_command(["submit", *rest, "--dry-run"], monkeypatch) == 0, capsys.readouterr().err
         assert capsys.readouterr().out.startswith("sbatch ")
+    elif command == "push":
+        from launcher.cli import build_parser
+
+        build_parser("push").parse_args(words)
     else:
         from launcher.commands.evaluate import command as evaluation
 

@@ -69,6 +69,10 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the rules that the config breaks, each as (field, message)."""
     found = [*_lengths(config), *_rows(config), *_packing(config), *_model(config), *_losses(config)]
+    if config.max_steps == 0:
+        found.append(("max_steps", "0 would train nothing. Use at least 1, or -1: use epochs."))
+    if config.logging_steps == 0:
+        found.append(("logging_steps", "0 is no number of steps. Use at least 1, or -1 (docs/config.md)."))
     if config.save_strategy == "steps" and config.save_steps is None:
         found.append(("save_strategy", "steps needs save_steps, for example save_steps: 100."))
     if config.eval_strategy == "steps" and config.eval_steps is None and config.validates:

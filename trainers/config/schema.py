@@ -189,7 +189,9 @@ class TrainConfig(BaseModel):
     # Optimisation
     lr: Float = Field(3e-5, ge=0, description="Peak learning rate.")
     epochs: Float = Field(1, gt=0, description="Number of passes over the training split.")
-    max_steps: Int = Field(-1, ge=-1, description="Optimiser steps. Overrides epochs. -1: use epochs.")
+    max_steps: Int = Field(
+        -1, ge=-1, description="Optimiser steps, at least 1. Overrides epochs. -1: use epochs."
+    )
     batch_size: Int = Field(
         2, gt=0, description="Size of a micro-batch on each rank: packs, or samples if nothing is packed."
     )

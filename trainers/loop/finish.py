@@ -1,19 +1,33 @@
-"""The end of a run: write the final model, and process it on rank 0."""
+"""The end of a run: write the final model, and process it on rank 0.
+
+finished.json (storage/ending.py) records that the model is saved, and what was done with it. So a failure or
+a signal in what follows never costs a step: a resume repeats only what is left.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from trainers.config.errors import ConfigError, Unfinished
+from trainers.config.text import first_line
 from trainers.loop.context import Context
+from trainers.rank.heartbeat import heart
+from trainers.rank.signals import stop
+from trainers.storage.ending import MERGE, UPLOAD, Ending
 from trainers.storage.run_folder import remove_model
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from trainers.checkpoint.saving import Durable
 
 
-def save_final_model(trainer: Trainer, context: Context) -> None:
-    """Write the final model, gathered from its shards, and the tokenizer as a Hugging Face folder."""
+def save_final_model(trainer: Durable, context: Context) -> Ending:
+    """Write the final model, gathered from its shards, and the tokenizer as a Hugging Face folder.
+
+    Rank 0 records it in finished.json.
+    """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if trainer.is_world_process_zero():
@@ -24,6 +38,19 @@ def save_final_model(trainer: Trainer, context: Context) -> None:
     if trainer.is_world_process_zero():
         context.tokenizer.save_pretrained(context.folder)
         trainer.state.save_to_json(str(context.folder / "trainer_state.json"))
+    step = trainer.state.global_step
+    ending = Ending(step, _last_metrics(trainer.state.log_history), trainer.model_step or step)
+    if trainer.is_world_process_zero():
+        ending.write(context.folder)
+    return ending
+
+
+def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last value of each loss and metric that was logged."""
+    found: dict[str, float] = {}
+    for entry in history:
+        found |= {name: value for name, value in entry.items() if name.endswith("loss")}
+    return found
 
 
 def leave_group() -> None:
@@ -40,8 +67,14 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def finish(context: Context, facts: dict[str, Any]) -> None:
-    """Process the saved files on rank 0: check them, write the model card, merge, upload."""
+def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
+    """Process the saved files on rank 0: check them, write the model card, merge, upload.
+
+    What `ending` lists as done is not repeated, except the card, which is cheap.
+
+    Raises:
+        Unfinished: one of these failed. The model is saved.
+    """
     import torch
 
     from trainers.data.preview import first_tokens
@@ -53,11 +86,38 @@ def finish(context: Context, facts: dict[str, Any]) -> None:
     config, folder = context.config, context.folder
     gc.collect()
     torch.cuda.empty_cache()
-    check_saved(folder)
-    write_card(folder, config, facts)
-    if config.merge_adapter:
-        merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
+
+    def write_checked_card() -> None:
         check_saved(folder)
-        write_card(folder, config, facts)
+        write_card(folder, config, {**facts, "model_step": ending.model_step})
+
+    def merge() -> None:
+        merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
+        write_checked_card()
+
+    actions: list[tuple[str, Callable[[], object]]] = []
+    if config.merge_adapter:
+        actions.append((MERGE, merge))
     if config.push_to_hub:
-        push(config, folder)
+        actions.append((UPLOAD, lambda: push(config, folder)))
+    stop.finishing(f"trained and saved at step {ending.step}")
+    with _reported("model card"):
+        write_checked_card()
+    for name, action in actions:
+        if name not in ending.done:
+            with _reported(name), heart.during(name):
+                action()
+            ending.done.append(name)
+            ending.write(folder)
+
+
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Turn an error in the block into Unfinished, with the name of what failed."""
+    try:
+        yield
+    except Exception as error:
+        reason = (
+            str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise Unfinished(f"trained and saved; {name} failed: {reason}") from error

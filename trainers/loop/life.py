@@ -30,8 +30,9 @@ from trainers.rank.library_output import quieten_libraries
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
+from trainers.storage.ending import Ending, read_ending
 from trainers.storage.manifest import step_of
-from trainers.storage.run_folder import check_free, claim, lock_folder, write_record
+from trainers.storage.run_folder import FINISHED, check_free, claim, lock_folder, write_record
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> i
     parser = argparse.ArgumentParser(prog=f"trainers.{trainer_name}")
     parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     options = parser.parse_args(argv)
-    return run_rank(lambda: _train(load_settings(options.config), trainer_name, build))
+    return run_rank(lambda: _run(load_settings(options.config), trainer_name, build))
 
 
-def _train(settings: Settings, trainer_name: str, build: Build) -> int:
+def _run(settings: Settings, trainer_name: str, build: Build) -> int:
     config, folder = settings.train, Path(settings.train.project_name)
     if config.trainer != trainer_name:
         raise ConfigError(
@@ -77,31 +78,51 @@ def _train(settings: Settings, trainer_name: str, build: Build) -> int:
     del store  # the process group has it now
     complete(trainer, context)
     check_alike(trainer.agreement, _of_all_ranks(settings, context))
-    checkpoint, passed = trainer.find_checkpoint()
+    ending, first = _ended_before(trainer, folder), trainer.is_world_process_zero()
+    checkpoint, passed = (None, []) if ending else trainer.find_checkpoint()
     facts = _facts(trainer, context)
     tracker = None
-    if trainer.is_world_process_zero():
+    if first:
         write_record(folder, settings, facts)
-        tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
+        if ending is None:
+            tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
     with _finished(tracker):
-        for line in passed if trainer.is_world_process_zero() else ():
+        for line in passed if first else ():
             say("resume", line)
-        _report(trainer, folder, checkpoint, tracker)
-        with batch_memory_errors():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if stop.saved is not None:
-                leave_group()
-                return 0
-            if (held_out := context.rows("test")) is not None:
-                trainer.eval_dataset = {"test": held_out}
-                trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]  # a name of eval_dataset
-        save_final_model(trainer, context)
+        if ending is None:
+            _report(trainer, folder, checkpoint, tracker)
+            ending = _train(trainer, context, checkpoint)
+        elif first:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in ending.metrics.items())
+            say("finished", f"at step {ending.step} already ({values}); nothing is trained again")
         leave_group()
-        first = trainer.is_world_process_zero()
         del trainer  # a merge needs the memory
-        if first:
-            finish(context, facts)
+        if first and ending is not None:
+            finish(context, facts, ending)
     return 0
+
+
+def _train(trainer: Durable, context: Context, checkpoint: Path | None) -> Ending | None:
+    """Train, evaluate on the test split, and save the final model. Return None if a signal stopped it."""
+    if trainer.is_world_process_zero():
+        (context.folder / FINISHED).unlink(missing_ok=True)  # an earlier training
+    with batch_memory_errors():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.saved is not None:
+            return None
+        if (held_out := context.rows("test")) is not None:
+            trainer.eval_dataset = {"test": held_out}
+            trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]  # a name of eval_dataset
+    return save_final_model(trainer, context)
+
+
+def _ended_before(trainer: Durable, folder: Path) -> Ending | None:
+    """Return how the resumed run ended, or None if there are steps to train. All ranks get the same."""
+    if trainer.config.resume is not True:
+        return None
+    found = read_ending(folder) if trainer.is_world_process_zero() else None
+    ending: Ending | None = trainer.agreement.from_rank_0(found)
+    return ending if ending is not None and ending.step >= trainer.last_step else None
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from trainers.config.schema import TrainConfig
 from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
 from trainers.rank.say import say
-from trainers.storage.run_folder import RECORD, TRACKER
+from trainers.storage.run_folder import FINISHED, RECORD, TRACKER
 from trainers.storage.saved_model import ADAPTER, read_object
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ADAPTER)
-PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt of an upload
+PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds before each further attempt of an upload
 CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a saved model
 # Files of the final folder that are not uploaded. run.json and trainer_state.json name folders of this
 # machine (the card has what others need from them). training_args.bin is a pickle, which nobody should have
@@ -26,6 +26,7 @@ LEFT_OUT = (
     RECORD,
     "trainer_state.json",
     "training_args.bin",
+    FINISHED,
     TRACKER,
     "*.part",
     "*.lock",

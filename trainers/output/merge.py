@@ -35,6 +35,8 @@ def merge_adapter(
 ) -> None:
     """Replace the adapter in `folder` by the full model, as AutoTrain does, from the saved files.
 
+    A merge that was stopped can be repeated: the adapter is removed last, its config before its weights.
+
     The base of a quantised run is quantised again and then dequantised, because the adapter has learnt to
     correct its rounding. The merged model is written to a folder of its own, loaded again, and compared on
     the tokens of `probe`.
@@ -42,6 +44,23 @@ def merge_adapter(
     Raises:
         MergeRefused: the outputs differ by more than the rounding of the saved type; the adapter is kept.
     """
+    if (folder / ADAPTER).exists():
+        part = folder / "merged.part"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            _merge(config, folder, part, tokenizer, probe)
+            for path in part.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        (folder / ADAPTER).unlink()
+    (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+
+
+def _merge(
+    config: TrainConfig, folder: Path, part: Path, tokenizer: PreTrainedTokenizerBase, probe: list[int]
+) -> None:
+    """Write the merged model to `part`, and check it."""
     import torch
     from peft import PeftModel
 
@@ -54,19 +73,12 @@ def merge_adapter(
         base = base.dequantize().to(compute_dtype(config))
         adapted = PeftModel.from_pretrained(base, folder).eval()
     merged = adapted.merge_and_unload(safe_merge=True)
-    part = folder / "merged.part"
-    shutil.rmtree(part, ignore_errors=True)
     merged.save_pretrained(part)
     dtype = str(compute_dtype(config)).removeprefix("torch.")
     del base, adapted, merged
     reopened = model_class(config).from_pretrained(part, dtype=compute_dtype(config)).eval()
     tolerance = max(TOLERANCE[dtype], INT8_TOLERANCE if config.quantization == "int8" else 0.0)
-    _compare(expected, _outputs(reopened, ids), tolerance, part)
-    for path in part.iterdir():
-        os.replace(path, folder / path.name)
-    for name in (ADAPTER, "adapter_model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-    part.rmdir()
+    _compare(expected, _outputs(reopened, ids), tolerance)
 
 
 def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -97,13 +109,12 @@ def _outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits.float().cpu()
 
 
-def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float, part: Path) -> None:
+def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - found).abs().max()) / scale
     if difference <= tolerance:  # false for NaN
         say("merge", f"outputs differ by {difference:.1e} of the largest (allowed: {tolerance:.0e})")
         return
-    shutil.rmtree(part, ignore_errors=True)
     raise MergeRefused(
         f"merge_adapter: the outputs of the merged model differ by {difference:.1e} of the largest (allowed: "
         f"{tolerance:.0e}). It was not kept; the adapter is in the run's folder, unchanged."

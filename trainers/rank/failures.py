@@ -16,8 +16,10 @@ from trainers.config.errors import (
     OUT_OF_MEMORY,
     PEER_LOST,
     RUN_FAILED,
+    UNFINISHED,
     USAGE_ERROR,
     ConfigError,
+    Unfinished,
 )
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -93,6 +95,8 @@ def code_of(error: BaseException) -> int:
     """Return the exit code for an error (docs/exit-codes.md)."""
     if isinstance(error, ConfigError):
         return USAGE_ERROR
+    if isinstance(error, Unfinished):
+        return UNFINISHED
     if ran_out_of_memory(error) or isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     if _KILLED_WORKER.search(str(error)):

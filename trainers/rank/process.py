@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError
+from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError, Unfinished
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
@@ -84,7 +84,7 @@ def run_rank(main: Callable[[], int]) -> int:
             RankFiles(folder, rank()).done.touch()
         return code
     except StopNow as now:
-        return _stopped(folder, "", now.number)
+        return _stopped(folder, stop.kept, now.number)
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it once for all ranks
@@ -93,7 +93,10 @@ def run_rank(main: Callable[[], int]) -> int:
     except Exception as error:
         code = code_of(error)
         _note(folder, error, code)
-        traceback.print_exc()
+        if not isinstance(error.__cause__, ConfigError):
+            traceback.print_exc()
+        if isinstance(error, Unfinished) and folder is None:
+            say("error", str(error))
         if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher prints what to do
             say("error", f"rank {rank()} ran out of memory. {BY_HAND}")
         for action in _after_failure:

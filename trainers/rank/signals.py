@@ -30,6 +30,7 @@ class Stop:
         self.requested = 0  # number of the signal; 0 if none came
         self.at_once = True  # stop at once, since there is nothing to save yet
         self.saved: str | None = None  # what was saved when the run stopped; for the launcher
+        self.kept = ""  # what is safe already, if this rank stops at once
 
     def listen(self) -> None:
         """Install the handlers. Call it in the main thread."""
@@ -46,6 +47,17 @@ class Stop:
         if self.requested:
             raise StopNow(self.requested)
         self.at_once = False
+
+    def finishing(self, kept: str) -> None:
+        """From now on, stop at once again: the model is saved, and no other rank waits for this one.
+
+        Raises:
+            StopNow: a signal came while the model was saved.
+        """
+        self.kept = kept
+        if self.requested:
+            raise StopNow(self.requested)
+        self.at_once = True
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again = self.requested == signal.SIGINT == number

@@ -9,6 +9,8 @@ PHALANX_FAULT is a JSON object, which a rank reads at each step:
     pause   seconds that each step takes longer, so that a test can act during a run
 """
 
+import contextlib
+import errno
 import importlib.machinery
 import json
 import os
@@ -40,6 +42,10 @@ def fail():
     raise RuntimeError("planted fault")
 
 
+def fill_the_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+
 def mistake():
     raise TypeError("planted mistake")
 
@@ -59,6 +65,7 @@ FAULTS = {
     "oom": lambda _: run_out_of_memory(),
     "nan": poison,
     "fail": lambda _: fail(),
+    "full": lambda _: fill_the_disk(),
     "mistake": lambda _: mistake(),
     "clock": lambda _: set_the_clock_back(),
 }
@@ -164,7 +171,33 @@ def plant_in_run(module):
     module.versions = planted
 
 
+def plant_in_finish(module):
+    """`phase`: the fault happens at the start of this action after training, or at its end ("merge done")."""
+    report, save = module._reported, module.save_final_model
+
+    def strike_in(phase):
+        fault = json.loads(os.environ["PHALANX_FAULT"])
+        if fault.get("phase") == phase:
+            strike({**fault, "step": 0}, 0, None)
+
+    @contextlib.contextmanager
+    def reported(name):
+        with report(name):
+            strike_in(name)
+            yield
+            strike_in(f"{name} done")
+
+    def save_final_model(trainer, context):
+        strike_in("final save")
+        ending = save(trainer, context)
+        strike_in("final save done")
+        return ending
+
+    module._reported, module.save_final_model = reported, save_final_model
+
+
 PLANTS = {
+    "trainers.loop.finish": plant_in_finish,
     "trainers.loop.step_boundary": plant_in_boundary,
     "trainers.loop.planned_batches": plant_in_batches,
     "trainers.checkpoint.saving": plant_in_checkpoints,

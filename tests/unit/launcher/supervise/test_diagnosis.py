@@ -28,9 +28,8 @@ from trainers.config.errors import (
     SAVED,
     USAGE_ERROR,
     ConfigError,
+    Unfinished,
 )
-from trainers.output.hub import UploadFailed
-from trainers.output.merge import MergeRefused
 from trainers.rank import process
 from trainers.rank.failures import BatchTooLarge, code_of
 from trainers.rank.heartbeat import STEP, Heartbeat
@@ -201,8 +200,7 @@ def test_which_failures_are_restarted(code: int, restarted: bool, with_restart_o
         (ValueError("planted"), False),
         (AssertionError("planted"), False),
         (LibraryMoved("planted"), False),
-        (MergeRefused("planted"), False),
-        (UploadFailed("planted"), False),
+        (Unfinished("planted"), False),
         (RuntimeError("planted"), True),
         (OSError("planted"), True),
         (TimeoutError("planted"), True),

@@ -1,0 +1,65 @@
+"""Upload the final model of a finished run: `python -m trainers.push RUN`.
+
+A run with push_to_hub does this at its end. This repeats only the upload, with the token of the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainers.config.errors import UNFINISHED, USAGE_ERROR, ConfigError
+from trainers.config.settings import Value, resolve
+from trainers.output.hub import push
+from trainers.rank.say import say
+from trainers.storage.ending import UPLOAD, read_ending
+from trainers.storage.run_folder import RECORD, lock_folder, unlock_folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, 2 for a mistake of the user, or 10 if the hub did not accept it."""
+    parser = argparse.ArgumentParser(prog="trainers.push", description=__doc__.split(":")[0])
+    parser.add_argument("folder", type=Path, help="a run's folder")
+    parser.add_argument("--username", help="account or organisation on the hub (default: that of the run)")
+    options = parser.parse_args(argv)
+    try:
+        upload(options.folder, options.username)
+    except (ConfigError, RuntimeError) as error:
+        say("error", str(error))
+        return USAGE_ERROR if isinstance(error, ConfigError) else UNFINISHED
+    finally:
+        unlock_folder()
+    return 0
+
+
+def upload(folder: Path, username: str | None) -> None:
+    """Upload the final model of a run, and record it.
+
+    Raises:
+        ConfigError: the run has not finished, there is no username or token, or the hub refuses them.
+        RuntimeError: the hub does not accept the upload.
+    """
+    if not (folder / RECORD).is_file():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no {RECORD}.")
+    lock_folder(folder)
+    ending = read_ending(folder)
+    if ending is None:
+        raise ConfigError(f"{folder}: the run has not finished. Continue it with phalanx train --resume.")
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))["config"]
+    values = {
+        "trainer": record["trainer"]["value"],
+        "username": username or record["username"]["value"],
+        "push_to_hub": True,
+    }
+    settings = resolve({name: Value(value, str(folder / RECORD), name) for name, value in values.items()})
+    push(settings.train, folder)
+    if UPLOAD not in ending.done:
+        ending.done.append(UPLOAD)
+        ending.write(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
