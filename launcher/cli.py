@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.rank.failures import disk_is_full
 from trainers.rank.say import say
+from trainers.rank.terminal import has_lost_output, outlive_readers
+
+RUNS = ("llm", "train")  # the result of these commands is not their output
 
 
 def build_parser(command: str | None) -> Parser:
@@ -45,6 +49,7 @@ def _module(command: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (docs/exit-codes.md)."""
+    outlive_readers()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`phalanx completion`)
         arguments = os.environ.get("COMP_LINE", "").split()[1:]
@@ -55,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argcomplete.autocomplete(parser)
     options = vars(parser.parse_args(arguments))
     try:
-        code: int = _module(options.pop("command")).run(**options)
+        command = options.pop("command")
+        code: int = _module(command).run(**options)
+        if code == 0 and command not in RUNS and has_lost_output():
+            return DISK_FAILED
         return code
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -66,3 +74,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say("error", f"{error.filename or 'the run folder'}: {error.strerror}. Free some space.")
         return DISK_FAILED
+    except KeyboardInterrupt:  # before ranks were started, or in a command without ranks
+        return 128 + signal.SIGINT

@@ -23,6 +23,7 @@ import torch
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.rank.say import say
+from trainers.rank.terminal import outlive_readers
 from trainers.storage.manifest import SHARDS
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-shard-size", default="5GB", help="largest weight file (500MB, 5GB). Default: 5GB"
     )
+    outlive_readers()
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecation warnings in the libraries do not concern the user
     logging.getLogger("bitsandbytes").setLevel(

@@ -42,6 +42,7 @@ from trainers.config.text import count_of
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
 from trainers.rank.process import die_with_parent
+from trainers.rank.terminal import outlive_readers
 
 # A fork keeps only one thread, and CUDA does not survive it. This process has these values, its ranks do not.
 PARENT_ONLY = {
@@ -224,9 +225,12 @@ def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank |
 
 
 def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[str, str]) -> Rank | None:
-    """Serve one launcher in a forked process. The lock of the run stays open here and in the ranks."""
+    """Serve one launcher in a forked process, until the launcher is gone, even if the first process ends.
+
+    So a run in another terminal outlives the terminal of the first process. The lock of the run stays open
+    here and in the ranks.
+    """
     os.setsid()
-    die_with_parent()
     message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
     hello = json.loads(message)
     parent = Parent(channel)
@@ -312,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environ = dict(os.environ)
     os.environ |= PARENT_ONLY
     if descriptor == "--keep":
+        outlive_readers()  # the other output of this module goes to log files
         kept = keep(Path(names[0]), names[1:], environ)
         return kept.run() if kept else 0
     began = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from launcher.slurm.journal import last_job
 from launcher.slurm.run_state import find_runs, state_of
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import attempts, rank_logs
+from trainers.rank.terminal import is_unread
 
 HELP = "print the log of a rank"
 USAGE = "RUN|JOB [--rank N] [--follow]"
@@ -34,20 +34,20 @@ def run(target: str, rank: int, follow: bool) -> int:
     """Print the log of a rank in the newest attempt. With `follow`, print new lines until the run ends."""
     folder = _one(target)
     seen: Path | None = None
-    try:
-        for path in _logs(folder, rank, follow):
-            if path != seen:
-                print(f"--- {path}", file=sys.stderr)
-            seen = path
-    except KeyboardInterrupt:  # the user ends --follow this way; the run continues
-        return 128 + signal.SIGINT
+    for path in _logs(folder, rank, follow):
+        if path != seen:
+            print(f"--- {path}", file=sys.stderr)
+        seen = path
     if seen is None:
         raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
     return 0
 
 
 def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
-    """Copy what is new in the newest log to the terminal, and yield the log's path, until the run ends."""
+    """Copy what is new in the newest log to the terminal, and yield the log's path.
+
+    Until the run ends, or until nobody reads the output (`phalanx logs RUN --follow | head`).
+    """
     path, position, ended, asked = None, 0, False, float("-inf")
     while True:
         # Without a job the state is the lock of the run's folder, which is cheap to read.
@@ -64,7 +64,7 @@ def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
             position += len(chunk)
-        if ended:
+        if ended or is_unread():
             return
         time.sleep(FOLLOW_SECONDS)
 

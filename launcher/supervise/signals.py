@@ -8,13 +8,15 @@ import signal
 from collections.abc import Mapping
 from types import FrameType
 
-from trainers.rank.signals import SIGNALS
+from trainers.rank import terminal
+from trainers.rank.signals import heard
 
 
 class Signals:
-    """A handler that passes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 from the launcher to each rank, once.
+    """A handler that passes the signals of trainers/rank/signals.py from the launcher to each rank, once.
 
-    The ranks then save and end (trainers/rank/signals.py). After a second SIGINT or SIGTERM they are killed.
+    The ranks then save and end. After a second SIGINT or SIGTERM they are killed, but not after a second
+    SIGHUP: when a terminal closes, its shell and the kernel send one each.
     """
 
     def __init__(self) -> None:
@@ -23,7 +25,7 @@ class Signals:
         self.passed: set[int] = set()  # pids
 
     def __enter__(self) -> Signals:
-        self.old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self.old = {number: signal.signal(number, self._handle) for number in heard()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,7 +36,8 @@ class Signals:
         ends = (signal.SIGINT, signal.SIGTERM)
         if self.received is None:
             name = signal.Signals(number).name
-            os.write(2, f"{name}: the ranks save at the end of this step, then stop\n".encode())
+            line = f"{name}: the ranks save at the end of this step, then stop\n"
+            terminal.write(terminal.STDERR, line.encode())  # print() could not be called within itself
             self.received = number
         elif number in ends and self.received in ends:
             self.twice = True

@@ -15,6 +15,8 @@ from launcher.supervise.hangs import SuspensionDetector, find_hang
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
 from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
+from trainers.rank.say import say
+from trainers.rank.terminal import is_unread
 
 GRACE_SECONDS = 3.0  # for the other ranks to report their errors, after one failed
 
@@ -91,6 +93,7 @@ class _Tail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stream: BinaryIO | None = None
+        self.unread = False  # whether the terminal or the pipe is gone
 
     def __enter__(self) -> _Tail:
         return self
@@ -105,3 +108,8 @@ class _Tail:
         if self.stream is not None and (chunk := self.stream.read()):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
+            if not self.unread and is_unread():
+                self.unread = True
+                say(
+                    "warning", f"nothing takes stdout any more; the run continues, and its log is {self.path}"
+                )

@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -330,6 +331,25 @@ def test_a_kept_process_serves_two_launchers_at_once(
         two.close()
         one.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_a_run_outlives_the_kept_process(
+    environ: dict[str, str], arguments: Callable[..., list[str]], work: Path
+) -> None:
+    """The terminal of the kept process closes, and the run is in another one."""
+    with kept_warm(work, environ, ["probe"]) as path:
+        parent = joined(environ | {WARM: path})
+        try:
+            pids = parent.start(arguments("ddp", seconds=5), environ, lambda: False)
+            credentials = parent.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            pid, _, _ = struct.unpack("3i", credentials)
+            watched = os.pidfd_open(pid)
+            os.kill(pid, signal.SIGHUP)
+            assert select.select([watched], [], [], 30)[0]
+            os.close(watched)
+            assert ends(parent, len(pids)) == {0: 0, 1: 0}
+        finally:
+            parent.close()
 
 
 def test_a_kept_process_refuses_another_import_environment(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
-from planted import alive
+from planted import PATIENCE, alive
+from terminals import Terminal
 
 SAVED = 75
 
@@ -53,6 +55,29 @@ def test_a_signal_to_every_process_saves_and_stops(faults):
     for pid in (running.process.pid, running.pid(0), running.pid(1)):
         os.kill(pid, signal.SIGTERM)
     resumed(faults, running, "ddp")
+
+
+def test_a_closed_terminal_saves_and_stops(faults):
+    with Terminal() as terminal:
+        running = faults.start("hang-up", "ddp", terminal=terminal, pause=0.3)
+        running.wait_for_step(5)
+        terminal.close()
+        resumed(faults, running, "ddp")
+
+
+def test_a_closed_terminal_saves_a_rank_that_was_started_by_hand(faults):
+    """Its data worker is in the foreground of the terminal too."""
+    config = faults.bench.config("hang-up-by-hand")
+    config.write_text(config.read_text() + "  dataloader_num_workers: 1\n")
+    environ = faults.bench.environ | faults.environ("hang-up-by-hand", pause=1)
+    with Terminal() as terminal:
+        argv = [sys.executable, "-m", "trainers.sft", str(config)]
+        process = terminal.start(argv, cwd=faults.bench.root, env=environ)
+        faults.started.append(process)
+        terminal.wait_for("step 2/6", PATIENCE)
+        terminal.close()
+        assert process.wait(PATIENCE) == SAVED, terminal.shown.decode()
+    assert list((faults.bench.root / "hang-up-by-hand").glob("checkpoint-*"))
 
 
 def test_a_signal_during_an_evaluation(faults):

@@ -11,6 +11,7 @@ from typing import Any
 
 from places import HELPERS
 from ranks import BACKENDS, Bench, Finished
+from terminals import Terminal
 
 from trainers.rank.protocol import WARM
 
@@ -88,8 +89,11 @@ class Faults:
     def run(self, name: str, backend: str, *flags: str, **fault: Any) -> Finished:
         return self.bench.train(name, *self._flags(backend, flags), **self.environ(name, **fault))
 
-    def start(self, name: str, backend: str, *flags: str, **fault: Any) -> Running:
-        process = self.bench.start(name, *self._flags(backend, flags), **self.environ(name, **fault))
+    def start(
+        self, name: str, backend: str, *flags: str, terminal: Terminal | None = None, **fault: Any
+    ) -> Running:
+        environ = self.environ(name, **fault)
+        process = self.bench.start(name, *self._flags(backend, flags), terminal=terminal, **environ)
         self.started.append(process)
         return Running(self.bench.root / name, process)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from places import REPO
+from terminals import Terminal
 
 CONFIG = """\
 task: llm-sft
@@ -134,16 +135,14 @@ class Bench:
     def command(self, name: str, *flags: str) -> list[str]:
         return [sys.executable, "-m", "launcher", "train", str(self.config(name)), *flags]
 
-    def start(self, name: str, *flags: str, **environ: str) -> subprocess.Popen[str]:
-        """Start a run that the test itself stops. Its output goes to pipes."""
-        return subprocess.Popen(
-            self.command(name, *flags),
-            cwd=self.root,
-            env=self.environ | environ,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def start(
+        self, name: str, *flags: str, terminal: Terminal | None = None, **environ: str
+    ) -> subprocess.Popen[str]:
+        """Start a run that the test itself stops. Its output goes to pipes, or stdout to a terminal."""
+        argv, place = self.command(name, *flags), {"cwd": self.root, "env": self.environ | environ}
+        if terminal is not None:
+            return terminal.start(argv, stderr=subprocess.PIPE, **place)
+        return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **place)
 
     def finish(self, name: str, argv: list[str], **environ: str) -> Finished:
         done = subprocess.run(

@@ -22,6 +22,7 @@ from trainers.rank.heartbeat import heart
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
 from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
+from trainers.rank.terminal import outlive_readers
 
 _PR_SET_PDEATHSIG = 1
 LONGEST_MESSAGE = 2000  # maximum length of an error's message in its note, in characters
@@ -75,6 +76,8 @@ def run_rank(main: Callable[[], int]) -> int:
         heart.start(rank())
         files.pid.write_text(str(os.getpid()), encoding="utf-8")
         die_with_parent()
+    else:
+        outlive_readers()
     stop.listen()
     try:
         code = main()

@@ -1,4 +1,4 @@
-"""Signals that ask a rank to stop: SIGTERM, SIGINT, and the scheduler's warnings SIGUSR1 and SIGUSR2.
+"""Signals that ask a rank to stop: SIGTERM, SIGINT, SIGHUP, and a scheduler's warnings SIGUSR1 and SIGUSR2.
 
 A signal may reach only one rank. So the handler only records it, and the ranks agree on it at a step boundary
 (trainers/rank/agreement.py). Before there is anything to save, the rank stops at once.
@@ -10,9 +10,15 @@ import os
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # On this signal a rank writes its Python stack to rank-N.stack, in C, even if the interpreter is blocked.
 STACK_SIGNAL = signal.SIGRTMIN + 3
+
+
+def heard() -> list[signal.Signals]:
+    """Return the signals to handle: not SIGHUP if it is ignored, as nohup does for a run that continues."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 class StopNow(BaseException):
@@ -34,9 +40,9 @@ class Stop:
 
     def listen(self) -> None:
         """Install the handlers. Call it in the main thread."""
-        for number in SIGNALS:
+        for number in heard():
             signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=_take_defaults)  # a worker of a data loader is not a rank
+        os.register_at_fork(after_in_child=_leave_signals_to_the_rank)
 
     def training(self) -> None:
         """From now on, only record signals: all ranks stop together, at a step boundary.
@@ -67,9 +73,18 @@ class Stop:
             raise StopNow(number)
 
 
-def _take_defaults() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+def _leave_signals_to_the_rank() -> None:
+    """In a worker of a data loader: do nothing on a signal that goes to all processes.
+
+    A terminal and SLURM signal the workers too, and the rank needs them until its save. It ends them by
+    SIGTERM. A handler, unlike SIG_IGN, is not passed on to programs that a worker starts.
+    """
+    for number in heard():
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _do_nothing)
+
+
+def _do_nothing(number: int, _: FrameType | None) -> None:
+    pass
 
 
 stop = Stop()

@@ -72,6 +72,16 @@ def test_only_the_state_of_a_job_is_not_read_in_every_round(
     assert len(seen) == looks
 
 
+def test_a_log_is_not_followed_without_a_reader(held: subprocess.Popen[str]) -> None:
+    """`phalanx logs run --follow | head -1`: it ends although the run goes on and writes no more."""
+    fake_run("run")
+    follower = follow()
+    assert follower.stdout is not None and follower.stdout.readline() == "step 1/4\n"
+    follower.stdout.close()
+    assert follower.stderr is not None and "Traceback" not in follower.stderr.read()
+    assert follower.wait(60) == 0
+
+
 def test_ctrl_c_ends_a_log_that_is_followed(held: subprocess.Popen[str]) -> None:
     fake_run("run")
     follower = follow()

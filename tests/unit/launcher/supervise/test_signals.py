@@ -18,14 +18,19 @@ from launcher.supervise.signals import Signals
         ((signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM), signal.SIGTERM, True),
         ((signal.SIGINT, signal.SIGTERM), signal.SIGINT, True),
         ((signal.SIGTERM, signal.SIGUSR1), signal.SIGTERM, False),
+        ((signal.SIGHUP, signal.SIGHUP), signal.SIGHUP, False),
+        ((signal.SIGTERM, signal.SIGHUP), signal.SIGTERM, False),
+        ((signal.SIGHUP, signal.SIGTERM, signal.SIGTERM), signal.SIGTERM, True),
     ],
 )
 def test_one_signal_after_another(numbers: tuple[int, ...], received: int, twice: bool) -> None:
     """After a warning the ranks save. A user who then cancels the job does not interrupt the save.
 
-    The job is not requeued then.
+    The job is not requeued then. A terminal that closes sends SIGHUP twice.
     """
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run these tests
     with Signals() as signals:
         for number in numbers:
             signal.raise_signal(number)
+    signal.signal(signal.SIGHUP, before)
     assert (signals.received, signals.twice) == (received, twice)
