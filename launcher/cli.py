@@ -12,6 +12,7 @@ from typing import Any
 from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
+from trainers.config.redaction import hide_in_tracebacks, remember_flags
 from trainers.rank.failures import disk_is_full
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, outlive_readers
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions (`phalanx completion`)
         arguments = os.environ.get("COMP_LINE", "").split()[1:]
+    hide_in_tracebacks()
+    remember_flags(arguments)
     parser = build_parser(next((word for word in arguments if not word.startswith("-")), None))
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete

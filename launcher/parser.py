@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_
 from trainers.config.errors import USAGE_ERROR
 from trainers.config.field_types import read_none
 from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.redaction import redacted
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {close[0]}?)" if close else ""
         if "arguments are required" in message:
             message += f". See {self.prog} --help."
-        self.exit(USAGE_ERROR, f"error: {message}\n")
+        self.exit(USAGE_ERROR, f"error: {redacted(message)}\n")
 
     def _flags(self) -> list[str]:
         """Return every flag of this parser and of its commands.

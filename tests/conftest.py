@@ -20,6 +20,7 @@ from ranks import Bench, Finished, environment, kept_warm
 from launcher.plan import topology
 from launcher.plan.topology import Hardware
 from trainers.config import packages as installed_packages
+from trainers.config import redaction
 from trainers.rank.protocol import WARM
 from trainers.rank.signals import SIGNALS
 
@@ -71,6 +72,12 @@ def own_signals() -> Iterator[None]:
     for number, handler in before.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def own_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the secrets of the tests before: they would be hidden in the messages of this one."""
+    monkeypatch.setattr(redaction, "_known", set())
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import torch
 
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
+from trainers.config.redaction import hide_in_tracebacks
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 from trainers.storage.manifest import SHARDS
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-shard-size", default="5GB", help="largest weight file (500MB, 5GB). Default: 5GB"
     )
     outlive_readers()
+    hide_in_tracebacks()
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecation warnings in the libraries do not concern the user
     logging.getLogger("bitsandbytes").setLevel(

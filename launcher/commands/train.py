@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.parser import add_config_flags
 from trainers.config.errors import ConfigError
+from trainers.config.redaction import redacted
 from trainers.config.text import count_of
 from trainers.rank.say import say
 
@@ -37,7 +38,7 @@ def run(config: Path | None, **flags: Any) -> int:
     except machine_messages.AnotherRefused:
         raise
     except Exception as error:
-        message, (number, count) = described.located(str(error)), job.this_node()
+        message, (number, count) = redacted(described.located(str(error))), job.this_node()
         if count > 1:
             machine_messages.refuse(described.folder, number, job.this_start(), message)
         if isinstance(error, ConfigError):

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.config import Run, SlurmConfig, load_run
 from launcher.slurm.request import check, check_no_secret
 from trainers.config.errors import ConfigError
+from trainers.config.redaction import remember_flags
 
 TASK = "SLURM_ARRAY_TASK_ID"
 LARGEST_ARRAY = 10_000  # tasks
@@ -127,6 +128,7 @@ def _parse_line(line: str) -> tuple[Path | None, dict[str, str]]:
     Each flag has one word as its value.
     """
     words = line.split()
+    remember_flags(words)
     invalid = next((word for word in words if not re.fullmatch(r"[A-Za-z0-9._:,/@%+=\[\]-]+", word)), None)
     if invalid:
         raise ConfigError(

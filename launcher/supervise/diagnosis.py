@@ -20,6 +20,7 @@ from trainers.config.errors import (
     UNFINISHED,
     USAGE_ERROR,
 )
+from trainers.config.redaction import redacted
 from trainers.rank.failures import BatchTooLarge
 from trainers.rank.protocol import AttemptFiles, ErrorNote, read_notes
 from trainers.rank.say import say
@@ -163,4 +164,4 @@ def report(failure: Failure, files: AttemptFiles, shown: int, lines: Sequence[st
 
 def _show(title: str, lines: Sequence[str]) -> None:
     """Print lines that a rank wrote, before the error."""
-    print(f"--- {title}", *(f"    {line}" for line in lines), sep="\n", file=sys.stderr)
+    print(redacted("\n".join([f"--- {title}", *(f"    {line}" for line in lines)])), file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trainers.config.redaction import redacted
+
 # A run that a signal stops before it can save ends with 128 + the number of the signal.
 RUN_FAILED = 1  # an error in the code
 USAGE_ERROR = 2  # a mistake in the config, the flags or the rows
@@ -23,5 +25,9 @@ class Unfinished(RuntimeError):
 class ConfigError(ValueError):
     """A mistake that the user can fix. Exit code 2, without a traceback.
 
-    The message says what is wrong, where, and what is allowed.
+    The message says what is wrong, where, and what is allowed. Secrets in it are hidden. `more` is for the
+    program.
     """
+
+    def __init__(self, message: str, *more: object) -> None:
+        super().__init__(redacted(message), *more)

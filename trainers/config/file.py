@@ -30,7 +30,8 @@ from trainers.config.names import (
     TASKS,
     TOP_KEYS,
 )
-from trainers.config.schema import TrainConfig
+from trainers.config.redaction import remember, remember_tree
+from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.config.settings import Settings, Value, nearest, put, resolve
 from trainers.config.yaml_file import expand, load_yaml
 
@@ -55,6 +56,7 @@ def read_config_file(path: Path, environ: Mapping[str, str] = os.environ) -> Fil
         sources = tree["sources"]
         chosen = {k: Value(v, sources[k], k) for k, v in tree["config"].items() if sources[k] != "default"}
         return FileValues(train=chosen, notes=tree["notes"])
+    remember_tree(tree)
     reader = _Reader(path, lines, environ)
     return reader.read(tree)
 
@@ -74,15 +76,16 @@ class _Reader:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise ConfigError(
-                f"{self.where(*keys)}: {'.'.join(keys)} must be a mapping of keys, not {value!r}."
-            )
+            kind = "a list" if isinstance(value, list) else "one value"  # which may be a secret of any form
+            raise ConfigError(f"{self.where(*keys)}: {'.'.join(keys)} must be a mapping of keys, not {kind}.")
         return value
 
     def put(self, name: str, value: Any, *keys: str, optional: bool = False) -> None:
         """Store one field. It is an error if two names set one field to different values."""
         where = self.where(*keys)
         value, read = expand(value, where, self.environ, optional)
+        if name in SECRET_FIELDS:
+            remember(value)
         put(self.out.train, name, Value(value, where + read, ".".join(keys)))
 
     def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:

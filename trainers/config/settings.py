@@ -15,6 +15,7 @@ from trainers.config.consistency import problems, without_effect
 from trainers.config.errors import ConfigError
 from trainers.config.hub_paths import token_file
 from trainers.config.names import ALIASES, SWITCHES
+from trainers.config.redaction import HIDDEN, has_secret, remember
 from trainers.config.schema import BLOCK_SIZE_LIMIT, SECRET_FIELDS, TrainConfig
 
 MANY = 20  # a message lists at most this many names
@@ -71,7 +72,7 @@ def put(values: dict[str, Value], name: str, new: Value) -> None:
     name = ALIASES.get(name, name)
     old = values.get(name)
     if old is not None and not _agree(old, new):
-        this, other = ("(hidden)", "(hidden)") if name in SECRET_FIELDS else (new.written, old.written)
+        this, other = (HIDDEN, HIDDEN) if name in SECRET_FIELDS else (new.written, old.written)
         raise ConfigError(
             f"{new.source}: {new.name}: {this} contradicts {old.name}: {other} ({old.source}); "
             f"both set {name}. Keep one."
@@ -101,10 +102,11 @@ def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
     """Validate values against a schema.
 
     Raises:
-        ConfigError: one line for each mistake, with its source, its name, and what is allowed.
+        ConfigError: one line for each mistake, with its source, its name, and what is allowed; or a value
+            that is recorded has a secret.
     """
     try:
-        return schema.model_validate({name: entry.value for name, entry in values.items()})
+        valid = schema.model_validate({name: entry.value for name, entry in values.items()})
     except ValidationError as error:
         found: dict[str, str] = {}
         for item in error.errors():
@@ -113,11 +115,18 @@ def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
             label = f"{entry.source}: {entry.name}" if entry else name
             found.setdefault(name, f"{label}: {_explain(item, schema, name)}")
         raise ConfigError("\n".join(found.values())) from None
+    for name, entry in values.items():
+        if name not in SECRET_FIELDS and has_secret(entry.value):
+            raise ConfigError(
+                f"{entry.source}: {entry.name}: {entry.value} has a secret, which run.json and logs would "
+                "show. Give a token as hub.token or HF_TOKEN, and an address without its password."
+            )
+    return valid
 
 
 def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
     kind, given = item["type"], item.get("input")
-    given = "(hidden)" if name in SECRET_FIELDS else "null" if given is None else repr(given)
+    given = HIDDEN if name in SECRET_FIELDS else "null" if given is None else repr(given)
     if kind == "extra_forbidden":
         return f"unknown key. {nearest(name, schema.model_fields)}"
     default = schema.model_fields[name].default
@@ -150,6 +159,7 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     """
     if "token" not in values or values["token"].value is None:
         values = {**values, **_default_token()}
+    remember(values["token"].value if "token" in values else None)
     config = validate(TrainConfig, values)
     sources = {
         name: values[name].source if name in values else "default" for name in TrainConfig.model_fields

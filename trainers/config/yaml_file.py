@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from trainers.config.errors import ConfigError
+from trainers.config.redaction import has_secret
 
 DEEPEST = 5  # levels of nesting that are allowed, lists included; a valid config has at most 4
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -25,6 +26,10 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """
     if str(path).startswith(("http://", "https://", "http:/", "https:/")):
         raise ConfigError(f"{path}: a remote config is not read. Download it, check it, and give its path.")
+    if has_secret(str(path)):
+        raise ConfigError(
+            f"{path}: the name of the config has a secret, and logs and records name it. Rename it."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError, Unfinished
+from trainers.config.redaction import redacted
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
@@ -97,7 +98,7 @@ def run_rank(main: Callable[[], int]) -> int:
         code = code_of(error)
         _note(folder, error, code)
         if not isinstance(error.__cause__, ConfigError):
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
         if isinstance(error, Unfinished) and folder is None:
             say("error", str(error))
         if isinstance(error, BatchTooLarge) and folder is None:  # else the launcher prints what to do
@@ -145,7 +146,7 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
         return
-    message, kind = str(error)[:LONGEST_MESSAGE], type(error).__name__
+    message, kind = redacted(str(error))[:LONGEST_MESSAGE], type(error).__name__
     try:
         write_note(folder, ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error)))
     except OSError as full:  # the exit code still has the kind of failure

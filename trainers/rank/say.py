@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import sys
 
+from trainers.config.redaction import redacted
+
 TO_STDERR = ("error", "warning", "stopped")
 
 
 def say(kind: str, text: str, *more: str) -> None:
     """Print `kind: text`, with the lines of `more` indented below it.
 
-    Errors, warnings and "stopped by ..." go to stderr, all other kinds to stdout.
+    Errors, warnings and "stopped by ..." go to stderr, all other kinds to stdout. Secrets are hidden: the
+    message of a library may have a proxy's password.
     """
     stream = sys.stderr if kind.split(" ")[0] in TO_STDERR else sys.stdout
-    print(f"{kind}: {text}", *(f"{' ' * 7}{line}" for line in more), sep="\n", file=stream, flush=True)
+    lines = (f"{kind}: {text}", *(f"{' ' * 7}{line}" for line in more))
+    print(redacted("\n".join(lines)), file=stream, flush=True)

@@ -51,6 +51,28 @@ sys.exit(run_rank(fail))
     assert done.returncode == DISK_FAILED
 
 
+def test_the_traceback_and_the_note_of_a_rank_hide_secrets(tmp_path: Path) -> None:
+    script = """
+import sys
+from trainers.rank.process import run_rank
+
+def fail():
+    try:
+        raise OSError("cannot connect to http://me:horse@proxy")
+    except OSError as error:
+        raise RuntimeError("no answer to https://hub/me?token=horse, with hf_horseHorseHorseHorse") from error
+
+sys.exit(run_rank(fail))
+"""
+    environ = {**os.environ, "PHALANX_LOG_DIR": str(tmp_path), "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, check=False)
+    assert done.returncode == RUN_FAILED
+    log, note = ((tmp_path / name).read_text() for name in ("rank-0.log", "rank-0.error.json"))
+    assert log.count("(hidden)") == 3 and "OSError: cannot connect to http://(hidden)@proxy" in log
+    assert "no answer to https://hub/me?token=(hidden) with (hidden)" in note
+    assert "horse" not in (log + note).lower()
+
+
 def test_a_rank_started_by_hand_recommends_the_launchers_search(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
