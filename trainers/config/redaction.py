@@ -34,8 +34,9 @@ _FORMS = re.compile(
 )
 # What stands before a secret, and the secret. pathlib makes one slash of the two in a URL.
 _AFTER = (
-    re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?:[^\s/:@]+:\S+|[^\s/]+)(?=@)"),  # ://user:password@host
-    re.compile(r"([?&;][\w-]*(?:token|secret|signature|password|key|sig)=)[^\s&;]+", re.IGNORECASE),
+    # https://user:password@host; the bounds keep long lines fast
+    re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]{0,20}:/{1,2})(?:[^\s/:@]{1,200}:\S{1,500}|[^\s/]{1,500})(?=@)"),
+    re.compile(r"([?&;][\w-]{0,40}(?:token|secret|signature|password|key|sig)=)[^\s&;]+", re.IGNORECASE),
     re.compile(r"(\b(?:Bearer|Authorization:\s*Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
 )
 # A key of wandb. The same form have commits, which follow the word revision, or are a part of a path.

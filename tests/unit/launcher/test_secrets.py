@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from fakes import machine, run_command
 
+from launcher.config import load_run
+from launcher.plan.backend import resolve_backend
+from launcher.plan.topology import resolve_topology
+from launcher.supervise import attempt
+
 SECRET = "hf_canaryCanaryCanaryCanaryCanary"
 PLAIN = "correct/horse'battery"  # a secret without a known form
 URL = f"https://me:{SECRET}@host/rows"
@@ -145,6 +150,22 @@ def test_a_config_whose_name_has_a_secret_is_refused(check: Check) -> None:
     """Each value has its source, the path and the line, in run.json."""
     Path(f"{SECRET}.yaml").write_text(config())
     check(["show", f"{SECRET}.yaml"])
+
+
+@pytest.mark.parametrize("where", ["file", "flag", "variable", "environment"])
+def test_a_token_is_in_no_file_of_an_attempt(
+    where: str, work: Path, hardware: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"file": f"{{token: {SECRET}}}", "variable": "{token: '${PX_OTHER}'}"}.get(where, GOOD["hub"])
+    monkeypatch.setenv({"environment": "HF_TOKEN"}.get(where, "PX_OTHER"), SECRET)
+    Path("c.yaml").write_text(config(hub=hub))
+    run = load_run(Path("c.yaml"), {"token": SECRET} if where == "flag" else {})
+    topology = resolve_topology(run.launch, machine())
+    files, argv = attempt.prepare(run, topology, resolve_backend(run, topology))
+    assert run.train.token == SECRET and SECRET not in " ".join(argv)
+    written = list(files.folder.iterdir())
+    assert {"accelerate.yaml", "config.json", "command.txt"} <= {path.name for path in written}
+    assert [path for path in written if SECRET in path.read_text()] == []
 
 
 def test_a_traceback_hides_secrets(work: Path) -> None:
