@@ -342,7 +342,8 @@ def test_a_run_outlives_the_kept_process(
         try:
             pids = parent.start(arguments("ddp", seconds=5), environ, lambda: False)
             credentials = parent.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            pid, _, _ = struct.unpack("3i", credentials)
+            pid, _, _ = struct.unpack("3i", credentials)  # of the process that listens
+            assert parent.process is None and pid != os.getpid()
             watched = os.pidfd_open(pid)
             os.kill(pid, signal.SIGHUP)
             assert select.select([watched], [], [], 30)[0]

@@ -76,6 +76,12 @@ def environment(cache: Path) -> dict[str, str]:
     return dict(os.environ) | {"PATH": path, "PHALANX_CACHE": str(cache), **offline}
 
 
+def listens(path: Path) -> bool:
+    """Return whether a process accepts connections there. The file exists a moment earlier."""
+    sockets = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in sockets)
+
+
 @contextmanager
 def kept_warm(
     folder: Path, environ: dict[str, str], modules: Sequence[str] = ("trainers.sft", "deepspeed")
@@ -87,7 +93,7 @@ def kept_warm(
         argv, cwd=REPO, env=environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL
     )
     try:
-        while not path.exists():
+        while not listens(path):
             assert process.poll() is None, "the process that imports the libraries ended"
             time.sleep(0.05)
         yield str(path)

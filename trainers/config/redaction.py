@@ -54,7 +54,7 @@ def remember(*values: Any) -> None:
     for value in values:
         if isinstance(value, (list, tuple)):
             remember(*value)
-        elif isinstance(value, str) and len(value) >= SHORTEST and "${" not in value and not value.isdigit():
+        elif isinstance(value, str) and "${" not in value and _may_be_secret(value):
             _known.add(value)
 
 
@@ -126,5 +126,11 @@ def _of_environment() -> Iterable[str]:
         secret = value if _SECRET_VARIABLE.search(name) else ""
         if name.lower().endswith("_proxy"):
             secret = value.rpartition("@")[0].rpartition("/")[2]
-        if len(secret) >= SHORTEST and not (secret.startswith("/") and os.path.exists(secret)):
+        if _may_be_secret(secret):
             yield secret
+
+
+def _may_be_secret(value: str) -> bool:
+    """Return whether a value is no ordinary word, number or file, which messages need."""
+    file = value.startswith("/") and os.path.exists(value)
+    return len(value) >= SHORTEST and not value.isdigit() and not file

@@ -96,6 +96,8 @@ def test_forty_digits_may_be_a_key_of_wandb_or_a_commit() -> None:
         ("ALL_PROXY", "me:horse-battery@proxy", True),
         ("HF_HOME", "horse-battery", False),
         ("HF_TOKEN", "1", False),  # too short: it would be hidden in every number
+        ("MAX_TOKEN", "1048576000", False),
+        ("TLS_PRIVATE_KEY", __file__, False),
     ],
 )
 def test_secrets_of_the_environment_are_hidden(
