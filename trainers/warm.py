@@ -39,6 +39,7 @@ from typing import Any
 
 import trainers
 from trainers.config.text import count_of
+from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
 from trainers.rank.process import die_with_parent
@@ -255,10 +256,9 @@ def _write_to(path: str) -> None:
     """Append the output of this process to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(file, number)
-    os.close(file)
+    with no_links.open_file(Path(path).parent, Path(path), "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
 
 
 def unsafe() -> str | None:

@@ -94,3 +94,26 @@ def show(
     assert run_command(["show", *argv, "--json"], monkeypatch) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     return plan
+
+
+def contents(folder: Path) -> dict[str, str | bytes]:
+    """Return every path under a folder: the bytes of a file, where a link leads to, "folder" for a folder."""
+    found: dict[str, str | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        else:
+            found[name] = "folder" if path.is_dir() else path.read_bytes()
+    return found
+
+
+# What real runs left in their folders (tests/distributed/test_run_folder.py checks that none is missing).
+# A name that ends with / is a folder.
+NAMES_OF_RUNS = (
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.json",
+    "generation_config.json", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json",
+    "tokenizer_config.json", "tracker.json", "trainer_state.json", "training_args.bin", "checkpoint-1/",
+    "checkpoint-2/", "set-aside-1-checkpoint-3/", "saving/", "final.part/", "merged.part/", "runs/", "wandb/",
+    "launch/attempt-1/", "launch/progress.json", "launch/warm-0.log", ".lock", ".written",
+)  # fmt: skip

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError, Unfinished
 from trainers.config.redaction import redacted
+from trainers.rank import no_links
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
-from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, write_note
+from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, run_of, write_note
 from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 from trainers.rank.terminal import outlive_readers
@@ -72,10 +73,10 @@ def run_rank(main: Callable[[], int]) -> int:
     folder = log_folder()
     if folder is not None:
         files = RankFiles(folder, rank())
-        _redirect(files.log)
-        _dump_stack_on_signal(files.stack)
+        _redirect(run_of(folder), files.log)
+        _dump_stack_on_signal(run_of(folder), files.stack)
         heart.start(rank())
-        files.pid.write_text(str(os.getpid()), encoding="utf-8")
+        no_links.write(run_of(folder), files.pid, str(os.getpid()))
         die_with_parent()
     else:
         outlive_readers()
@@ -85,7 +86,7 @@ def run_rank(main: Callable[[], int]) -> int:
         if stop.saved is not None:
             return _stopped(folder, stop.saved)
         if folder is not None:  # else the launcher would take it for a rank that was killed
-            RankFiles(folder, rank()).done.touch()
+            no_links.write(run_of(folder), RankFiles(folder, rank()).done, "")
         return code
     except StopNow as now:
         return _stopped(folder, stop.kept, now.number)
@@ -118,21 +119,20 @@ def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
     return 0
 
 
-def _dump_stack_on_signal(path: Path) -> None:
+def _dump_stack_on_signal(run: Path, path: Path) -> None:
     """Write the Python stacks to a file when STACK_SIGNAL arrives.
 
     The file stays open while the rank lives, because the signal handler must not open one.
     """
-    faulthandler.register(STACK_SIGNAL, file=path.open("w"), all_threads=True)
+    faulthandler.register(STACK_SIGNAL, file=no_links.open_file(run, path, "w"), all_threads=True)
 
 
-def _redirect(path: Path) -> None:
+def _redirect(run: Path, path: Path) -> None:
     """Send the output of this process, including that of C++ libraries, to a file."""
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(target, stream.fileno())
-    os.close(target)
+    with no_links.open_file(run, path, "ab") as target:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(target.fileno(), stream.fileno())
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from trainers.rank import no_links
+
 # Set by the launcher for its ranks.
 LOG_DIR = "PHALANX_LOG_DIR"  # the attempt's folder on this machine; not set without the launcher
 LIVE = "PHALANX_LIVE"  # 1: a person watches the terminal
@@ -75,6 +77,12 @@ class AttemptFiles:
 def attempt_folder(run: Path, number: int) -> Path:
     """Return `launch/attempt-K` of a run."""
     return run / LAUNCH / f"{_ATTEMPT}{number}"
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run that the folder of an attempt, or of a machine in one, belongs to."""
+    above = (path.parent.parent for path in (folder, *folder.parents) if path.name.startswith(_ATTEMPT))
+    return next(above, folder)
 
 
 def machine_folder(attempt: Path, machine: int) -> Path:
@@ -142,7 +150,7 @@ def write_note(folder: Path, note: ErrorNote | StopNote) -> None:
     """Write a note into the attempt's folder."""
     files = RankFiles(folder, note.rank)
     path = files.error if isinstance(note, ErrorNote) else files.stopped
-    path.write_text(json.dumps(asdict(note)), encoding="utf-8")
+    no_links.write(run_of(folder), path, json.dumps(asdict(note)))
 
 
 def read_notes(folder: Path, kind: type[Note]) -> list[Note]:

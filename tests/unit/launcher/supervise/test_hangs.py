@@ -27,7 +27,7 @@ import sys, threading, time
 from pathlib import Path
 from trainers.rank.process import _dump_stack_on_signal
 
-_dump_stack_on_signal(Path(sys.argv[1]))
+_dump_stack_on_signal(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 code = "import time\\ndef stay():\\n    print('here', flush=True)\\n    time.sleep(600)\\n"
 files = {"others": "/lib/torch/distributed/distributed_c10d.py", "itself": "/lib/transformers/trainer.py"}
 exec(compile(code, files[sys.argv[2]], "exec"))

@@ -1,0 +1,146 @@
+"""Open, write, rename and remove what is below a folder, without following a link there.
+
+A link in a run's folder may lead anywhere. So every folder between the root and the last name is opened by
+itself, and the last name too (O_NOFOLLOW). The root itself may be a link. Each function gets the root and a
+path below it.
+
+Nothing else writes into a run's folder; tests/unit/test_writes.py checks it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from trainers.config.errors import ConfigError
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class LinkFound(ConfigError):
+    """There is a link where a run would write."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"project_name: {path} is a link, and a run does not write through links in its folder. Remove "
+            "the link, or give another project_name."
+        )
+
+
+def open_file(root: Path, path: Path, mode: str = "r") -> IO[Any]:
+    """Open a file as open() does. A mode that writes also creates the folders above it.
+
+    Raises:
+        LinkFound: the file, or a folder between it and the root, is a link.
+    """
+    with _parent(root, path, make=mode[0] != "r") as folder:
+
+        def no_follow(name: str, flags: int) -> int:
+            return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+
+        encoding = None if "b" in mode else "utf-8"
+        try:
+            # The caller closes the file.
+            return open(path.name, mode, encoding=encoding, opener=no_follow)
+        except OSError:
+            _refuse_link(path, folder)
+            raise
+
+
+def part_of(name: str) -> str:
+    """Return the name under which write() writes before it renames. A killed process may leave it."""
+    path = Path(name)
+    return str(path.with_name(f".{path.name}.part"))
+
+
+def write(root: Path, path: Path, text: str) -> None:
+    """Write a file atomically: a reader, or a kill at any moment, never sees a part of it.
+
+    A link of this name is replaced, not followed.
+    """
+    part = Path(part_of(str(path)))
+    with _parent(root, path, make=True) as folder:
+        if _is_link(part.name, folder):
+            os.unlink(part.name, dir_fd=folder)
+        with open_file(root, part, "w") as file:
+            file.write(text)
+        os.replace(part.name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def make_folder(root: Path, path: Path) -> Path:
+    """Create a folder and those above it, unless they exist, and return it.
+
+    Raises:
+        LinkFound: one of them is a link.
+    """
+    with _parent(root, path / "in it", make=True):
+        return path
+
+
+def remove(root: Path, path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link (not what it leads to), if it exists."""
+    with suppress(FileNotFoundError), _parent(root, path) as folder:
+        if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(path.name, dir_fd=folder)
+        else:
+            os.unlink(path.name, dir_fd=folder)
+
+
+def rename(root: Path, path: Path, target: Path) -> None:
+    """Rename a file, a folder or a link within the root. A file or a link at the target is replaced."""
+    with _parent(root, path) as source, _parent(root, target) as folder:
+        os.replace(path.name, target.name, src_dir_fd=source, dst_dir_fd=folder)
+
+
+@contextmanager
+def _parent(root: Path, path: Path, make: bool = False) -> Iterator[int]:
+    """Open the folder of a path below the root, one folder after the other. Yields its descriptor."""
+    *above, name = path.relative_to(root).parts
+    if ".." in (*above, name):
+        raise ValueError(f"{path} is not below {root}")
+    if make:
+        root.resolve().mkdir(parents=True, exist_ok=True)
+    folder, here = os.open(root, _FOLDER), root
+    try:
+        for part in above:
+            here /= part
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=folder)
+            try:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            except OSError:
+                _refuse_link(here, folder)
+                raise
+            os.close(folder)
+            folder = inner
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _is_link(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_link(path: Path, folder: int) -> None:
+    if _is_link(path.name, folder):
+        raise LinkFound(path) from None
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of new files. safetensors lets only the owner read its files."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("Umask:"):
+            mode = 0o666 & ~int(line.split()[1], 8)
+            for path in folder.iterdir():
+                if path.is_file() and not path.is_symlink():
+                    path.chmod(mode)
