@@ -26,7 +26,11 @@ from trainers.rank.signals import SIGNALS
 
 # Session fixture -> the tests that share what it makes.
 SHARED = {
-    "trained": ("tests/distributed/test_matrix.py", "tests/distributed/test_mistakes.py"),
+    "trained": (
+        "tests/distributed/test_matrix.py",
+        "tests/distributed/test_mistakes.py",
+        "tests/distributed/test_run_folder.py",
+    ),
     "faults": ("tests/faults/",),
 }
 # Variables of the site's environment that a run would read.

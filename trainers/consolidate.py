@@ -23,6 +23,7 @@ import torch
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks
+from trainers.rank import no_links
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 from trainers.storage.manifest import SHARDS
@@ -82,13 +83,16 @@ def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB
     """
     if not checkpoint.is_dir():
         raise ConfigError(f"{checkpoint} is not a folder. Give a folder checkpoint-N of a run.")
+    if output.is_symlink():
+        raise ConfigError(f"{output} is a link. Give a folder.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Give another folder.")
     adapter = (checkpoint / ADAPTER).is_file()
     model = _model(checkpoint, adapter)
     source = open_shards(checkpoint)
-    part = output.absolute().with_name(f"{output.absolute().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    target = output.absolute()
+    part = target.with_name(f"{target.name}.part")
+    no_links.remove(part.parent, part)
     try:
         if source is None:
             _copy_weights(checkpoint, part, adapter)
@@ -98,13 +102,14 @@ def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB
         for pattern in (*settings, *TOKENIZER):
             for path in checkpoint.glob(pattern):
                 shutil.copyfile(path, part / path.name)
+        no_links.follow_umask(part)
         check_saved(part)
         _check_opens(part, model, adapter)
         tensors = len(_shapes(part))
         size = sum(path.stat().st_size for path in part.glob("*.safetensors"))
-        os.replace(part, output)  # this also replaces an empty folder
+        no_links.rename(part.parent, part, target)  # this also replaces an empty folder
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        no_links.remove(part.parent, part)
         raise
     return Written(output, tensors, size)
 
@@ -225,7 +230,7 @@ def _make(part: Path, weights: int) -> None:
             f"the output needs {needed / 1e9:.2f} GB, but {parent} has only {free / 1e9:.2f} GB free. Free "
             "disk space, or give another folder."
         )
-    part.mkdir(parents=True)
+    no_links.make_folder(part.parent, part)
 
 
 def _allocate(like: torch.Tensor) -> torch.Tensor:

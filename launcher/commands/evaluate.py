@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from launcher.plan.topology import detect_hardware, free_port
 from trainers.config.errors import ConfigError
+from trainers.rank.no_links import LinkFound
 from trainers.storage.saved_model import ADAPTER
 
 RESULTS = "evaluation"  # in the run's folder
@@ -47,6 +48,8 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_args", "-a", nargs="+", default=[])
     parser.add_argument("--output_path", "-o", default=str(folder / RESULTS))
+    if (folder / RESULTS).is_symlink():
+        raise LinkFound(folder / RESULTS)
     given, rest = parser.parse_known_args(arguments)
     if any(word.startswith("{") for word in given.model_args):
         raise ConfigError(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config import Run
@@ -18,10 +19,11 @@ from trainers.data.files import find_split
 from trainers.rank.say import say
 from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.run_folder import check_free
+from trainers.storage.run_place import Input, check_place
 
 
-def preflight(run: Run) -> None:
-    """Check the model, the data, the upload, the disk and the run's folder.
+def preflight(run: Run, others: Sequence[Input] = ()) -> None:
+    """Check the model, the data, the upload, the disk and the run's folder. `others`: see check_place().
 
     Raises:
         ConfigError: the first problem that would stop the run.
@@ -30,7 +32,8 @@ def preflight(run: Run) -> None:
     check_data(run.train)
     check_hub(run.train)
     check_disk(run.folder, run.train)
-    check_free(run.folder, run.train)
+    check_place(run.folder, run.train, run.config_path, others)
+    check_free(run.folder, run.train, run.config_path)
 
 
 def check_model(train: TrainConfig) -> None:

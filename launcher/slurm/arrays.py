@@ -14,6 +14,7 @@ from launcher.config import Run, SlurmConfig, load_run
 from launcher.slurm.request import check, check_no_secret
 from trainers.config.errors import ConfigError
 from trainers.config.redaction import remember_flags
+from trainers.storage.run_place import Input
 
 TASK = "SLURM_ARRAY_TASK_ID"
 LARGEST_ARRAY = 10_000  # tasks
@@ -33,7 +34,7 @@ def numbered_tasks(config: Path, flags: Mapping[str, Any], array: str) -> list[T
     tasks = []
     for number in _numbers(array):
         with _errors_at(f"{TASK}={number}"):
-            tasks.append(_task(config, flags, number, {**os.environ, TASK: str(number)}))
+            tasks.append(_task(load_run(config, flags, {**os.environ, TASK: str(number)}), number))
     _check_tasks(tasks, f"--array={array}", f"Write ${{{TASK}}} into it, for example run-${{{TASK}}}.")
     return tasks
 
@@ -64,16 +65,14 @@ def sweep_tasks(config: Path | None, flags: Mapping[str, Any], sweep: Path) -> l
                     if config is None
                     else f"{line_config}: the command names a config already, {config}. Remove one of them."
                 )
-            tasks.append(_task(config or line_config, {**flags, **line_flags}, number))
+            run = load_run(config or line_config, {**flags, **line_flags})
+            tasks.append(_task(run, number, Input("the list of the array", sweep)))
     _check_tasks(tasks, str(sweep), "Give each line its own project_name.")
     return tasks
 
 
-def _task(
-    config: Path | None, flags: Mapping[str, Any], number: int, environ: Mapping[str, str] = os.environ
-) -> Task:
-    run = load_run(config, flags, environ)
-    check(run)
+def _task(run: Run, number: int, *others: Input) -> Task:
+    check(run, others)
     return Task(run, number)
 
 

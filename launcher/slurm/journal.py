@@ -9,9 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from trainers.rank.protocol import LAUNCH
-
-JOBS = f"{LAUNCH}/jobs.jsonl"  # oldest first
+from trainers.rank import no_links
+from trainers.storage.run_files import JOBS
 
 
 def note(folder: Path, job: str, step: int | None = None, restart: int = 0) -> None:
@@ -28,9 +27,7 @@ def note_end(folder: Path, job: str) -> None:
 
 
 def _add(folder: Path, job: str, **what: Any) -> None:
-    path = folder / JOBS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with no_links.open_file(folder, folder / JOBS, "a") as file:
         file.write(json.dumps({"job": job, "time": round(time.time()), **what}) + "\n")
 
 

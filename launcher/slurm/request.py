@@ -13,6 +13,7 @@ from launcher.plan.topology import Gpu, Hardware, Topology
 from trainers.config.errors import ConfigError
 from trainers.config.schema import SECRET_FIELDS
 from trainers.config.text import count_of
+from trainers.storage.run_place import Input
 from trainers.storage.shipped import SLURM_SCRIPTS
 
 TRAIN = SLURM_SCRIPTS / "train.sh"
@@ -81,14 +82,14 @@ def _gpus(slurm: SlurmConfig) -> int:
     return 0
 
 
-def check(run: Run) -> None:
-    """Check everything that can be checked before the job starts.
+def check(run: Run, others: Sequence[Input] = ()) -> None:
+    """Check everything that can be checked before the job starts. `others`: see check_place().
 
     Raises:
         ConfigError: the first problem that would stop the run.
     """
     resolve_backend(run, requested(run))
-    preflight(run)
+    preflight(run, others)
 
 
 def check_no_secret(flags: Collection[str]) -> None:

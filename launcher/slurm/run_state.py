@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.slurm.job import ControllerUnreachable, SlurmError, facts
-from launcher.slurm.journal import JOBS, ended, jobs, last_job
+from launcher.slurm.journal import ended, jobs, last_job
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.run_files import JOBS
 from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
 
 ACTIVE_STATES = ("RUNNING", "COMPLETING")

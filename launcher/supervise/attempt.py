@@ -15,8 +15,10 @@ from launcher.plan.backend import Backend
 from launcher.plan.command import build_command
 from launcher.plan.topology import Topology
 from launcher.supervise.hangs import Hang
-from trainers.config.file import write_effective
-from trainers.rank.protocol import AttemptFiles, attempt_folder, began, machine_folder
+from trainers.config.file import effective_text
+from trainers.rank import no_links
+from trainers.rank.protocol import AttemptFiles, attempt_folder, began, machine_folder, run_of
+from trainers.storage import run_files
 
 
 @dataclass
@@ -46,7 +48,7 @@ def next_attempt(folder: Path) -> int:
 
 def attempt_files(run: Run, topology: Topology, number: int | None = None) -> AttemptFiles:
     """Return the files of an attempt on this machine; without a number, those of the next free attempt."""
-    folder = attempt_folder(run.folder, number or next_attempt(run.folder)).resolve()
+    folder = attempt_folder(run.folder.resolve(), number or next_attempt(run.folder))
     several = topology.num_machines > 1
     return AttemptFiles(machine_folder(folder, topology.machine_rank) if several else folder)
 
@@ -56,13 +58,15 @@ def prepare(
 ) -> tuple[AttemptFiles, list[str]]:
     """Write the files of an attempt, and return them with the argv of its launch."""
     files = attempt_files(run, topology, number)
-    files.folder.mkdir(parents=True, exist_ok=True)
+    root = run_of(files.folder)
+    run_files.own(root, f"{attempt_folder(Path(), number or next_attempt(root))}/")
+    no_links.make_folder(root, files.folder)
     deepspeed = build_deepspeed_config(backend)
     if deepspeed is not None:
-        files.deepspeed_config.write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+        no_links.write(root, files.deepspeed_config, json.dumps(deepspeed, indent=2) + "\n")
     accelerate = build_accelerate_config(backend, topology, run.launch, files.deepspeed_config)
-    files.accelerate_config.write_text(yaml.safe_dump(accelerate, sort_keys=False), encoding="utf-8")
-    write_effective(run.settings, files.config)
+    no_links.write(root, files.accelerate_config, yaml.safe_dump(accelerate, sort_keys=False))
+    no_links.write(root, files.config, effective_text(run.settings))
     argv = build_command(run, topology, backend, files)
-    files.command.write_text(shlex.join(argv) + "\n", encoding="utf-8")
+    no_links.write(root, files.command, shlex.join(argv) + "\n")
     return files, argv

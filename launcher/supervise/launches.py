@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -15,8 +14,9 @@ from typing import Protocol
 
 from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
+from trainers.rank import no_links
 from trainers.rank.process import die_with_parent
-from trainers.rank.protocol import AttemptFiles
+from trainers.rank.protocol import AttemptFiles, run_of
 
 POLL_SECONDS = 0.1
 # torchrun's summary: "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)"
@@ -45,7 +45,7 @@ class AccelerateLaunch:
     def __init__(self, argv: list[str], environ: Mapping[str, str], files: AttemptFiles) -> None:
         self.files = files
         self.killed: set[int] = set()  # ranks that this launcher has killed
-        with files.launcher_log.open("wb") as log:
+        with no_links.open_file(run_of(files.folder), files.launcher_log, "wb") as log:
             self.process = subprocess.Popen(
                 argv,
                 env=dict(environ),
@@ -65,7 +65,8 @@ class AccelerateLaunch:
         self._kill_waiting_ranks()
         if self.process.returncode is not None:
             self.kill()  # leave no process behind
-            shutil.rmtree(self.files.folder / ELASTIC, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a network file system may keep a file for a while
+                no_links.remove(run_of(self.files.folder), self.files.folder / ELASTIC)
         return self.process.returncode
 
     def _kill_waiting_ranks(self) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from launcher.supervise.diagnosis import Failure
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, ConfigError
-from trainers.rank.protocol import LAUNCH
-from trainers.storage.run_folder import write_atomically
+from trainers.rank import no_links
+from trainers.storage.run_files import MACHINES
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def refuse(folder: Path, number: int, start_id: str | None, why: str) -> None:
     another run in this folder.
     """
     if start_id is not None:
-        path = folder / LAUNCH / "machines" / f"refused-{start_id}-{number}.json"
+        path = folder / MACHINES / f"refused-{start_id}-{number}.json"
         with contextlib.suppress(OSError):  # the folder itself may be the problem
-            write_message(path, {"machine": number, "why": why})
+            write_message(folder, path, {"machine": number, "why": why})
 
 
 class AnotherRefused(ConfigError):
@@ -86,8 +86,8 @@ class StoppedWaiting(Exception):
     """A signal arrived while the machines waited for each other."""
 
 
-def write_message(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(value))
+def write_message(run: Path, path: Path, value: dict[str, Any]) -> None:
+    no_links.write(run, path, json.dumps(value))
 
 
 def _text(path: Path) -> str | None:

@@ -41,8 +41,10 @@ from launcher.supervise.machine_messages import (
 )
 from trainers.config.errors import PEER_LOST, USAGE_ERROR, ConfigError
 from trainers.config.text import count_of
-from trainers.rank.protocol import LAUNCH, attempt_folder, machine_folder
+from trainers.rank import no_links
+from trainers.rank.protocol import attempt_folder, machine_folder
 from trainers.storage.data_cache import ABANDONED_SECONDS, cache_root
+from trainers.storage.run_files import MACHINES
 
 JOIN_SECONDS = 600.0  # for all machines to start: environments are set up, file systems are slow
 LOST_SECONDS = 60.0  # without a heartbeat; a network file system may show a file that late
@@ -84,12 +86,12 @@ class Machines:
 
     def _gather(self, order: Callable[[], Order]) -> Order:
         """On machine 0: wait for the other machines, and write start.json."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        no_links.make_folder(self.run_folder, self._folder)
         for pattern in ("start.json", "member-*", "alive-*", "refused-*"):
             # Files of an earlier start. A machine of this start that has written already writes again.
             for left in self._folder.glob(pattern):
                 if not left.name.startswith(f"refused-{self.start_id}-"):
-                    left.unlink(missing_ok=True)
+                    no_links.remove(self.run_folder, left)
         cards: dict[int, dict[str, Any]] = {}
         for _ in self._until_timeout():
             cards = self._members()
@@ -101,7 +103,7 @@ class Machines:
         if unequal is None:
             self._write_mark()
         start = {"tokens": tokens, "machine_0": self.token, "order": asdict(first)}
-        write_message(self._folder / "start.json", start)
+        write_message(self.run_folder, self._folder / "start.json", start)
         if unequal is not None:
             raise ConfigError(
                 f"launch.num_processes: machine 0 counts {self.ranks} in total, but {unequal['host']} counts "
@@ -140,7 +142,7 @@ class Machines:
             # Machine 0 empties the folder when it starts, so write the file again if it is gone.
             if (read_message(card) or {}).get("token") != self.token:
                 own = {"token": self.token, "start": self.start_id, "ranks": self.ranks}
-                write_message(card, {**own, "host": socket.gethostname()})
+                write_message(self.run_folder, card, {**own, "host": socket.gethostname()})
         raise AssertionError("not reached")
 
     def _until_timeout(self) -> Iterator[None]:
@@ -190,7 +192,7 @@ class Machines:
         """On machine 0: write the first end that all machines must follow, for the others."""
         path = self._attempt / EARLY_END
         if self.rank == 0 and not path.exists():
-            write_message(path, asdict(ended))
+            write_message(self.run_folder, path, asdict(ended))
 
     def settle(self, own: Ended, decide: Callable[[list[Ended]], Order]) -> Order:
         """Wait until the attempt has ended on all machines, and return what all do next. Machine 0 decides.
@@ -200,11 +202,11 @@ class Machines:
         """
         if self.count == 1:
             return decide([own])
-        write_message(machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
+        write_message(self.run_folder, machine_folder(self._attempt, self.rank) / "ended.json", asdict(own))
         if self.rank:
             return self._adopt(self._await_order())
         order = decide([own, *self._await_all()])
-        write_message(self._attempt / "order.json", asdict(order))
+        write_message(self.run_folder, self._attempt / "order.json", asdict(order))
         return self._adopt(order)
 
     def _await_all(self) -> list[Ended]:
@@ -239,7 +241,9 @@ class Machines:
         self.looked, awake = time.monotonic(), self.awake.look()
         self.heard = {number: (last, max(since, awake)) for number, (last, since) in self.heard.items()}
         self.counter += 1
-        (self._folder / f"alive-{self.rank}").write_text(str(self.counter), encoding="utf-8")
+        alive = self._folder / f"alive-{self.rank}"
+        with no_links.open_file(self.run_folder, alive, "w") as file:
+            file.write(str(self.counter))
 
     def _lost(self, number: int) -> Ended | None:
         """Return the end of a machine that is lost: it sent no heartbeat for LOST_SECONDS. Else None."""
@@ -263,7 +267,7 @@ class Machines:
 
     @property
     def _folder(self) -> Path:
-        return self.run_folder / LAUNCH / "machines"
+        return self.run_folder / MACHINES
 
     @property
     def _attempt(self) -> Path:

@@ -38,6 +38,7 @@ from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
 from trainers.rank.protocol import HEARTBEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
 from trainers.rank.say import say
+from trainers.storage import run_files
 from trainers.storage.data_cache import cache_root
 from trainers.storage.manifest import newest_usable, step_of
 from trainers.storage.run_folder import InUse, claim, lock_folder, unlock_folder
@@ -82,7 +83,7 @@ def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
             time.sleep(POLL_SECONDS)
     else:
         return None
-    claim(run.folder, run.train)
+    claim(run.folder, run.train, run.config_path)
     if job is not None:
         note(run.folder, job, step_of(newest_usable(run.folder, content=False)[0]), restarts)
         if starts_without_progress(run.folder, job) >= WITHOUT_PROGRESS:
@@ -219,8 +220,10 @@ class Supervisor:
         if self.parent is None or self.parent.ended:
             module = f"trainers.{self.run.train.kind.module}"
             deepspeed = self.backend.name == "deepspeed"
-            log = (self.run.folder / LAUNCH / WARM_LOG.format(self.topology.machine_rank)).resolve()
-            self.parent = WarmParent(module, deepspeed, environ, log, self.lock)
+            folder = self.run.folder.resolve()
+            log = f"{LAUNCH}/{WARM_LOG.format(self.topology.machine_rank)}"
+            run_files.open_to_append(folder, log).close()
+            self.parent = WarmParent(module, deepspeed, environ, folder / log, self.lock)
         return self.parent
 
     def _drop_parent(self) -> None:

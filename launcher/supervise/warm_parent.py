@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
@@ -49,7 +50,7 @@ class WarmParent:
             return
         self.socket, theirs = socket.socketpair()
         argv = [sys.executable, "-u", "-m", "trainers.warm", str(theirs.fileno()), module]
-        with log.open("ab") as output:
+        with no_links.open_file(log.parent, log, "ab") as output:
             self.process = subprocess.Popen(
                 [*argv, "deepspeed"] if deepspeed else argv,
                 env=dict(environ),

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from trainers.storage import run_files
+
 FACTS = {
     "trainer": "SFTTrainer",
     "world_size": 2,
@@ -61,11 +63,14 @@ def write_run(folder: Path, model: Path) -> Path:
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("left here\n")
+    run_files.begin(folder, of_earlier_version=True)
     return folder
 
 
 def make_adapter(folder: Path) -> Path:
     """Turn the model of a run into an adapter, whose base model is in a folder of this machine."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        run_files.own(folder, name)
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     base = {"base_model_name_or_path": str(folder.parent / "base"), "peft_type": "LORA", "r": 4}

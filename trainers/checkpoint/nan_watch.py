@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from trainers.rank import no_links
 from trainers.rank.process import log_folder, rank
+from trainers.rank.protocol import run_of
+from trainers.storage import run_files
 
 
 @dataclass
@@ -99,8 +102,12 @@ class FiniteWatch:
             ids = {n: t.tolist() for n, t in inputs.items() if n.endswith("ids") and hasattr(t, "tolist")}
             text = {n: [tokenizer.decode(row) for row in rows] for n, rows in ids.items() if n == "input_ids"}
             lines.append({"loss": repr(float(loss)), "text": text.get("input_ids"), **ids})
-        path = (log_folder() or folder) / f"not-finite-step-{record.step}-rank-{rank()}.json"
+        name = f"not-finite-step-{record.step}-rank-{rank()}.json"
         norm = None if record.grad_norm is None else repr(float(record.grad_norm))
         text_of_file = json.dumps({"step": record.step, "grad_norm": norm, "batches": lines}, indent=1)
-        path.write_text(text_of_file, encoding="utf-8")
-        return path
+        logs = log_folder()
+        if logs is None:
+            run_files.write(folder, name, text_of_file)
+            return folder / name
+        no_links.write(run_of(logs), logs / name, text_of_file)
+        return logs / name

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from trainers.rank.no_links import follow_umask
+from trainers.storage import run_files
 from trainers.storage.manifest import Manifest, checkpoint_folders, newest_usable, step_of, why_unusable
 from trainers.storage.run_folder import SAVING
 
@@ -18,10 +20,11 @@ def publish(part: Path, manifest: Manifest) -> None:
     """
     run_folder = part.parent.parent
     target = run_folder / part.name
+    follow_umask(part)
     manifest.write(part)
-    if target.exists():  # of the same step: the run resumed from it, or it did not verify
-        discard(target)
-    part.rename(target)
+    if run_files.owns(run_folder, target.name) and os.path.lexists(target):
+        discard(target)  # of the same step: the run resumed from it, or it did not verify
+    run_files.rename(run_folder, f"{SAVING}/{part.name}", part.name)
     for folder in (target, run_folder):
         _sync_folder(folder)
 
@@ -31,9 +34,13 @@ def rotate(run_folder: Path, saved: int, limit: int, best: str) -> None:
 
     That of `saved` was hashed just now, so whatever else is damaged, one is left that verifies. A higher step
     is not a newer save: the run did not resume from it. It is deleted only if it does not verify.
+
+    A checkpoint that someone copied into the folder is not of this run, and stays.
     """
     kept = 0
     for folder in reversed(checkpoint_folders(run_folder)):
+        if not run_files.owns(run_folder, folder.name):
+            continue
         above = step_of(folder) > saved
         if folder.name == best or (above and why_unusable(folder, content=True) is None):
             kept += not above
@@ -53,7 +60,8 @@ def make_room(run_folder: Path, needed: int, best: str) -> list[Path]:
     for folder in checkpoint_folders(run_folder):
         if shutil.disk_usage(run_folder).free >= needed:
             break
-        if newest is not None and folder != newest and folder.name != best:
+        kept = folder in (newest, run_folder / best) or not run_files.owns(run_folder, folder.name)
+        if newest is not None and not kept:
             discard(folder)
             deleted.append(folder)
     return deleted
@@ -61,11 +69,11 @@ def make_room(run_folder: Path, needed: int, best: str) -> list[Path]:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint. It is renamed first, so that a part of it never looks like a checkpoint."""
-    old = folder.parent / SAVING / f"old-{folder.name}"
-    shutil.rmtree(old, ignore_errors=True)
-    old.parent.mkdir(exist_ok=True)
-    folder.rename(old)
-    shutil.rmtree(old)
+    run, old = folder.parent, f"{SAVING}/old-{folder.name}"
+    run_files.make_folder(run, SAVING)
+    run_files.remove(run, old)
+    run_files.rename(run, folder.name, old)
+    run_files.remove(run, old)
 
 
 def _sync_folder(folder: Path) -> None:

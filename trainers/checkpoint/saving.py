@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
+from trainers.storage import run_files
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
@@ -177,8 +178,8 @@ class Durable(Resuming):
             if not self._has_room():
                 return
             if rank() == 0:
-                shutil.rmtree(part.parent, ignore_errors=True)
-                part.mkdir(parents=True)
+                run_files.fresh_folder(self.run_folder, SAVING)
+                run_files.make_folder(self.run_folder, f"{SAVING}/{part.name}")
             self.agreement.barrier()
             with self._tolerating():
                 super()._save_checkpoint(model, trial)
@@ -349,7 +350,8 @@ class Durable(Resuming):
             if problem is None:
                 problem = self._publish([entry for entries, _ in results for entry in entries])
             if problem is not None:
-                shutil.rmtree(self.run_folder / SAVING, ignore_errors=True)
+                with suppress(OSError):  # the disk may fail again; the next save removes it
+                    run_files.remove(self.run_folder, SAVING)
                 self._say(f"it could not be written: {problem}")
         if self.agreement.from_rank_0(problem) is None:
             self.saved_step = save.step
@@ -374,7 +376,7 @@ class Durable(Resuming):
             return str(error)
         best = Path(self.state.best_model_checkpoint or "").name
         rotate(self.run_folder, self._saving.step, self.config.save_total_limit, best)
-        (self.run_folder / SAVING).rmdir()
+        run_files.remove(self.run_folder, SAVING)
         return None
 
     @property

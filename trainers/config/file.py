@@ -162,7 +162,7 @@ def load_settings(path: Path) -> Settings:
     return settings
 
 
-def write_effective(settings: Settings, path: Path) -> None:
-    """Write the effective config, without secrets, to a file that load_settings can read."""
+def effective_text(settings: Settings) -> str:
+    """Return the effective config, without secrets, as the text of a file that load_settings can read."""
     record = {"config": settings.public(), "sources": settings.sources, "notes": settings.notes}
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(record, indent=2) + "\n"

@@ -43,6 +43,7 @@ SECTIONS = {
     "Backend": "distributed_backend",
 }
 SECRET_FIELDS = frozenset({"token"})
+INPUT_FIELDS = ("resume", "model", "model_ref", "data_path")  # files and folders that a run reads
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:
@@ -72,7 +73,9 @@ class TrainConfig(BaseModel):
         description="true: resume from the newest checkpoint that verifies, or from the start if there is "
         "none. A path: resume from that checkpoint.",
     )
-    overwrite: bool = Field(False, description="Delete the run in project_name and start from the beginning.")
+    overwrite: bool = Field(
+        False, description="Delete what the run in project_name wrote, and start from the beginning."
+    )
     seed: Int = Field(42, ge=0, lt=2**32, description="Seed for new weights, dropout and data order.")
     data_seed: Int | None = Field(None, ge=0, lt=2**32, description="Seed for the data order. Default: seed.")
 

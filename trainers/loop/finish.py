@@ -16,11 +16,13 @@ from trainers.config.text import first_line
 from trainers.loop.context import Context
 from trainers.rank.heartbeat import heart
 from trainers.rank.signals import stop
+from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
-from trainers.storage.run_folder import remove_model
 
 if TYPE_CHECKING:
     from trainers.checkpoint.saving import Durable
+
+FINAL = "final.part"  # in the run's folder, until the final model is complete
 
 
 def save_final_model(trainer: Durable, context: Context) -> Ending:
@@ -31,13 +33,16 @@ def save_final_model(trainer: Durable, context: Context) -> Ending:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if trainer.is_world_process_zero():
-        # An earlier start may have left a merged model. Next to it, an adapter would count twice.
-        remove_model(context.folder)
+        run_files.fresh_folder(context.folder, FINAL)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(context.folder))
+    part = context.folder / FINAL
+    trainer.save_model(str(part))
     if trainer.is_world_process_zero():
-        context.tokenizer.save_pretrained(context.folder)
-        trainer.state.save_to_json(str(context.folder / "trainer_state.json"))
+        context.tokenizer.save_pretrained(part)
+        trainer.state.save_to_json(str(part / "trainer_state.json"))
+        # An earlier start may have left a merged model. Next to it, an adapter would count twice.
+        run_files.remove_model(context.folder)
+        run_files.move_in(context.folder, FINAL)
     step = trainer.state.global_step
     ending = Ending(step, _last_metrics(trainer.state.log_history), trainer.model_step or step)
     if trainer.is_world_process_zero():

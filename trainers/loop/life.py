@@ -30,9 +30,11 @@ from trainers.rank.library_output import quieten_libraries
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
 from trainers.rank.say import say
 from trainers.rank.signals import stop
+from trainers.storage import run_files
 from trainers.storage.ending import Ending, read_ending
 from trainers.storage.manifest import step_of
 from trainers.storage.run_folder import FINISHED, check_free, claim, lock_folder, write_record
+from trainers.storage.run_place import check_place
 from trainers.storage.shipped import SHIPPED
 
 if TYPE_CHECKING:
@@ -45,10 +47,11 @@ def run(trainer_name: str, build: Build, argv: Sequence[str] | None = None) -> i
     parser = argparse.ArgumentParser(prog=f"trainers.{trainer_name}")
     parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     options = parser.parse_args(argv)
-    return run_rank(lambda: _run(load_settings(options.config), trainer_name, build))
+    return run_rank(lambda: _run(options.config, trainer_name, build))
 
 
-def _run(settings: Settings, trainer_name: str, build: Build) -> int:
+def _run(config_file: Path, trainer_name: str, build: Build) -> int:
+    settings = load_settings(config_file)
     config, folder = settings.train, Path(settings.train.project_name)
     if config.trainer != trainer_name:
         raise ConfigError(
@@ -56,9 +59,10 @@ def _run(settings: Settings, trainer_name: str, build: Build) -> int:
             "started. Change task, or start the other module."
         )
     if log_folder() is None and rank() == 0:  # the launcher has claimed it already
-        check_free(folder, config)  # before the folder is made
+        check_place(folder, config, config_file)
+        check_free(folder, config, config_file)  # before the folder is made
         lock_folder(folder)
-        claim(folder, config)
+        claim(folder, config, config_file)
     quieten_libraries()
     from transformers import set_seed
 
@@ -105,7 +109,7 @@ def _run(settings: Settings, trainer_name: str, build: Build) -> int:
 def _train(trainer: Durable, context: Context, checkpoint: Path | None) -> Ending | None:
     """Train, evaluate on the test split, and save the final model. Return None if a signal stopped it."""
     if trainer.is_world_process_zero():
-        (context.folder / FINISHED).unlink(missing_ok=True)  # an earlier training
+        run_files.remove(context.folder, FINISHED)  # an earlier training
     with batch_memory_errors():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.saved is not None:

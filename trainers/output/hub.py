@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shlex
 import time
@@ -13,6 +14,7 @@ from trainers.config.schema import TrainConfig
 from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
 from trainers.rank.say import say
+from trainers.storage import run_files
 from trainers.storage.run_folder import FINISHED, RECORD, TRACKER
 from trainers.storage.saved_model import ADAPTER, read_object
 
@@ -105,7 +107,15 @@ def _published(folder: Path) -> list[Path]:
     They are directly in the folder: no checkpoints, logs, tracker files or data from folders below it.
     """
     found = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*")]
-    return sorted(p for p in found if p.is_file() and not any(p.match(pattern) for pattern in LEFT_OUT))
+    return sorted(
+        p for p in found if p.is_file() and not any(p.match(pattern) for pattern in _left_out(folder))
+    )
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Return the patterns of what is not uploaded. What the run did not write, such as its config, is not."""
+    others = run_files.foreign(folder) if run_files.recorded(folder) is not None else []
+    return [*LEFT_OUT, *(glob.escape(name) for name in others)]
 
 
 def _content(path: Path) -> str | bytes:
@@ -153,6 +163,6 @@ def _reason(error: Exception) -> str:
 
 def _by_hand(repo: str, folder: Path) -> str:
     """Return where the model is, and the command that uploads the same files."""
-    patterns = [word for pattern in ("*/*", *LEFT_OUT) for word in ("--exclude", pattern)]
+    patterns = [word for pattern in ("*/*", *_left_out(folder)) for word in ("--exclude", pattern)]
     command = ["hf", "upload", repo, str(folder.resolve()), ".", "--private", *patterns]
     return f"The model is safe in {folder}. Upload it by hand: {shlex.join(command)}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from trainers.model.load import fit_vocabulary
 from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class
 from trainers.rank.say import say
+from trainers.storage import run_files
 from trainers.storage.saved_model import ADAPTER
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # LLM.int8 also rounds the activations to 8 bits (arXiv 2208.07339); a merged model does not.
 INT8_TOLERANCE = 5e-2
 PROBE_TOKENS = 128
+MERGED = "merged.part"  # in the run's folder, until it is known to be right
 
 
 class MergeRefused(RuntimeError):
@@ -45,16 +45,13 @@ def merge_adapter(
         MergeRefused: the outputs differ by more than the rounding of the saved type; the adapter is kept.
     """
     if (folder / ADAPTER).exists():
-        part = folder / "merged.part"
-        shutil.rmtree(part, ignore_errors=True)
         try:
-            _merge(config, folder, part, tokenizer, probe)
-            for path in part.iterdir():
-                os.replace(path, folder / path.name)
+            _merge(config, folder, run_files.fresh_folder(folder, MERGED), tokenizer, probe)
+            run_files.move_in(folder, MERGED)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-        (folder / ADAPTER).unlink()
-    (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+            run_files.remove(folder, MERGED)
+        run_files.remove(folder, ADAPTER)
+    run_files.remove(folder, "adapter_model.safetensors")
 
 
 def _merge(

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainers.output.trackers import Tracker
-from trainers.storage.run_folder import METRICS, PROGRESS, write_atomically
+from trainers.storage import run_files
+from trainers.storage.run_folder import METRICS, PROGRESS
 
 
 class Report(TrainerCallback):
@@ -22,7 +23,7 @@ class Report(TrainerCallback):
     """
 
     def __init__(self, folder: Path, live: bool, resumed_step: int, tracker: Tracker | None = None) -> None:
-        self.path, self.live, self.tracker = folder / METRICS, live, tracker
+        self.folder, self.live, self.tracker = folder, live, tracker
         self.base_tokens = self._keep_until(resumed_step)
         self.tokens = self.base_tokens
         self.step_seconds = self.logged_seconds = 0.0
@@ -36,17 +37,18 @@ class Report(TrainerCallback):
 
         Returns the tokens up to that step.
         """
-        if not self.path.exists():
+        path = self.folder / METRICS
+        if not path.exists():
             return 0
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # the run was killed while it wrote this line
             entry = json.loads(line)
             ended = "train_runtime" in entry or "test_loss" in entry  # this start logs it again
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
-        write_atomically(self.path, "".join(_json_line(entry) for entry in kept))
+        run_files.write(self.folder, METRICS, "".join(_json_line(entry) for entry in kept))
         return max((entry.get("tokens", 0) for entry in kept), default=0)
 
     def on_step_begin(
@@ -85,7 +87,7 @@ class Report(TrainerCallback):
             self.tokens, self.logged_seconds = total, self.step_seconds
         values = {"epoch": values.pop("epoch", state.epoch), **values}
         record = {"step": state.global_step, **values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with run_files.open_to_append(self.folder, METRICS) as file:
             file.write(_json_line(record))
         self._note_progress(state, record)
         if self.tracker is not None:
@@ -115,7 +117,7 @@ class Report(TrainerCallback):
         """Write the progress of the run next to the launcher's files, with the last known loss and speed."""
         self.progress |= {name: record[name] for name in ("loss", "tokens_per_second") if name in record}
         known = {"step": state.global_step, "max_steps": state.max_steps, "seconds_left": self._left(state)}
-        write_atomically(self.path.parent / PROGRESS, _json_line(self.progress | known))
+        run_files.write(self.folder, PROGRESS, _json_line(self.progress | known))
 
     def _left(self, state: TrainerState) -> int:
         """Return the seconds to the last step: the steps left times the mean time of a step so far."""

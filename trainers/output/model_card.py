@@ -17,7 +17,8 @@ from trainers.config.packages import versions
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.config.text import count_of
 from trainers.data.files import is_hub_id
-from trainers.storage.run_folder import METRICS, write_atomically
+from trainers.storage import run_files
+from trainers.storage.run_folder import METRICS
 from trainers.storage.saved_model import ADAPTER
 
 HEADINGS = {
@@ -55,7 +56,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
         "## How to load it\n\n" + f"```python\n{_snippet(folder, config)}```",
         "## Versions\n\n" + _listed((facts.get("versions") or versions()).items()),
     ]
-    write_atomically(folder / "README.md", "\n\n".join(parts) + "\n")
+    run_files.write(folder, "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from trainers.config.schema import TrainConfig
 from trainers.config.text import first_line
 from trainers.rank.say import say
-from trainers.storage.run_folder import TRACKER, write_atomically
+from trainers.storage import run_files
+from trainers.storage.run_folder import TRACKER
 
 if TYPE_CHECKING:
     import wandb
@@ -88,6 +89,8 @@ class Wandb:
         # These come from the environment and from the files of `wandb init` and `wandb login`.
         site = wandb.setup(settings=wandb.Settings(silent=True)).settings
         obstacle = _obstacle(site)
+        if not os.environ.get("WANDB_DIR"):
+            run_files.make_folder(folder, run_files.WANDB)  # or refuse a link
         self.run = wandb.init(
             id=_run_id(folder, site.run_id),
             resume="allow",
@@ -130,7 +133,7 @@ def _run_id(folder: Path, wanted: str | None) -> str:
     if path.exists():
         return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
     run_id = wanted or secrets.token_hex(8)  # not from `random`, whose state the training uses
-    write_atomically(path, json.dumps({"wandb": run_id}) + "\n")
+    run_files.write(folder, TRACKER, json.dumps({"wandb": run_id}) + "\n")
     return run_id
 
 
@@ -170,7 +173,8 @@ class TensorBoard:
     def __init__(self, folder: Path, public: dict[str, Any], resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(folder / "runs")
+        given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        place = given or str(run_files.make_folder(folder, run_files.TENSORBOARD))
         self.writer = SummaryWriter(place, purge_step=resumed_step + 1 if resumed_step else 0)
         text = json.dumps(public, indent=2)
         self.writer.add_text("config", f"```json\n{text}\n```", resumed_step)

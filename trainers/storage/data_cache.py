@@ -20,13 +20,19 @@ from pathlib import Path
 from typing import IO
 
 from trainers.config.errors import ConfigError
+from trainers.rank import no_links
 from trainers.rank.failures import has_no_locks
 from trainers.rank.process import log_folder, rank
-from trainers.rank.protocol import CACHE, WAITS, prepared_mark
+from trainers.rank.protocol import CACHE, WAITS, prepared_mark, run_of
 from trainers.rank.say import say
 
 LOOK_SECONDS = 0.5
 ABANDONED_SECONDS = 86_400.0  # seconds after which an unfinished folder of another node counts as abandoned
+
+
+def cache_folder() -> Path:
+    """Return the folder of all caches: $PHALANX_CACHE or ~/.cache/phalanx."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "phalanx")
 
 
 def cache_root() -> Path:
@@ -35,7 +41,7 @@ def cache_root() -> Path:
     Raises:
         ConfigError: the folder cannot be created.
     """
-    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "phalanx") / "data"
+    root = cache_folder() / "data"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,7 +127,7 @@ def wait_for_machine_0() -> None:
 def mark_prepared() -> None:
     """Mark the data of this attempt as prepared. Only rank 0 of a run on several machines does this."""
     if WAITS in os.environ and rank() == 0:
-        _prepared().touch()
+        no_links.write(run_of(_prepared().parent), _prepared(), "")
 
 
 def _prepared() -> Path:

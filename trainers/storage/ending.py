@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trainers.rank.say import say
-from trainers.storage.run_folder import FINISHED, write_atomically
+from trainers.storage import run_files
+from trainers.storage.run_folder import FINISHED
 from trainers.storage.saved_model import check_saved
 
 MERGE, UPLOAD = "merge", "upload"
@@ -27,7 +28,7 @@ class Ending:
 
     def write(self, folder: Path) -> None:
         """Write finished.json."""
-        write_atomically(folder / FINISHED, json.dumps(asdict(self), indent=1) + "\n")
+        run_files.write(folder, FINISHED, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_ending(folder: Path) -> Ending | None:

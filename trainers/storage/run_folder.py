@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 from itertools import count
 from pathlib import Path
@@ -20,22 +19,24 @@ from trainers.config.errors import ConfigError
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
+from trainers.rank import no_links
 from trainers.rank.failures import has_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
+from trainers.storage import run_files
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
+    MANIFEST,
     checkpoint_folders,
     newest_usable,
     step_of,
     why_unusable,
 )
-from trainers.storage.saved_model import ADAPTER
+from trainers.storage.run_files import LOCK
 
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
 PROGRESS = f"{LAUNCH}/progress.json"  # the progress of the run, for `phalanx status`
-LOCK = ".lock"
 INSTEAD = "resume: true uses the newest checkpoint that verifies."
 SAVING = "saving"  # a checkpoint is in here until it is complete
 FINISHED = "finished.json"  # that the model is saved, and what was done with it (ending.py)
@@ -56,11 +57,32 @@ def _earlier_attempts(folder: Path) -> list[Path]:
     return [attempt for attempt in attempts(folder).values() if began(attempt, machine=0)]
 
 
-def check_free(folder: Path, config: TrainConfig) -> None:
-    """Refuse a folder that contains a run, unless the config resumes or overwrites it.
+def _is_of_earlier_version(folder: Path) -> bool:
+    """Return whether a run of ours that has no record of its files was started in this folder."""
+    if run_files.recorded(folder) is not None:
+        return False
+    checkpoints = (path / MANIFEST for path in checkpoint_folders(folder))
+    return (
+        _is_record(folder / RECORD)
+        or any(p.is_file() for p in checkpoints)
+        or bool(_earlier_attempts(folder))
+    )
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"config", "versions"} <= record.keys()
+
+
+def check_free(folder: Path, config: TrainConfig, config_file: Path | None = None) -> None:
+    """Refuse a folder that contains a run, unless the config resumes or overwrites it, or something else.
 
     Raises:
-        ConfigError: the folder contains a run, or there is nothing to resume.
+        ConfigError: the folder contains a run, or files that no run wrote, or links in place of a run's own
+            files; or there is nothing to resume.
     """
     for part in (folder, *folder.parents):
         if part.is_file():
@@ -72,6 +94,29 @@ def check_free(folder: Path, config: TrainConfig) -> None:
         )
     if config.resume:
         resume_checkpoint(folder, config, content=False)
+    _refuse_links(folder)
+    _refuse_other_files(folder, config_file)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links that a run would have to follow. All other links are replaced where the run writes."""
+    appended = (LAUNCH, run_files.WRITTEN, LOCK, run_files.WANDB, run_files.TENSORBOARD)
+    for path in (*(folder / name for name in appended), *(folder / LAUNCH).glob("*")):
+        if path.is_symlink():
+            raise no_links.LinkFound(path)
+
+
+def _refuse_other_files(folder: Path, config_file: Path | None) -> None:
+    """Refuse a folder that has something, but no run of ours. The config file may be in it."""
+    if run_files.recorded(folder) is not None or _is_of_earlier_version(folder):
+        return
+    run, file = folder.resolve(), config_file or Path(os.devnull)
+    configs = {path.name for path in (file.absolute(), file.resolve()) if path.parent.resolve() == run}
+    if other := [name for name in run_files.foreign(folder) if name not in configs]:
+        raise ConfigError(
+            f"project_name: {folder} has {other[0]}, which no run wrote. Give a new or an empty folder. (The "
+            "config file may be in it.)"
+        )
 
 
 class InUse(ConfigError):
@@ -84,8 +129,7 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         InUse: another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+", encoding="utf-8")
+    file = no_links.open_file(folder, folder / LOCK, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -115,7 +159,7 @@ def lock_owner(folder: Path) -> tuple[int, str] | None:
     path = folder / LOCK
     if not path.exists():
         return None
-    with path.open(encoding="utf-8") as file:
+    with no_links.open_file(folder, path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
@@ -136,34 +180,17 @@ def unlock_folder() -> None:
 _held: list[IO[str]] = []  # a reference keeps each file open, and so its lock held
 
 
-def claim(folder: Path, config: TrainConfig) -> None:
+def claim(folder: Path, config: TrainConfig, config_file: Path | None = None) -> None:
     """Prepare the folder for this run.
 
-    With overwrite, delete the attempts, checkpoints, records and model of the earlier run, and nothing else.
+    With overwrite, remove what the record of the earlier run lists, and name what is left.
     """
-    check_free(folder, config)
-    if config.overwrite and holds_run(folder):
-        for attempt in _earlier_attempts(folder):
-            shutil.rmtree(attempt)
-        for path in [*checkpoint_folders(folder), *folder.glob("set-aside-*")]:
-            if not path.is_symlink():
-                shutil.rmtree(path)
-        for path in folder.iterdir():
-            if path.name in (RECORD, METRICS, TRACKER, FINISHED):
-                path.unlink()
-        shutil.rmtree(folder / SAVING, ignore_errors=True)
-        remove_model(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_free(folder, config, config_file)
+    run_files.begin(folder, _is_of_earlier_version(folder))
+    if config.overwrite and (left := run_files.clear(folder)):
+        say("note", f"overwrite: {folder} keeps {', '.join(left)}, which the earlier run did not write")
+    run_files.own(folder, f"{SAVING}/")  # now, since the disk may be full when a checkpoint is saved
     set_aside_newer_checkpoints(folder, config)
-
-
-def remove_model(folder: Path) -> None:
-    """Remove the final model of an earlier start: an adapter or a full model."""
-    for path in folder.iterdir():
-        if path.name.endswith((".safetensors", ".safetensors.index.json", ADAPTER)) or (
-            path.name == "config.json"
-        ):
-            path.unlink()
 
 
 def resume_checkpoint(
@@ -206,7 +233,7 @@ def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
     for path in checkpoint_folders(folder):
         if step_of(path) > step_of(start):
             free = next(n for n in count(1) if not (folder / f"set-aside-{n}-{path.name}").exists())
-            path.rename(folder / f"set-aside-{free}-{path.name}")
+            run_files.rename(folder, path.name, f"set-aside-{free}-{path.name}")
 
 
 def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
@@ -215,12 +242,4 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> Non
         name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
     }
     record = {"config": config, "notes": settings.notes, **facts, "versions": versions()}
-    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file atomically: a reader, or a kill at any moment, never sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    run_files.write(folder, RECORD, json.dumps(record, indent=2) + "\n")

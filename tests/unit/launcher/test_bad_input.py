@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fakes import fake_checkpoint, fake_model, listing, machine, run_command, write_rows
+from fakes import fake_checkpoint, fake_model, fake_run, listing, machine, run_command, write_rows
 
 from launcher.plan.topology import Hardware
 
@@ -507,7 +507,7 @@ def test_resume_from_a_folder_that_is_not_a_checkpoint(refuse: Refuse) -> None:
 def test_resume_of_a_run_whose_only_checkpoint_is_unfinished_is_allowed(
     work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (work / "run" / "checkpoint-5").mkdir(parents=True)
+    (fake_run("run") / "checkpoint-5").mkdir()
     (work / "c.yaml").write_text(GOOD)
     assert run_command(["show", "c.yaml", "--resume"], monkeypatch) == 0
 

@@ -73,9 +73,9 @@ def test_the_shipped_files_that_show_names_exist(
 def test_an_effective_config_can_be_shown(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainers.config.file import write_effective
+    from trainers.config.file import effective_text
 
-    write_effective(load_run(Path("c.yaml"), {}).settings, Path("config.json"))
+    Path("config.json").write_text(effective_text(load_run(Path("c.yaml"), {}).settings))
     first, second = show(["c.yaml"], monkeypatch, capsys), show(["config.json"], monkeypatch, capsys)
     assert (first["config"], first["notes"]) == (second["config"], second["notes"])
 

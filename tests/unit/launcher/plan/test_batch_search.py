@@ -23,7 +23,7 @@ from launcher.plan.batch_search import announce, next_smaller, with_smaller_batc
 from launcher.plan.topology import Hardware
 from launcher.supervise import attempt
 from trainers.config.errors import OUT_OF_MEMORY, USAGE_ERROR
-from trainers.config.file import load_settings, write_effective
+from trainers.config.file import effective_text, load_settings
 from trainers.config.schema import TrainConfig
 from trainers.storage import run_folder
 
@@ -75,7 +75,7 @@ def test_the_next_attempt_differs_only_in_its_batch(asked: Callable[..., Run], t
     assert sources["lr"] == "flag --lr" and sources["seed"] == "default"
     assert new.settings.notes == run.settings.notes
     # A rank reads the same values.
-    write_effective(new.settings, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(effective_text(new.settings))
     read = load_settings(tmp_path / "config.json")
     assert (read.train.batch_size, read.train.gradient_accumulation) == (4, 4)
     assert read.sources["batch_size"] == why

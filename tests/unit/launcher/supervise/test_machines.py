@@ -95,7 +95,7 @@ def test_a_failure_on_another_machine_is_seen_and_a_good_end_is_not(tmp_path: Pa
 
     def report(end: Ended) -> None:
         path = tmp_path / "launch" / "attempt-1" / "machine-1" / "ended.json"
-        machine_messages.write_message(path, asdict(end))
+        machine_messages.write_message(tmp_path, path, asdict(end))
 
     def look() -> Ended | None:
         first.looked = 0.0
@@ -196,7 +196,7 @@ def test_machine_0_forwards_an_end_that_all_must_follow(tmp_path: Path) -> None:
     first, second, third = together(tmp_path, 3)
     failed = ended(2, failure=Failure(2, "planted"))
     path = tmp_path / "launch" / "attempt-1" / "machine-2" / "ended.json"
-    machine_messages.write_message(path, asdict(failed))
+    machine_messages.write_message(tmp_path, path, asdict(failed))
     second.looked = first.looked = 0.0
     assert second.end_on_other_machine() is None
     assert first.end_on_other_machine() == failed

@@ -8,7 +8,7 @@ import pytest
 from configs import Read, sft
 
 from launcher.config import load_run
-from trainers.config.file import load_settings, write_effective
+from trainers.config.file import effective_text, load_settings
 from trainers.config.names import TASKS
 
 FULL = """\
@@ -182,18 +182,18 @@ def test_an_unset_hub_variable_is_null(read_config: Read) -> None:
 )
 def test_the_effective_config_resolves_to_itself(read_config: Read, work: Path, text: str) -> None:
     first = read_config(text)
-    write_effective(first.settings, work / "effective.json")
+    (work / "effective.json").write_text(effective_text(first.settings))
     second = load_settings(work / "effective.json")
     assert second == first.settings
     again = load_run(work / "effective.json", {})
     assert again.settings == first.settings
-    write_effective(second, work / "twice.json")
+    (work / "twice.json").write_text(effective_text(second))
     assert (work / "twice.json").read_bytes() == (work / "effective.json").read_bytes()
 
 
 def test_the_fields_that_the_user_set_survive_the_round_trip(read_config: Read, work: Path) -> None:
     run = read_config(sft("text_column: body", "max_prompt_length: 100"))
-    write_effective(run.settings, work / "effective.json")
+    (work / "effective.json").write_text(effective_text(run.settings))
     chosen = load_settings(work / "effective.json").train.model_fields_set
     assert {"text_column", "max_prompt_length"} <= chosen
     assert "prompt_text_column" not in chosen

@@ -11,7 +11,7 @@ from configs import Read, sft
 from fakes import run_command
 
 from trainers.config.errors import ConfigError
-from trainers.config.file import write_effective
+from trainers.config.file import effective_text
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Value, resolve
@@ -160,7 +160,7 @@ def test_a_secret_is_never_printed_or_written(
     assert run.train.token == SECRET
     assert "token" not in run.settings.public()
     assert SECRET not in repr(run.train)
-    write_effective(run.settings, work / "effective.json")
+    (work / "effective.json").write_text(effective_text(run.settings))
     assert SECRET not in (work / "effective.json").read_text()
     assert run_command(["show", "c.yaml"], monkeypatch) == 0
     assert run_command(["show", "c.yaml", "--json"], monkeypatch) == 0

@@ -63,6 +63,14 @@ def test_an_adapter_is_uploaded_without_local_folders(saved_adapter, hub: FakeHu
     assert not any(str(tmp_path).encode() in content for content in files.values())
 
 
+def test_a_file_that_the_run_did_not_write_is_not_uploaded(saved_run, hub: FakeHub):
+    """The config may lie in the run's folder, and have a token."""
+    (saved_run / "config.yaml").write_text("hub: {token: hf_secret}")
+    push(pushing(), saved_run)
+    assert "config.yaml" not in hub.repositories["me/my-run"].files
+    assert "README.md" in hub.repositories["me/my-run"].files
+
+
 def test_additional_chat_templates_are_uploaded(saved_run, hub: FakeHub):
     (saved_run / "additional_chat_templates").mkdir()
     (saved_run / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")

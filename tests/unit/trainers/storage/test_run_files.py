@@ -1,0 +1,200 @@
+"""The record of what a run wrote: --overwrite removes that and nothing else, through no link."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import NAMES_OF_RUNS, contents, fake_checkpoint
+
+from trainers.config.errors import ConfigError
+from trainers.config.schema import TrainConfig
+from trainers.storage import run_files, run_folder
+from trainers.storage.run_folder import claim, lock_folder
+
+OVERWRITE = TrainConfig(overwrite=True)
+RUN_JSON = json.dumps({"config": {}, "versions": {}})
+
+
+def fill(run: Path, name: str, text: str = "{}") -> None:
+    path = run / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("/"):
+        path.mkdir()
+        path /= "content"
+    path.write_text(text)
+
+
+def make_run(run: Path, recorded: bool = True) -> Path:
+    """Write all that runs write, and the record of it."""
+    for name in NAMES_OF_RUNS:
+        fill(run, name, RUN_JSON)
+    if recorded:
+        listed = [name for name in NAMES_OF_RUNS if name not in run_files.SHARED]
+        (run / run_files.WRITTEN).write_text("".join(f"{name}\n" for name in listed))
+    else:
+        (run / run_files.WRITTEN).unlink()
+    return run
+
+
+THEIRS = ("other.safetensors", "set-aside-mine/", "notes.txt", "checkpoint-old/", "launch/mine.txt", "mine/")
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["with a record", "of an earlier version"])
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(
+    tmp_path: Path, recorded: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", recorded)
+    for name in THEIRS:
+        fill(run, name, "theirs")
+    claim(run, OVERWRITE)
+    # The folders of trackers may have what no run wrote. Without a record they stay.
+    kept = [*THEIRS] if recorded else [*THEIRS, "runs/", "wandb/"]
+    left = {name for name in contents(run) if "/content" not in name} - {".lock", ".written", "launch"}
+    assert left == {name.removesuffix("/") for name in kept}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "overwrite" in line]
+    assert all(name.removesuffix("/") in line for name in kept)
+
+
+def test_a_second_overwrite_still_knows_what_is_not_of_a_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    fill(run, "notes.txt", "theirs")
+    claim(run, OVERWRITE)
+    run_files.write(run, "run.json", "{}")
+    claim(run, OVERWRITE)
+    assert sorted(contents(run)) == [".lock", ".written", "launch", "notes.txt"]
+
+
+def test_overwrite_leaves_the_journal_of_jobs_and_the_files_of_other_machines(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for name in (run_files.JOBS, f"{run_files.MACHINES}/member-1.json"):
+        fill(run, name)
+    claim(run, OVERWRITE)
+    assert (run / run_files.JOBS).exists() and (run / run_files.MACHINES / "member-1.json").exists()
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OVERWRITE], ids=["plain", "overwrite"])
+@pytest.mark.parametrize("there", ["notes.txt", "config.json", "mine/", "launch/mine.txt", "README.md"])
+def test_a_folder_with_files_that_no_run_wrote_is_refused(
+    tmp_path: Path, there: str, config: TrainConfig
+) -> None:
+    fill(tmp_path / "run", there, "theirs")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=f"run has {there.removesuffix('/')}, which no run wrote"):
+        claim(tmp_path / "run", config)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("config", [OVERWRITE, TrainConfig(resume=True)], ids=["overwrite", "resume"])
+def test_checkpoints_of_another_program_are_not_a_run(tmp_path: Path, config: TrainConfig) -> None:
+    fill(tmp_path / "run", "checkpoint-5/model.safetensors")
+    with pytest.raises(ConfigError, match="checkpoint-5, which no run wrote"):
+        claim(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("there", ["run.json", "launch/attempt-1/command.txt", "checkpoint-5"])
+def test_a_run_of_an_earlier_version_is_recognised(tmp_path: Path, there: str) -> None:
+    run = tmp_path / "run"
+    if there == "checkpoint-5":
+        fake_checkpoint(run, 5)
+    else:
+        fill(run, there, RUN_JSON)
+    claim(run, OVERWRITE)
+    assert set(contents(run)) <= {".written", "launch"}
+
+
+def test_only_the_config_file_may_be_in_a_new_run_s_folder(tmp_path: Path) -> None:
+    fill(tmp_path / "run", "config.yaml", "task: llm-sft")
+    with pytest.raises(ConfigError, match=r"config\.yaml, which no run wrote"):
+        claim(tmp_path / "run", TrainConfig())
+    claim(tmp_path / "run", TrainConfig(), tmp_path / "run" / "config.yaml")
+    run_files.write(tmp_path / "run", "run.json", "{}")
+    claim(tmp_path / "run", OVERWRITE, tmp_path / "run" / "config.yaml")
+    assert sorted(contents(tmp_path / "run")) == [".written", "config.yaml"]
+
+
+def test_a_name_is_listed_before_the_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    claim(tmp_path / "run", TrainConfig())
+    monkeypatch.setattr(run_files.no_links, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_files.write(tmp_path / "run", "run.json", "{}")
+    assert run_files.owns(tmp_path / "run", "run.json") and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_file_of_the_user_is_renamed_and_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    claim(run, TrainConfig())
+    fill(run, "README.md", "their notes")
+    for _ in range(2):
+        run_files.write(run, "README.md", "the card")
+    assert (run / "README.md").read_text() == "the card"
+    assert (run / "README.md.kept-1").read_text() == "their notes" and not (run / "README.md.kept-2").exists()
+    assert "README.md is not of this run" in capsys.readouterr().out
+    claim(run, OVERWRITE)
+    assert (run / "README.md.kept-1").exists()
+
+
+@pytest.mark.parametrize("line", ["../outside", "/etc", "a/../../outside", "", ".", "./", "launch/../.."])
+def test_a_line_of_the_record_that_leads_out_of_the_folder_is_ignored(tmp_path: Path, line: str) -> None:
+    fill(tmp_path, "outside", "theirs")
+    claim(tmp_path / "run", TrainConfig())
+    (tmp_path / "run" / run_files.WRITTEN).write_text(f"{line}\n")
+    claim(tmp_path / "run", OVERWRITE)
+    assert (tmp_path / "outside").exists() and (tmp_path / "run").exists()
+
+
+def write(run: Path, name: str) -> None:
+    """Write a name as a run does: the functions for its kind, one after the other."""
+    if name.endswith("/"):
+        run_files.make_folder(run, name[:-1])
+        run_files.fresh_folder(run, name[:-1])
+    elif name == run_files.LOCK:
+        lock_folder(run)
+    else:
+        run_files.open_to_append(run, name).close()
+
+
+def replace(run: Path, name: str) -> None:
+    """Replace a name as a run does: by one write, or by a move from the fresh folder of a library."""
+    if name in run_files.SHARED:
+        lock_folder(run)
+        run_files.own(run, "anything")
+    elif name.startswith("launch/"):
+        run_files.write(run, name.removesuffix("/"), "new")
+    else:
+        fill(run_files.fresh_folder(run, "part"), name, "new")
+        run_files.move_in(run, "part")
+
+
+def overwrite(run: Path, name: str) -> None:
+    claim(run, OVERWRITE)
+
+
+@pytest.mark.parametrize("act", [write, replace, overwrite])
+@pytest.mark.parametrize("target", ["file", "folder", "missing"])
+@pytest.mark.parametrize("name", [*NAMES_OF_RUNS, "launch/"])
+def test_no_link_in_the_place_of_a_run_s_file_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str, act: Callable[[Path, str], None]
+) -> None:
+    """It is refused by name, or replaced, or renamed: nothing outside the folder changes."""
+    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
+    run = make_run(tmp_path / "run")
+    fill(tmp_path / "outside", "file", "theirs")
+    for inside in ("folder/content", "folder/attempt-1/command.txt", "folder/progress.json"):
+        fill(tmp_path / "outside", inside, "theirs")
+    before = contents(tmp_path / "outside")
+    path = run / name
+    run_files.remove(run, name.removesuffix("/"))
+    path.symlink_to(tmp_path / "outside" / target, target_is_directory=True)
+    try:
+        act(run, name)
+    except ConfigError as error:
+        assert f"{path} is a link" in str(error)
+    assert contents(tmp_path / "outside") == before

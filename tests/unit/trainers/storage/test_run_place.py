@@ -1,0 +1,248 @@
+"""A run's folder is apart from all that the run reads: before anything starts, and nothing is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import contents, fake_checkpoint, fake_model, run_command, write_rows
+
+from launcher.cli import main
+from trainers.config.schema import INPUT_FIELDS, TrainConfig
+from trainers.loop import life
+from trainers.storage.run_folder import claim
+
+CONFIG = """\
+task: llm-dpo
+base_model: {model}
+project_name: {run}
+log: none
+data:
+  path: {data}
+  column_mapping: {{text_column: text, rejected_text_column: text}}
+params:
+  model_ref: {model_ref}
+  lr: 0.001
+"""
+FLAGS = {"plain": [], "overwrite": ["--overwrite"], "resume": ["--resume"]}
+FOLDERS = ("data", "model", "model_ref", "PHALANX_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+OVERLAPS = [(kind, relation) for kind in FOLDERS for relation in ("is", "contains", "inside")]
+OVERLAPS += [("list", "contains")]  # a list of an array is a file
+Train = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    work: Path,
+    hardware: object,
+    packages: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Train:
+    """`refused("data/run", "--overwrite", data="data")` returns the message of each way to start that run.
+
+    It checks that train, show, submit and a rank by hand say the same, and write nothing.
+    """
+
+    def check(run: str, *flags: str, config: str = "c.yaml", array: str | None = None, **inputs: str) -> str:
+        values = {"model": "model", "data": "data", "model_ref": "null", **inputs, "run": run}
+        Path(config).parent.mkdir(parents=True, exist_ok=True)
+        Path(config).write_text(CONFIG.format(**values))
+        commands = [
+            ["train", config, *flags],
+            ["show", config, *flags],
+            ["submit", config, "--dry-run", *flags],
+        ]
+        if array is not None:
+            commands = [["submit", config, "--array", array, "--dry-run", *flags]]
+        before, messages = contents(work.parent), []
+        for argv in commands:
+            assert run_command(argv, monkeypatch) == 2, argv
+            messages.append(capsys.readouterr().err)
+        if array is None:
+            with Path(config).open("a") as file:
+                file.writelines(f"  {flag[2:]}: true\n" for flag in flags)
+            by_hand = contents(work.parent)
+            assert life.run("dpo", lambda context: pytest.fail("it would train"), [config]) == 2
+            messages.append("".join(capsys.readouterr()))
+            assert contents(work.parent) == by_hand
+            Path(config).write_text(CONFIG.format(**values))
+        assert contents(work.parent) == before, "something was written"
+        found = {
+            re.sub(r"^error: |^\S+:\d+: ", "", message.replace("error: ", "")).strip() for message in messages
+        }
+        assert len(found) == 1, found
+        return found.pop()
+
+    return check
+
+
+def make_input(kind: str, place: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Make an input of a kind at a place, and return what the config or the command must say."""
+    if kind in ("model", "model_ref"):
+        fake_model(Path(place))
+    elif kind == "data":
+        write_rows(Path(place) / "train.jsonl", {"text": "a"})
+    elif kind == "list":
+        write_rows(Path(place) / "sweep.txt").write_text("--lr 1e-4\n")
+        return {"array": f"{place}/sweep.txt"}
+    else:
+        Path(place).mkdir(parents=True)
+        monkeypatch.setenv(kind, str(Path(place).absolute()))
+        return {}
+    return {kind: place}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("linked", [False, True], ids=["directly", "through a link"])
+@pytest.mark.parametrize(("kind", "relation"), OVERLAPS)
+def test_a_folder_that_overlaps_with_an_input_is_refused(
+    refused: Train, monkeypatch: pytest.MonkeyPatch, kind: str, relation: str, linked: bool, flags: str
+) -> None:
+    asked = make_input(kind, "outer/input", monkeypatch)
+    run = {"is": "outer/input", "contains": "outer", "inside": "outer/input/run"}[relation]
+    if flags != "plain" and relation == "inside":
+        claim(Path(run), TrainConfig())
+    if linked:
+        Path("short").symlink_to("outer")
+        run = run.replace("outer", "short", 1)
+    message = refused(run, *FLAGS[flags], **asked)
+    words = {"is": "is", "contains": "contains", "inside": "lies inside"}[relation]
+    assert re.match(rf"(sweep\S+: )?.*project_name: {run} {words} ", message), message
+    assert "Give another project_name" in message
+
+
+@pytest.mark.parametrize("kind", ["model", "data"])
+def test_an_input_whose_files_are_links_into_the_folder_is_refused(refused: Train, kind: str) -> None:
+    """Such a folder has no weights of its own: --overwrite would remove them."""
+    fake_model(Path("my"))
+    write_rows(Path("my/train.jsonl"), {"text": "a"})
+    Path("view").mkdir()
+    for path in Path("my").iterdir():
+        (Path("view") / path.name).symlink_to(path.absolute())
+    assert "contains files of" in refused("my", "--overwrite", **{kind: "view"})
+
+
+@pytest.mark.parametrize("run", ["home", "home/deeper"])
+@pytest.mark.parametrize("flags", FLAGS)
+def test_the_home_folder_and_its_parents_are_refused(
+    refused: Train, monkeypatch: pytest.MonkeyPatch, run: str, flags: str
+) -> None:
+    Path("home/deeper").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(Path("home/deeper").absolute()))
+    assert "home folder" in refused(run, *FLAGS[flags])
+
+
+@pytest.mark.parametrize("run", [".", "..", "/", "../work", "{parent}"])
+def test_a_rank_by_hand_refuses_the_working_folder_and_its_parents(
+    work: Path, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    """The launcher refuses them too: they are not inside the working folder (test_bad_input.py)."""
+    run = run.format(parent=work.parent)
+    Path("c.yaml").write_text(CONFIG.format(model="model", data="data", model_ref="null", run=run))
+    before = contents(work.parent)
+    assert life.run("dpo", lambda context: pytest.fail("it would train"), ["c.yaml"]) == 2
+    assert "or contains it. Give a folder of its own" in capsys.readouterr().err
+    assert contents(work.parent) == before
+
+
+def test_a_hub_model_with_the_name_of_the_run_is_refused(refused: Train) -> None:
+    """Libraries would take the run's folder for the model when the run starts again."""
+    assert "project_name: gpt2 is base_model" in refused("gpt2", model="gpt2")
+
+
+@pytest.fixture
+def accepted(
+    work: Path, hardware: object, packages: object, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """`accepted("my", "--overwrite", model=...)` checks that the dry run of this config is accepted."""
+
+    def check(run: str, *flags: str, config: str = "c.yaml", **inputs: str) -> None:
+        Path(config).parent.mkdir(parents=True, exist_ok=True)
+        values = {"model": "model", "data": "data", "model_ref": "null", **inputs, "run": run}
+        Path(config).write_text(CONFIG.format(**values))
+        assert run_command(["show", config, *flags], monkeypatch) == 0
+
+    return check
+
+
+def test_a_checkpoint_of_another_run_may_be_the_base_model(accepted: Callable[..., None]) -> None:
+    fake_model(Path("my/checkpoint-2"))
+    accepted("my2", model="my/checkpoint-2")
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_checkpoint_of_the_run_itself_may_not_be_the_base_model(refused: Train, flags: str) -> None:
+    fake_model(Path("my/checkpoint-2"))
+    message = refused("my", *FLAGS[flags], model="my/checkpoint-2")
+    assert "project_name: my contains base_model (my/checkpoint-2)" in message
+
+
+def test_a_run_may_resume_from_its_own_checkpoint_and_from_another_run_s(
+    accepted: Callable[..., None],
+) -> None:
+    fake_checkpoint(Path("my"), 2)
+    accepted("my", "--resume", "my/checkpoint-2")
+    accepted("my2", "--resume", "my/checkpoint-2")
+
+
+def test_a_run_may_not_resume_from_a_checkpoint_that_is_its_folder(refused: Train, work: Path) -> None:
+    fake_checkpoint(Path("my"), 2)
+    for run in ("my/checkpoint-2", "my/checkpoint-2/run"):
+        Path("c.yaml").write_text("")
+        assert "resume" in _message_of_train(run, "--resume", "my/checkpoint-2")
+
+
+def _message_of_train(run: str, *flags: str) -> str:
+    from trainers.config.errors import ConfigError
+    from trainers.storage.run_place import check_place
+
+    with pytest.raises(ConfigError) as error:
+        check_place(Path(run), TrainConfig(project_name=run, resume=flags[1]))
+    return str(error.value)
+
+
+def test_the_config_file_may_be_in_the_folder(accepted: Callable[..., None]) -> None:
+    accepted("my", config="my/config.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "run.json", "launch/c.yaml", "checkpoint-1/c.yaml", "wandb/c.yaml"]
+)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_config_file_under_a_name_that_runs_write_is_refused(refused: Train, name: str, flags: str) -> None:
+    Path("my").mkdir()
+    message = refused("my", *FLAGS[flags], config=f"my/{name}")
+    assert f"contains the config file my/{name}, under a name that runs write" in message
+
+
+def test_a_run_may_be_inside_hugging_face_s_folder_if_the_working_folder_is(
+    accepted: Callable[..., None], monkeypatch: pytest.MonkeyPatch, work: Path
+) -> None:
+    """HF_HOME is a person's whole scratch folder on many clusters."""
+    monkeypatch.setenv("HF_HOME", str(work.parent))
+    monkeypatch.setenv("PHALANX_CACHE", str(work.parent))
+    accepted("run")
+
+
+def test_every_field_that_names_a_file_is_an_input() -> None:
+    """A field that is described as a path is an input, unless it is the run's own folder."""
+    described = {
+        name
+        for name, field in TrainConfig.model_fields.items()
+        if re.search(r"\b(folder|file|path|model\.)\b", field.description or "", re.I)
+    }
+    not_inputs = {"project_name", "token", "trust_remote_code"}
+    assert set(INPUT_FIELDS) <= set(TrainConfig.model_fields)
+    assert described - not_inputs <= set(INPUT_FIELDS), described - not_inputs - set(INPUT_FIELDS)
+
+
+def test_submit_checks_each_run_of_an_array(
+    work: Path, hardware: object, packages: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.yaml").write_text(CONFIG.format(model="model", data="data", model_ref="null", run="run"))
+    Path("sweep.txt").write_text("--project-name one\n--project-name data/two\n")
+    assert main(["submit", "c.yaml", "--array", "sweep.txt", "--dry-run"]) == 2
+    assert "sweep.txt:2: " in (message := capsys.readouterr().err) and "lies inside data.path" in message

@@ -1,0 +1,108 @@
+"""Where a run's folder may be: apart from all that the run reads, and from the user's own folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.config.errors import ConfigError
+from trainers.config.hub_paths import datasets_cache, hub_cache, hub_home, token_file
+from trainers.config.names import DATA_KEYS
+from trainers.config.schema import INPUT_FIELDS, TrainConfig
+from trainers.rank.protocol import CACHE
+from trainers.storage.data_cache import cache_folder
+from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.run_files import is_name_of_run
+
+_KEYS = {field: f"data.{key}" for key, field in DATA_KEYS.items()} | {"model": "base_model"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file or a folder that a run reads, and what the user calls it."""
+
+    name: str
+    path: Path
+    may_contain: bool = False  # whether the run's folder may be inside, if the working folder is too
+
+
+def check_place(
+    folder: Path, config: TrainConfig, config_file: Path | None = None, others: Sequence[Input] = ()
+) -> None:
+    """Refuse a run's folder that is, contains, or lies inside something that the run reads.
+
+    Links are resolved. The config file may lie in the folder, under a name that no run writes. A run may
+    resume from its own checkpoint. `others` are inputs that the config does not name.
+
+    Raises:
+        ConfigError: the folder is refused; the message names what it would destroy.
+    """
+    run = folder.resolve()
+    own = {"working": Path.cwd(), "home": Path(os.path.expanduser("~"))}
+    for name, place in own.items():
+        if run == place.resolve() or run in place.resolve().parents:
+            raise ConfigError(
+                f"project_name: {folder} is the {name} folder {place}, or contains it. Give a folder of its "
+                "own, for example my-run."
+            )
+    for read in (*_inputs(config), *others):
+        if relation := _relation(run, read):
+            raise ConfigError(
+                f"project_name: {folder} {relation} {read.name} ({read.path}), which this run reads. The run "
+                "would write over it or delete it. Give another project_name."
+            )
+    for path in _where(config_file) if config_file else ():
+        if run in path.parents and is_name_of_run(path.relative_to(run).as_posix()):
+            raise ConfigError(
+                f"project_name: {folder} contains the config file {config_file}, under a name that runs "
+                "write. Rename the config file, for example to config.yaml, or give another project_name."
+            )
+
+
+def _relation(run: Path, read: Input) -> str | None:
+    """Return how a run's folder overlaps with an input, or None if they are apart."""
+    here = Path.cwd()
+    for path in _where(read.path):
+        if run == path:
+            return "is"
+        if run in path.parents:
+            return "contains"
+        if path in run.parents and not (read.may_contain and path in (here, *here.parents)):
+            return "lies inside"
+    if read.path.is_dir():
+        with os.scandir(read.path) as entries:
+            leads_to = [Path(entry.path).resolve() for entry in entries if entry.is_symlink()]
+        if any(run in (path, *path.parents) for path in leads_to):
+            return "contains files of"
+    return None
+
+
+def _where(path: Path) -> tuple[Path, Path]:
+    """Return where a path is, and where it leads to if it is a link."""
+    return path.absolute().parent.resolve() / path.name, path.resolve()
+
+
+def _inputs(config: TrainConfig) -> Iterator[Input]:
+    """Yield what a config makes a run read: also a hub id that is the run's own name.
+
+    Libraries look for a folder before they ask the hub. So the run's folder would be taken for that model.
+    """
+    run = Path(config.project_name).resolve()
+    for field in INPUT_FIELDS:
+        value = getattr(config, field)
+        if not isinstance(value, str):
+            continue
+        path = Path(os.path.expanduser(value))
+        own = path.name.startswith(CHECKPOINT_PREFIX) and path.resolve().parent == run
+        if field == "resume" and own:
+            continue
+        if path.exists() or path.resolve() == run:
+            yield Input(_KEYS.get(field, field), path)
+    yield Input(f"the cache of prepared data, {CACHE}", cache_folder(), may_contain=True)
+    yield Input(f"the cache of prepared data, {CACHE}", cache_folder() / "data")
+    yield Input("Hugging Face's folder, HF_HOME", hub_home(), may_contain=True)
+    yield Input("the cache of models, HF_HUB_CACHE", hub_cache())
+    yield Input("the cache of data, HF_DATASETS_CACHE", datasets_cache())
+    yield Input("the hub's token, HF_TOKEN_PATH", token_file())
