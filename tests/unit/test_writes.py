@@ -18,6 +18,7 @@ ELSEWHERE = {
     ("launcher/supervise/supervisor.py", "rmtree"): "the same",
     ("launcher/supervise/supervisor.py", "unlink"): "the same",
     ("trainers/rank/heartbeat.py", "open"): "the same",
+    ("trainers/rank/terminal.py", "open"): "/dev/null",
     ("launcher/supervise/machines.py", "unlink"): "the mark in the cache of prepared data",
     ("launcher/supervise/machines.py", "touch"): "the same",
     ("launcher/supervise/stale_locks.py", "unlink"): "the cache of torch's extensions",

@@ -10,6 +10,7 @@ import pytest
 from fakes import fake_checkpoint
 
 from trainers.checkpoint.publishing import make_room, rotate
+from trainers.storage import run_files
 from trainers.storage.manifest import checkpoint_folders
 
 WEIGHTS = "model.safetensors"
@@ -36,6 +37,7 @@ def test_what_is_damaged_never_takes_the_place_of_what_verifies(
     (tmp_path / "checkpoint-26" / WEIGHTS).unlink()
     damage(tmp_path, 30)
     damage(tmp_path, 34)
+    run_files.begin(tmp_path, of_earlier_version=True)  # they are of this run
     rotate(tmp_path, 28, limit, best="")
     assert steps(tmp_path) == left
 
@@ -43,6 +45,7 @@ def test_what_is_damaged_never_takes_the_place_of_what_verifies(
 def test_a_higher_step_that_verifies_is_not_deleted(tmp_path: Path) -> None:
     for step in (20, 25, 30):
         fake_checkpoint(tmp_path, step)
+    run_files.begin(tmp_path, of_earlier_version=True)
     rotate(tmp_path, 25, 1, best="")
     assert steps(tmp_path) == [25, 30]
 
@@ -51,6 +54,7 @@ def test_a_higher_step_that_verifies_is_not_deleted(tmp_path: Path) -> None:
 def test_the_best_is_kept_in_addition(tmp_path: Path, best: int) -> None:
     for step in (5, 10, 15, 20):
         fake_checkpoint(tmp_path, step)
+    run_files.begin(tmp_path, of_earlier_version=True)
     rotate(tmp_path, 20, 1, best=f"checkpoint-{best}")
     assert steps(tmp_path) == sorted({best, 20})
 
@@ -74,8 +78,18 @@ def test_the_oldest_give_way_until_there_is_room(
         fake_checkpoint(tmp_path, step)
     for step in damaged:
         damage(tmp_path, step)
+    run_files.begin(tmp_path, of_earlier_version=True)
     # Each checkpoint takes one byte of 14.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(14, 0, 14 - len(steps(tmp_path))))
     deleted = make_room(tmp_path, needed, best="checkpoint-5")
     assert steps(tmp_path) == left
     assert [path.name for path in deleted] == [f"checkpoint-{s}" for s in (5, 10, 15, 20) if s not in left]
+
+
+def test_a_checkpoint_that_the_run_did_not_write_stays(tmp_path: Path) -> None:
+    run_files.begin(tmp_path, of_earlier_version=False)
+    for step in (5, 10, 15):
+        fake_checkpoint(tmp_path, step)
+    rotate(tmp_path, 15, 1, best="")
+    make_room(tmp_path, 2**62, best="")
+    assert steps(tmp_path) == [5, 10, 15]

@@ -132,13 +132,13 @@ def test_loading_the_best_model_is_a_phase_without_steps(monkeypatch: pytest.Mon
     from transformers import Trainer
 
     from trainers.checkpoint import resuming
-    from trainers.checkpoint.saving import Durable
+    from trainers.checkpoint.resuming import Resuming
 
     phases = []
     monkeypatch.setattr(resuming, "heart", Heart())
     monkeypatch.setattr(Trainer, "_load_best_model", lambda self: phases.append(resuming.heart.phase))
-    trainer = object.__new__(Durable)
-    trainer._saving, trainer.is_fsdp_enabled = SimpleNamespace(pending=None), False
+    trainer = object.__new__(Resuming)
+    trainer.state, trainer.is_deepspeed_enabled = SimpleNamespace(best_model_checkpoint="checkpoint-1"), True
     resuming.heart.stepped(1)
     trainer._load_best_model()
     assert len(phases) == 1 and phases[0] != STEP
