@@ -8,11 +8,12 @@ The launcher runs `python -m trainers.warm FD trainers.sft [deepspeed]`. FD is a
                         {"refused": "why nothing was started"}
                         {"exited": {"rank": 1, "code": -9}}         for each rank that ends
 
-When the socket closes, the ranks are killed.
+When the socket closes, the ranks are killed, with all that they started.
 
 Many short runs can share the imports. `python -m trainers.warm --keep PATH trainers.sft deepspeed` listens on
 a socket in the file system. For each launcher that connects (PHALANX_WARM=PATH) it forks a process, which
-serves the launcher as above. The first message of the launcher has its working directory, its log, and the
+serves the launcher as above, and ends when the launcher does. Only processes of one user talk to each other
+(rank/private_socket.py). The first message of the launcher has its working directory, its log, and the
 environment variables that imports read:
 
     launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as a descriptor
@@ -21,7 +22,6 @@ environment variables that imports read:
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -38,11 +38,14 @@ from pathlib import Path
 from typing import Any
 
 import trainers
+from trainers.config.errors import USAGE_ERROR, ConfigError
 from trainers.config.text import count_of
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
-from trainers.rank.process import die_with_parent
+from trainers.rank.private_socket import accept, check_free, listen, peer
+from trainers.rank.process import die_with_parent, kill_session
+from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 
 # A fork keeps only one thread, and CUDA does not survive it. This process has these values, its ranks do not.
@@ -104,14 +107,17 @@ def _set_threads(loaded: str | None) -> None:
 class Parent:
     """The warm process as one launcher sees it: it starts ranks on request, and reports when they end."""
 
-    def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
+    def __init__(self, channel: socket.socket, launcher: int | None = None) -> None:
+        """Serve the launcher at the other end of `channel`. `launcher` is a pidfd of it, if it is known."""
+        self.channel, self.launcher = channel, launcher
         self.left_by_imports: dict[str, str] = {}
         self.channel.set_inheritable(False)
         self.unread = b""
         self.ranks: dict[int, tuple[int, int]] = {}  # pidfd -> global rank, pid
         self.poll = select.poll()
         self.poll.register(channel, select.POLLIN)
+        if launcher is not None:
+            self.poll.register(launcher, select.POLLIN)
 
     def send(self, **message: Any) -> None:
         """Send a message to the launcher."""
@@ -127,6 +133,8 @@ class Parent:
         try:
             while True:
                 for descriptor, _ in self.poll.poll():
+                    if descriptor == self.launcher:  # it has ended; a child of it may still hold the socket
+                        raise EOFError
                     if descriptor in self.ranks:
                         self._report(descriptor)
                         continue
@@ -183,7 +191,7 @@ class Parent:
     def _leave(self) -> None:
         """Close the descriptors of the parent, in a new rank."""
         self.channel.close()
-        for descriptor in self.ranks:
+        for descriptor in (*self.ranks, *([] if self.launcher is None else [self.launcher])):
             os.close(descriptor)
 
     def _report(self, descriptor: int) -> None:
@@ -197,9 +205,8 @@ class Parent:
         """Kill the ranks and their child processes, so that none is left when this process ends."""
         for _, pid in self.ranks.values():
             os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):  # the rank has not called setsid() yet
-                os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+            kill_session(pid)
 
 
 def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank | None:
@@ -207,17 +214,20 @@ def keep(path: Path, names: Sequence[str], environ: Mapping[str, str]) -> Rank |
 
     `environ` is the environment before the imports. Returns a Rank in each forked rank, and None in the other
     forked processes.
+
+    Raises:
+        ConfigError: `path` cannot be a socket that only this user can use.
     """
-    path.unlink(missing_ok=True)
+    check_free(path)  # before the imports, which take seconds
     left = warm_up(names)
-    listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o077)
-    listener.bind(str(path))
-    os.umask(mask)
-    listener.listen()
+    listener = listen(path)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the processes forked here
     while True:
-        channel, _ = listener.accept()
+        channel = accept(listener)
+        if channel is None:
+            say("warning", f"{path}: a process of another user connected; it was not served")
+            continue
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -232,17 +242,24 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
     here and in the ranks.
     """
     os.setsid()
-    message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
-    hello = json.loads(message)
-    parent = Parent(channel)
-    parent.left_by_imports = left
-    if other := read_by_imports(environ).items() ^ hello["environ"].items():
-        names = ", ".join(sorted({name for name, _ in other}))
-        parent.send(refused=f"its imports used other values of {names}")
-        return None
-    os.chdir(hello["cwd"])
-    _write_to(hello["log"])
-    parent.send(imported=0.0)
+    try:
+        pid = peer(channel)[0]
+        launcher = os.pidfd_open(pid) if pid else None  # 0: it is in another container
+        message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+        if not message:
+            return None
+        hello = json.loads(message)
+        parent = Parent(channel, launcher)
+        parent.left_by_imports = left
+        if other := read_by_imports(environ).items() ^ hello["environ"].items():
+            names = ", ".join(sorted({name for name, _ in other}))
+            parent.send(refused=f"its imports used other values of {names}")
+            return None
+        os.chdir(hello["cwd"])
+        _write_to(hello["log"])
+        parent.send(imported=0.0)
+    except (ProcessLookupError, ConnectionError):
+        return None  # the launcher has ended
     rank = parent.serve()
     if rank is None:  # the ranks are gone; close all files of the run before the channel closes
         for number in locks:
@@ -317,7 +334,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= PARENT_ONLY
     if descriptor == "--keep":
         outlive_readers()  # the other output of this module goes to log files
-        kept = keep(Path(names[0]), names[1:], environ)
+        try:
+            kept = keep(Path(names[0]), names[1:], environ)
+        except (ConfigError, OSError) as error:
+            say("error", f"--keep {names[0]}: {error}")
+            return USAGE_ERROR
         return kept.run() if kept else 0
     began = time.monotonic()
     parent = Parent(socket.socket(fileno=int(descriptor)))

@@ -15,7 +15,7 @@ from typing import Protocol
 from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
 from trainers.rank import no_links
-from trainers.rank.process import die_with_parent
+from trainers.rank.process import die_with_parent, kill_session
 from trainers.rank.protocol import AttemptFiles, run_of
 
 POLL_SECONDS = 0.1
@@ -96,10 +96,10 @@ class AccelerateLaunch:
     def kill(self) -> None:
         if self.process.returncode is None:
             _kill(self.process.pid)
-        _kill_session(self.process.pid)
+        kill_session(self.process.pid)
         for pid in self.ranks().values():
             _kill(pid)
-            _kill_session(pid)
+            kill_session(pid)
         while self.ranks():
             time.sleep(POLL_SECONDS)  # the next attempt needs their memory
 
@@ -128,7 +128,7 @@ class WarmLaunch:
         for answer in self.parent.answers(seconds):
             rank = answer["exited"]["rank"]
             self.codes[rank] = answer["exited"]["code"]
-            _kill_session(self.pids[rank])  # what it started
+            kill_session(self.pids[rank])  # what it started
         if len(self.codes) == len(self.pids):
             return next((code for code in self.codes.values() if code), 0)
         return -signal.SIGKILL if self.parent.ended else None
@@ -139,19 +139,7 @@ class WarmLaunch:
     def kill(self) -> None:
         for pid in self.ranks().values():
             _kill(pid)
-            _kill_session(pid)
-
-
-def _kill_session(leader: int) -> None:
-    """Kill all processes of a rank's session.
-
-    They are the rank, its data workers, and compilers, which have their own process groups.
-    """
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text(encoding="utf-8").rpartition(") ")[2].split()
-            if int(fields[3]) == leader:
-                _kill(int(path.parent.name))
+            kill_session(pid)
 
 
 def _kill(pid: int) -> None:

@@ -9,15 +9,20 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.private_socket import connect
 from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
 from trainers.rank.say import say
+
+ANSWER_SECONDS = 60.0  # for a kept process to serve this run: it only forks, and the machine may be busy
 
 
 class Refused(Exception):
@@ -65,20 +70,23 @@ class WarmParent:
 
     def _join(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
         """Connect to the process that is kept for several runs. Return whether it serves this run."""
-        self.socket = socket.socket(socket.AF_UNIX)
         hello = {"cwd": os.getcwd(), "log": str(log), "environ": read_by_imports(environ)}
         try:
-            self.socket.connect(str(kept))
+            self.socket = connect(kept)
             socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)
+        except ConfigError as error:  # nothing was sent: the process that listens may not be this user's
+            say("warning", f"{WARM}: {error}", "The run imports the libraries itself.")
+            return False
         except OSError as error:
             say("note", f"{WARM}: {kept}: {error.strerror}; the run imports the libraries itself")
-            self.socket.close()
             return False
-        while not (answers := self.answers(None)) and not self.ended:
+        end = time.monotonic() + ANSWER_SECONDS
+        while not (answers := self.answers(1.0)) and not self.ended and time.monotonic() < end:
             pass
         self.imported = any("imported" in answer for answer in answers)
         if not self.imported:
-            why = next((answer["refused"] for answer in answers if "refused" in answer), "it ended")
+            silent = "it ended" if self.ended else f"it gave no answer for {ANSWER_SECONDS:.0f} s"
+            why = next((answer["refused"] for answer in answers if "refused" in answer), silent)
             say("note", f"{WARM}: {why}; the run imports the libraries itself")
             self.socket.close()
             self.buffer, self.ended = b"", False

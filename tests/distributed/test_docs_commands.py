@@ -46,7 +46,11 @@ def checkout(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def environ(checkout) -> dict[str, str]:
     """The environment of the commands: ~ is the checkout, and no variable sets the number of threads."""
-    given = environment(checkout / "cache") | {"HOME": str(checkout)}
+    (checkout / "user").mkdir(mode=0o700)
+    given = environment(checkout / "cache") | {
+        "HOME": str(checkout),
+        "XDG_RUNTIME_DIR": str(checkout / "user"),
+    }
     return {name: value for name, value in given.items() if name not in (WARM, "OMP_NUM_THREADS")}
 
 
@@ -56,7 +60,7 @@ def kept(checkout, environ) -> Iterator[subprocess.Popen[bytes]]:
     [command] = [line for lines in RUNNING.values() for line in lines if line.startswith(KEEP)]
     process = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=checkout, env=environ)
     try:
-        while not (checkout / "phalanx.socket").exists():
+        while not (checkout / "user" / "phalanx.socket").exists():
             assert process.poll() is None, "the process that imports the libraries ended"
             time.sleep(0.05)
         yield process
@@ -69,7 +73,7 @@ def kept(checkout, environ) -> Iterator[subprocess.Popen[bytes]]:
 def ran(checkout, environ, kept) -> Run:
     """`ran(command)` runs a command once, as in a shell. It trains my-run before, if the command needs it."""
     done: dict[str, subprocess.CompletedProcess[str]] = {}
-    warm = environ | {WARM: str(checkout / "phalanx.socket")}
+    warm = environ | {WARM: str(checkout / "user" / "phalanx.socket")}
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
         if "my-run" in command and command != TRAIN:

@@ -353,6 +353,49 @@ def test_a_run_outlives_the_kept_process(
             parent.close()
 
 
+# A launcher that starts ranks, then a child that still has the connection, and is killed.
+LAUNCHER = """
+import os, json, subprocess, sys
+from pathlib import Path
+from launcher.supervise.warm_parent import WarmParent
+
+folder, lasts, argv = Path(sys.argv[1]), sys.argv[2] == "with a child", sys.argv[3:]
+parent = WarmParent("probe", False, os.environ, folder / "warm.log", None)
+assert parent.process is None, "the libraries were imported again"
+pids = parent.start(argv, os.environ, lambda: False)
+if lasts:
+    held = [parent.socket.fileno()]
+    child = subprocess.Popen(["sleep", "600"], pass_fds=held, stdout=subprocess.DEVNULL)
+    pids["child"] = child.pid
+print(json.dumps(pids), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("child", ["with a child", "alone"])
+def test_no_rank_of_a_kept_process_outlives_a_launcher_that_is_killed(
+    kept: dict[str, str], arguments: Callable[..., list[str]], work: Path, child: str
+) -> None:
+    probes = arguments("ddp", seconds=600)
+    argv = [sys.executable, "-c", LAUNCHER, str(work), child, *probes]
+    with subprocess.Popen(
+        argv, cwd=REPO, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        pids: dict[str, int] = json.loads(launcher.stdout.readline())
+        watched = {pid: os.pidfd_open(pid) for name, pid in pids.items() if name != "child"}
+        assert len(watched) == 2
+        launcher.kill()
+    for descriptor in watched.values():
+        assert select.select([descriptor], [], [], 30)[0]
+        os.close(descriptor)
+    if "child" in pids:
+        os.kill(pids["child"], signal.SIGKILL)
+    again = joined(kept)
+    again.close()
+    assert again.process is None, "the kept process does not serve the next launcher"
+
+
 def test_a_kept_process_refuses_another_import_environment(
     kept: dict[str, str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

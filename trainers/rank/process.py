@@ -5,6 +5,7 @@ The launcher sets the folder (protocol.py). A rank without the launcher writes t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import io
@@ -140,6 +141,18 @@ def _redirect(run: Path, path: Path) -> None:
 def die_with_parent() -> None:
     """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def kill_session(leader: int) -> None:
+    """Kill all processes of a rank's session.
+
+    They are the rank, its data workers, and compilers, which have their own process groups.
+    """
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
+            if int(fields[3]) == leader:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _note(folder: Path | None, error: Exception, code: int) -> None:
