@@ -25,13 +25,15 @@ def ask(folder: Path, question: str) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    # Only code of the libraries runs, whatever the files of the model name.
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -53,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["TQDM_DISABLE"] = "1"  # read when the libraries are imported
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    print(ask(options.folder, options.question))
+    try:
+        print(ask(options.folder, options.question))
+    except (OSError, ValueError) as error:
+        print(f"error: {options.folder}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 1
     return 0
 
 

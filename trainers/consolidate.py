@@ -23,6 +23,8 @@ import torch
 from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks
+from trainers.config.text import first_line
+from trainers.model.trust import check_config, model_named, refuse_foreign_code
 from trainers.rank import no_links
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
@@ -30,6 +32,7 @@ from trainers.storage.manifest import SHARDS
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
 TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+OPEN = {"trust_remote_code": False, "attn_implementation": "eager"}  # nothing that config.json names
 MARGIN = 64 * 2**20  # bytes of disk in addition to the weights: tokenizer, headers, index
 
 
@@ -120,16 +123,22 @@ def _model(checkpoint: Path, adapter: bool) -> Any:
     Raises:
         ConfigError: transformers does not have this model.
     """
-    import transformers
+    from transformers import AutoConfig
 
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ConfigError(f"{checkpoint} is not a checkpoint: config.json is missing.")
-    name = (read_object(path).get("architectures") or ["(none named)"])[0]
-    if not hasattr(transformers, name):
-        raise ConfigError(f"{path}: transformers has no model {name}. Remote code is not run.")
+    values = read_object(path)
+    check_config(str(checkpoint), values, use_kernels=False)
+    kind = model_named(path, values.get("architectures"))
+    refuse_foreign_code(use_kernels=False)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {first_line(error)} Remote code is not run.") from error
+    config._attn_implementation = "eager"  # names and shapes of the weights do not depend on it
     with torch.device("meta"):
-        model = getattr(transformers, name)(transformers.AutoConfig.from_pretrained(checkpoint))
+        model: Any = kind(config)
         if adapter:
             from peft import PeftConfig, get_peft_model
 
@@ -254,7 +263,7 @@ def _check_opens(folder: Path, model: Any, adapter: bool) -> None:
         expected, found = _saved(model, True, model.state_dict()), _shapes(folder)
         wrong = [n for n, t in expected.items() if n not in found or found[n] != [*t.shape]]
     else:
-        _, info = type(model).from_pretrained(folder, device_map="meta", output_loading_info=True)
+        _, info = type(model).from_pretrained(folder, device_map="meta", output_loading_info=True, **OPEN)
         wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
     if wrong:
         raise RuntimeError(

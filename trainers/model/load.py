@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.config.text import first_line
 from trainers.model import fsdp
 from trainers.model.activation_checkpointing import checkpoint_layers
 from trainers.model.attention import choose_attention, implementation
@@ -17,6 +16,7 @@ from trainers.model.padding_free import flatten_body
 from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
 from trainers.model.source import model_class, model_config, source_arguments
 from trainers.model.tokenizer import tokenizer_of
+from trainers.model.trust import why_not_loaded
 from trainers.rank.process import rank
 from trainers.rank.say import say
 
@@ -90,7 +90,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     try:
         model, info = model_class(config).from_pretrained(name, output_loading_info=True, **kwargs)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model: {name} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(f"base_model: {name} cannot be loaded: {why_not_loaded(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     if config.quantization == "int4":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.config.text import first_line
+from trainers.model.trust import check_config, check_tokenizer, why_not_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,12 +33,30 @@ def model_config(name: str, config: TrainConfig) -> PreTrainedConfig:
     """Return the config of a model, without its weights.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or needs code that the run's config does not allow.
     """
     from transformers import AutoConfig
 
     try:
+        check_names(name, config)
         loaded: PreTrainedConfig = AutoConfig.from_pretrained(name, **source_arguments(name, config))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model: {name} cannot be loaded: {first_line(error)}") from error
+        raise ConfigError(f"base_model: {name} cannot be loaded: {why_not_loaded(error)}") from error
     return loaded
+
+
+def check_names(name: str, config: TrainConfig) -> None:
+    """Check what the files of a model name. Call it before each load of its config or tokenizer.
+
+    Raises:
+        ConfigError: they name something that does not belong there, or that the run's config does not allow.
+        OSError: the model has no config.json.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    place = {key: source_arguments(name, config)[key] for key in ("token", "revision")}
+    check_config(name, PreTrainedConfig.get_config_dict(name, **place)[0], config.use_kernels)
+    word = get_tokenizer_config(name, **place).get("tokenizer_class")
+    if isinstance(word, str):
+        check_tokenizer(name, word)

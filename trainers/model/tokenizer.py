@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.config.text import first_line
 from trainers.data.chat import forget_truncation
 from trainers.data.templates import set_template
-from trainers.model.source import source_arguments
+from trainers.model.source import check_names, source_arguments
+from trainers.model.trust import why_not_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,12 +46,13 @@ def tokenizer_of(model: str, config: TrainConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        check_names(model, config)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, **source_arguments(model, config)
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"base_model: no tokenizer can be loaded from {model}: {first_line(error)}"
+            f"base_model: no tokenizer can be loaded from {model}: {why_not_loaded(error)}"
         ) from error
     return tokenizer
 

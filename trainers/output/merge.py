@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainers.config.schema import TrainConfig
 from trainers.model.load import fit_vocabulary
 from trainers.model.quantization import compute_dtype, keep_layout, quantization_config
-from trainers.model.source import model_class
+from trainers.model.source import model_class, model_config, source_arguments
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.saved_model import ADAPTER
@@ -73,18 +73,19 @@ def _merge(
     merged.save_pretrained(part)
     dtype = str(compute_dtype(config)).removeprefix("torch.")
     del base, adapted, merged
-    reopened = model_class(config).from_pretrained(part, dtype=compute_dtype(config)).eval()
+    kwargs = {"trust_remote_code": config.trust_remote_code, "attn_implementation": None}
+    reopened = model_class(config).from_pretrained(part, dtype=compute_dtype(config), **kwargs).eval()
     tolerance = max(TOLERANCE[dtype], INT8_TOLERANCE if config.quantization == "int8" else 0.0)
     _compare(expected, _outputs(reopened, ids), tolerance)
 
 
 def _base(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Load the base model as it was in training."""
+    model_config(config.model, config)  # checks what its config.json names
     kwargs: dict[str, Any] = {
         "dtype": compute_dtype(config),
-        "token": config.token,
-        "revision": config.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": None,  # that of transformers for this model, not one that config.json names
+        **source_arguments(config.model, config),
     }
     if config.kind.scores:
         kwargs["num_labels"] = 1  # the head itself is part of the adapter

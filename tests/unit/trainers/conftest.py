@@ -48,6 +48,15 @@ def run_tokenizer(tiny_model, tokenizer, tmp_path):
 
 @pytest.fixture
 def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo after the test what consolidate and safe_pickle change for their process."""
+    """Undo after the test what consolidate, safe_pickle and trust change for their process."""
+    from transformers import dynamic_module_utils
+    from transformers.integrations import hub_kernels
+
+    for owner, name in (
+        (dynamic_module_utils, "TIME_OUT_REMOTE_CODE"),
+        (hub_kernels, "_kernels_enabled"),
+        (hub_kernels, "get_kernel"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
