@@ -80,8 +80,9 @@ class LaunchConfig(BaseModel):
     hang_timeout: Float | None = Field(
         None,
         ge=0,
-        description="Seconds without a heartbeat from a rank, after which the attempt is killed. Default: "
-        "10 times the median step time, at least 60. 0: never.",
+        description="Seconds without a heartbeat from a rank, or without progress outside steps, after which "
+        "the attempt is killed. Default: 10 times the median step time, at least 60; outside steps 600 and "
+        "more for large files. 0: never.",
     )
 
 

@@ -116,7 +116,6 @@ class Supervisor:
         self.requeue_job = False  # whether the job (if any) is requeued; machine 0 decides this too
         self.number = 1  # of the attempt
         self.heartbeats = make_heartbeat_folder()
-        self.began = time.time()
         self.restarts = Restarts(self.run.folder)
 
     def close(self) -> None:
@@ -183,7 +182,7 @@ class Supervisor:
         environ[HEARTBEATS] = str(self.heartbeats)
         if self.topology.num_machines > 1:
             environ[WAITS] = "1" if self.machines.shares_cache else "0"
-        for lock in remove_stale_locks(extensions_cache(environ), self.began):
+        for lock in remove_stale_locks(extensions_cache(environ)):
             say("note", f"{lock} is removed: a killed process left it, and the ranks would wait for it.")
         for old in self.heartbeats.iterdir():
             old.unlink()
@@ -194,6 +193,7 @@ class Supervisor:
             first_rank(self.topology),
             self.signals,
             self.machines.end_on_other_machine,
+            alone=self.topology.num_machines == 1,
         )
         if self.warm:
             try:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from launcher.supervise.hangs import IDLE
+from launcher.supervise.progress import Progress
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
@@ -98,11 +100,14 @@ class WarmParent:
         """Fork the ranks of this machine, as `accelerate launch ARGV` would start them. Return rank -> pid.
 
         Raises:
-            Refused: a fork is not safe, or the process ended.
+            Refused: a fork is not safe, or the process ended, or it hangs in an import.
             NotNeeded: `not_needed` became true before the imports were done.
         """
+        progress = Progress()
         while not self.imported and not self.ended:
             self.imported = any("imported" in answer for answer in self.answers(0.1))
+            if self.process is not None and progress.idle(self.process.pid) > IDLE:
+                raise Refused(f"the imports made no progress for {IDLE:.0f} s")
             if not_needed():
                 raise NotNeeded
         request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from launcher.supervise.attempt import Outcome
-from launcher.supervise.hangs import SuspensionDetector, find_hang
+from launcher.supervise.hangs import HangFinder, SuspensionDetector
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
 from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
@@ -43,12 +43,14 @@ class Watcher:
     shown: int  # the rank whose log goes to the terminal
     signals: Signals
     end_on_other_machine: Callable[[], OtherEnd | None] = no_other_machine
+    alone: bool = True  # no other machine has ranks of this run
 
     def follow(self, launch: Launch) -> Outcome:
         """Watch the ranks until all have ended, and return how the attempt ended."""
         deadline = float("inf")
         exits: dict[int, int] = {}
         hang, cut, awake = None, False, SuspensionDetector()
+        finder = HangFinder(self.heartbeats, self.hang_timeout, self.files, self.alone)
         with _Tail(self.files.rank(self.shown).log) as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
@@ -67,7 +69,7 @@ class Watcher:
                     deadline = min(deadline, now + GRACE_SECONDS)
                 self.signals.pass_on(launch.ranks())
                 if hang is None and now < deadline:
-                    hang = find_hang(self.heartbeats, launch.ranks(), self.hang_timeout, self.files, since)
+                    hang = finder.find(launch.ranks(), since)
                 if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
             tail.show()

@@ -26,3 +26,13 @@ def test_a_rank_that_blocks_the_interpreter_is_named(faults, rank):
     assert "in phase 'step' after step 6" in run.err
     assert "in hold_the_interpreter" in run.err  # the stack, though the rank cannot run Python
     assert alive(run.folder) == []
+
+
+def test_a_rank_that_waits_in_a_save_is_named_and_the_run_restarts(faults):
+    """Its thread still sends heartbeats."""
+    run = faults.run("waits", "ddp", *QUICK, what="save-waits", rank=0, step=6)
+    assert "rank 0 failed first: hung: no progress for" in run.err
+    assert "in phase 'save' after step 6" in run.err
+    assert "in wait_for_a_server" in run.err
+    faults.same_end(run, "ddp")
+    assert alive(run.folder) == []

@@ -146,7 +146,7 @@ def test_each_replaced_part_is_on_the_page():
                 owner, name = (ast.unparse(word) for word in node.args[:2])
                 first, dot, rest = owner.partition(".")
                 found.add(f"{names.get(first, first)}{dot}{rest}.{ast.literal_eval(name)}")
-    assert len(found) == 9
+    assert len(found) == 10
     assert sorted(found - set(PARTS)) == []
 
 
@@ -267,7 +267,27 @@ def test_the_lock_of_torchs_compiler_is_where_we_look(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "FileBaton", baton)
     with pytest.raises(Stop):
         cpp_extension.load_inline("an_operator", cpp_sources="")
-    assert [path.name for path in remove_stale_locks(extensions_cache(environ), since=0.0)] == ["lock"]
+    assert [path.name for path in remove_stale_locks(extensions_cache(environ))] == ["lock"]
+
+
+def test_torchs_compiler_keeps_its_lock_open_with_its_owner_in_it(monkeypatch, tmp_path):
+    from torch.utils import cpp_extension
+
+    from launcher.supervise.stale_locks import remove_stale_locks
+    from trainers.model.owned_builds import write_owners
+    from trainers.rank.build_lock import owner_has_ended
+
+    lock = tmp_path / "an_operator" / "lock"
+    lock.parent.mkdir()
+    monkeypatch.setattr(cpp_extension, "FileBaton", cpp_extension.FileBaton)  # restored after the test
+    for owned in (False, True):
+        baton = cpp_extension.FileBaton(str(lock))
+        assert baton.try_acquire() and not cpp_extension.FileBaton(str(lock)).try_acquire()
+        assert remove_stale_locks(tmp_path) == []
+        assert owner_has_ended(lock) is (False if owned else None)
+        baton.release()
+        assert not lock.exists()
+        write_owners()
 
 
 def test_a_batch_is_read_in_one_call(monkeypatch):

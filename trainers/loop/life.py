@@ -67,12 +67,17 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     from transformers import set_seed
 
     from trainers.checkpoint.safe_pickle import allow_deepspeed, weights_only
+    from trainers.model.owned_builds import write_owners
     from trainers.model.trust import refuse_foreign_code
     from trainers.output.trackers import open_tracker
     from trainers.rank.agreement import check_alike
     from trainers.rank.rendezvous import meet_on_loopback
 
-    allow_deepspeed() if "ACCELERATE_USE_DEEPSPEED" in os.environ else weights_only()
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        allow_deepspeed()
+        write_owners()  # before it compiles
+    else:
+        weights_only()
     refuse_foreign_code(config.use_kernels)
 
     set_seed(config.seed)  # before the model: embeddings of new tokens are random

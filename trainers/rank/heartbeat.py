@@ -1,18 +1,16 @@
 """Heartbeats: each rank writes its progress to a small file on its machine, which the launcher watches.
 
-    PHALANX_HEARTBEATS/rank-N     64 bytes: time, count, step, median seconds of a step, phase
+    PHALANX_HEARTBEATS/rank-N     72 bytes: time, count, step, median seconds of a step, phase, progress
 
 The time is CLOCK_MONOTONIC: all processes of a machine share it, and setting the clock does not change it.
-The count has only the heartbeats of the main thread.
+The count and the time "progress" have only the heartbeats of the main thread.
 
 In the phase "step" (training steps, and the batches of an evaluation) the main thread sends the heartbeats.
 So the launcher notices a rank that waits forever. In the other phases a second thread sends them too: start
-(until the end of the first step), load, save, end, and an evaluation before its first batch. Then the
-launcher notices only a rank that is stopped (SIGSTOP, a debugger), or whose Python interpreter is blocked.
-
-A hang inside a library while a rank starts, loads, saves or ends is NOT noticed, because the second thread
-continues to send heartbeats. If the rank waits for other ranks, torch's timeout ends it after 30 minutes. If
-it waits for something else, such as a file system, nothing ends it (docs/surviving.md).
+(until the end of the first step), load, save, end, and an evaluation before its first batch. They prove that
+the rank lives (it is not stopped by SIGSTOP or a debugger, and its Python interpreter is not blocked), not
+that it makes progress: the main thread may be in a library for long. So in these phases the launcher also
+looks at what the rank computes, reads and writes (launcher/supervise/hangs.py).
 """
 
 from __future__ import annotations
@@ -33,14 +31,15 @@ from trainers.rank.protocol import HEARTBEATS
 
 STEP = "step"  # the phase in which only the main thread sends heartbeats
 PERIOD = 0.5  # seconds between the heartbeats of the thread
-_LAYOUT = struct.Struct("<dqqd32s")
+_LAYOUT = struct.Struct("<dqqd32sd")
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """The last heartbeat of a rank.
 
-    `time` is CLOCK_MONOTONIC. `step_seconds` is 0 until the durations of two steps are known.
+    `time` and `progress` are CLOCK_MONOTONIC; `progress` is the time of the main thread's last heartbeat.
+    `step_seconds` is 0 until the durations of two steps are known.
     """
 
     time: float
@@ -48,6 +47,7 @@ class Heartbeat:
     step: int
     step_seconds: float
     phase: str
+    progress: float = 0.0
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
@@ -63,8 +63,8 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
         return None
     if len(raw) < _LAYOUT.size:
         return None
-    when, count, step, seconds, phase = _LAYOUT.unpack_from(raw)
-    return Heartbeat(when, count, step, seconds, phase.rstrip(b"\0").decode()) if count else None
+    when, count, step, seconds, phase, progress = _LAYOUT.unpack_from(raw)
+    return Heartbeat(when, count, step, seconds, phase.rstrip(b"\0").decode(), progress) if count else None
 
 
 class Heart:
@@ -74,6 +74,7 @@ class Heart:
         self.file: mmap.mmap | None = None
         self.phase = "start"
         self.count = self.step = 0
+        self.progressed = 0.0  # when the main thread sent its last heartbeat
         self.ended = 0.0  # when the last step ended
         self.recent: deque[float] = deque(maxlen=50)  # durations of the last steps, in seconds
         self.lock = threading.Lock()
@@ -96,10 +97,11 @@ class Heart:
             return
         with self.lock:
             self.count += progress
+            now = time.monotonic()
+            self.progressed = now if progress else self.progressed
             median = statistics.median(self.recent) if len(self.recent) > 1 else 0.0
-            _LAYOUT.pack_into(
-                self.file, 0, time.monotonic(), self.count, self.step, median, self.phase.encode()[:32]
-            )
+            phase = self.phase.encode()[:32]
+            _LAYOUT.pack_into(self.file, 0, now, self.count, self.step, median, phase, self.progressed)
 
     def enter(self, phase: str) -> None:
         """Change the phase. In STEP the main thread must call beat(); in other phases the thread does it."""

@@ -22,6 +22,7 @@ from typing import IO
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.failures import has_no_locks
+from trainers.rank.heartbeat import heart
 from trainers.rank.process import log_folder, rank
 from trainers.rank.protocol import CACHE, WAITS, prepared_mark, run_of
 from trainers.rank.say import say
@@ -103,6 +104,7 @@ def _locked(path: Path) -> Iterator[None]:
             if not announced and rank() == 0 and time.monotonic() - began > 2:
                 announced = True
                 say("data", "another process prepares it; waiting.")
+            heart.beat()  # the kernel frees the lock when its holder dies, so this wait is no hang
             time.sleep(0.1)
         yield
 
@@ -121,6 +123,7 @@ def _try_to_lock(file: IO[str]) -> bool:
 def wait_for_machine_0() -> None:
     """Wait until machine 0 has prepared the data, if this machine shares its cache."""
     while os.environ.get(WAITS) == "1" and not _prepared().exists():
+        heart.beat()  # its launcher notices a hang there
         time.sleep(LOOK_SECONDS)
 
 

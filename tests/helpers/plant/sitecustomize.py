@@ -26,6 +26,12 @@ def hold_the_interpreter():
     ctypes.PyDLL(None).sleep(1000)  # a C function called with the GIL held
 
 
+def wait_for_a_server():
+    """Wait in a system call without the GIL, as a read from a file server that is gone."""
+    reader, _ = os.pipe()
+    os.read(reader, 1)
+
+
 def run_out_of_memory():
     import torch
 
@@ -62,6 +68,7 @@ FAULTS = {
     "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "usr1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
     "hold": lambda _: hold_the_interpreter(),
+    "wait": lambda _: wait_for_a_server(),
     "oom": lambda _: run_out_of_memory(),
     "nan": poison,
     "fail": lambda _: fail(),
@@ -143,7 +150,10 @@ def plant_in_checkpoints(module):
 
 
 def plant_in_saves(module):
-    """`no-check`: ranks do not check the free space before a save. `save`: a kill before the final rename."""
+    """`no-check`: ranks do not check the free space before a save.
+
+    `save`: a kill before the final rename. `save-waits`: the rank waits there for ever.
+    """
     publish, has_room = module.Durable._publish, module.Durable._has_room
 
     def blind(self):
@@ -153,6 +163,8 @@ def plant_in_saves(module):
         fault = json.loads(os.environ["PHALANX_FAULT"])
         if fault.get("what") == "save":
             strike({**fault, "what": "kill"}, self.state.global_step, None)
+        if fault.get("what") == "save-waits":
+            strike({**fault, "what": "wait"}, self.state.global_step, None)
         return publish(self, entries)
 
     module.Durable._publish = killed

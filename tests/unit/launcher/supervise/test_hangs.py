@@ -15,7 +15,7 @@ import pytest
 from processes import wait_for
 
 from launcher.supervise import hangs
-from launcher.supervise.hangs import find_hang, limit, make_heartbeat_folder
+from launcher.supervise.hangs import HangFinder, idle_limit, limit, make_heartbeat_folder
 from trainers.rank import heartbeat
 from trainers.rank.heartbeat import STEP, Heart, Heartbeat
 from trainers.rank.protocol import AttemptFiles
@@ -29,7 +29,8 @@ from trainers.rank.process import _dump_stack_on_signal
 
 _dump_stack_on_signal(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 code = "import time\\ndef stay():\\n    print('here', flush=True)\\n    time.sleep(600)\\n"
-files = {"others": "/lib/torch/distributed/distributed_c10d.py", "itself": "/lib/transformers/trainer.py"}
+files = {"others": "/lib/torch/distributed/distributed_c10d.py", "itself": "/lib/transformers/trainer.py",
+         "lock": "/lib/filelock/_api.py"}
 exec(compile(code, files[sys.argv[2]], "exec"))
 stay()
 """
@@ -54,6 +55,46 @@ while True:
 """
 
 
+# A rank in a library: it sends no heartbeat of its main thread, and works in one of these ways, or waits.
+BUSY_RANK = """
+import os, subprocess, sys, time
+from pathlib import Path
+from trainers.rank.process import _dump_stack_on_signal, die_with_parent
+
+_dump_stack_on_signal(Path(sys.argv[1]))
+
+def waits():
+    reader, writer = os.pipe()
+    print("here", flush=True)
+    os.read(reader, 1)
+
+def computes():
+    print("here", flush=True)
+    while True:
+        pass
+
+def writes():
+    with open("/dev/null", "wb", buffering=0) as file:
+        print("here", flush=True)
+        while file.write(bytes(1 << 20)):
+            time.sleep(0.02)
+
+def reads():
+    with open("/dev/zero", "rb", buffering=0) as file:
+        print("here", flush=True)
+        while file.read(1 << 20):
+            time.sleep(0.02)
+
+def compiles():
+    argv = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(argv, process_group=0, preexec_fn=die_with_parent) as compiler:
+        print("here", flush=True)
+        compiler.wait()
+
+globals()[sys.argv[2]]()
+"""
+
+
 class Ranks:
     """Processes that stand for ranks, and the heartbeats that a test writes for them."""
 
@@ -63,20 +104,28 @@ class Ranks:
 
     def start(self, *where: str, script: str = RANK) -> dict[int, int]:
         """Start one rank for each place, and return rank -> pid."""
-        for rank, place in enumerate(where):
+        for rank, place in enumerate(where, start=len(self.started)):
             argv = [sys.executable, "-c", script, str(self.folder / f"rank-{rank}.stack"), place]
             self.started.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
-        for process in self.started:
+        for process in self.started[-len(where) :]:
             assert process.stdout is not None and process.stdout.readline() == "here\n"
         return {rank: process.pid for rank, process in enumerate(self.started)}
 
-    def beat(self, rank: int, ago: float = 100.0, count: int = 50, step: int = 6, phase: str = STEP) -> None:
-        """Write the last heartbeat of a rank, `ago` seconds in the past."""
-        raw = heartbeat._LAYOUT.pack(time.monotonic() - ago, count, step, 0.5, phase.encode())
+    def beat(
+        self, rank: int, ago: float = 100.0, count: int = 50, step: int = 6, phase: str = STEP,
+        progressed: float | None = None,
+    ) -> None:  # fmt: skip
+        """Write the last heartbeat of a rank, `ago` seconds ago; its main thread's was `progressed` ago."""
+        now = time.monotonic()
+        when, main = now - ago, now - (ago if progressed is None else progressed)
+        raw = heartbeat._LAYOUT.pack(when, count, step, 0.5, phase.encode(), main)
         (self.folder / f"rank-{rank}").write_bytes(raw)
 
     def find(self, pids: dict[int, int], timeout: float | None = None) -> hangs.Hang | None:
-        return find_hang(self.folder, pids, timeout, AttemptFiles(self.folder))
+        return self.finder(timeout).find(pids)
+
+    def finder(self, timeout: float | None = None) -> HangFinder:
+        return HangFinder(self.folder, timeout, AttemptFiles(self.folder))
 
     def named(self, pids: dict[int, int]) -> int:
         found = self.find(pids)
@@ -117,11 +166,11 @@ def test_time_in_which_the_launcher_did_not_run_does_not_count(
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600.0)
     awake = wakefulness.look()
     assert ranks.find(pids) is not None, "without `awake`, both ranks have no heartbeat for an hour"
-    assert find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake) is None
+    assert ranks.finder().find(pids, awake) is None
     for _ in range(10):
         now += hangs.SHORTEST / 5
         assert wakefulness.look() == awake, "short intervals between two looks are not a pause"
-    hang = find_hang(ranks.folder, pids, None, AttemptFiles(ranks.folder), awake)
+    hang = ranks.finder().find(pids, awake)
     assert hang is not None and hang.rank == 1
 
 
@@ -183,7 +232,7 @@ def test_heartbeats_of_the_thread_do_not_count_as_progress(ranks: Ranks) -> None
     counts = []
     for beats_by_thread in (4, 9):
         heart = Heart()
-        heart.file = memoryview(bytearray(64))  # type: ignore[assignment]
+        heart.file = memoryview(bytearray(heartbeat._LAYOUT.size))  # type: ignore[assignment]
         heart.enter("start")
         for _ in range(beats_by_thread):
             heart.beat()
@@ -195,6 +244,102 @@ def test_heartbeats_of_the_thread_do_not_count_as_progress(ranks: Ranks) -> None
     for rank in pids:
         ranks.beat(rank, count=counts[rank])
     assert ranks.named(pids) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that does not work hangs after two looks, instead of after minutes."""
+    monkeypatch.setattr(hangs, "INTERVAL", 0.25)
+    monkeypatch.setattr(hangs, "IDLE", 0.75)
+
+
+class Living:
+    """Ranks whose heartbeats are sent by their threads. `find()` is one look of the launcher."""
+
+    def __init__(self, ranks: Ranks, pids: dict[int, int], alone: bool = True) -> None:
+        self.ranks, self.pids = ranks, pids
+        self.finder = HangFinder(ranks.folder, None, AttemptFiles(ranks.folder), alone)
+
+    def find(self, phase: str = "save") -> hangs.Hang | None:
+        for rank in self.pids:
+            self.ranks.beat(rank, ago=0.0, phase=phase, progressed=100.0)
+        return self.finder.find(self.pids)
+
+    def first(self) -> hangs.Hang:
+        found: list[hangs.Hang] = []
+        wait_for(lambda: bool(found.extend(filter(None, [self.find()])) or found))
+        return found[0]
+
+    def never(self, looks: int) -> bool:
+        """Whether nothing hangs while each rank is measured so many times."""
+        seen: set[float] = set()
+        while len(seen) < looks:
+            if self.find() is not None:
+                return False
+            seen.add(self.finder.progress.looked)
+            time.sleep(0.05)
+        return True
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_waits_inside_a_library_is_named_with_its_stack(ranks: Ranks) -> None:
+    """Its thread still sends heartbeats."""
+    hang = Living(ranks, ranks.start("waits", "computes", script=BUSY_RANK)).first()
+    assert (hang.rank, hang.stopped, hang.idle) == (0, False, True)
+    assert "in waits" in hang.stack
+    assert hang.reason.startswith("hung: no progress for ")
+    assert hang.reason.endswith(" s (it computed, read and wrote nothing), in phase 'save' after step 6")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("work", ["computes", "writes", "reads", "compiles"])
+def test_a_rank_that_works_in_a_library_does_not_hang(ranks: Ranks, work: str) -> None:
+    assert Living(ranks, ranks.start(work, script=BUSY_RANK)).never(looks=7)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_waits_for_one_that_works_does_not_hang(ranks: Ranks) -> None:
+    pids = ranks.start("others")
+    pids |= {1: ranks.start("computes", script=BUSY_RANK)[1]}
+    assert Living(ranks, pids).never(looks=7)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("alone", [True, False])
+def test_if_all_ranks_wait_for_each_other_they_hang_unless_another_machine_may_work(
+    ranks: Ranks, alone: bool
+) -> None:
+    living = Living(ranks, ranks.start("others", "others"), alone)
+    assert living.first().rank == 0 if alone else living.never(looks=7)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_waits_for_the_lock_of_a_living_process_does_not_hang(ranks: Ranks) -> None:
+    assert Living(ranks, ranks.start("lock")).never(looks=7)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_work_is_no_progress_in_a_step(ranks: Ranks) -> None:
+    """There each micro-batch sends a heartbeat."""
+    pids = ranks.start("computes", script=BUSY_RANK)
+    ranks.beat(0, ago=100.0)
+    assert ranks.named(pids) == 0
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_library_that_works_with_the_interpreter_blocked_is_no_hang(ranks: Ranks) -> None:
+    """Then not even the thread can send heartbeats."""
+    finder, pids = ranks.finder(), ranks.start("computes", script=BUSY_RANK)
+    ranks.beat(0, ago=100.0, phase="load")
+    assert finder.find(pids) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "timeout", "seconds"),
+    [(0, None, 600.0), (40 * 10**9, None, 2600.0), (40 * 10**9, 7.0, 7.0), (0, 0.0, float("inf"))],
+)
+def test_how_long_a_rank_may_not_work(written: int, timeout: float | None, seconds: float) -> None:
+    assert idle_limit(written, timeout) == seconds
 
 
 def test_the_launcher_waits_for_a_stack_that_is_being_written(ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from processes import PATIENCE, wait_for
 
-from launcher.supervise.hangs import find_hang
+from launcher.supervise.hangs import HangFinder
 from trainers.rank import heartbeat
 from trainers.rank.heartbeat import STEP, Heart, Heartbeat, read_heartbeat
 from trainers.rank.protocol import HEARTBEATS, AttemptFiles
@@ -45,7 +45,7 @@ def test_before_its_first_heartbeat_a_rank_has_none(tmp_path: Path) -> None:
     assert read_heartbeat(path) is None
     path.write_bytes(b"")
     assert read_heartbeat(path) is None
-    path.write_bytes(bytes(64))
+    path.write_bytes(bytes(heartbeat._LAYOUT.size))
     assert read_heartbeat(path) is None
 
 
@@ -83,6 +83,17 @@ def test_a_long_name_of_a_phase_is_cut(heart: Heart, last: Callable[[], Heartbea
     heart.start(3)
     heart.enter("x" * 100)
     assert last().phase == "x" * 32
+
+
+def test_a_heartbeat_tells_when_the_main_thread_sent_its_last_one(
+    heart: Heart, last: Callable[[], Heartbeat]
+) -> None:
+    heart.start(3)
+    first = last().progress
+    wait_for(lambda: last().time > first)
+    assert last().progress == first, "the thread sends heartbeats without progress"
+    heart.beat()
+    assert last().progress > first
 
 
 def test_the_thread_sends_heartbeats_in_phases_without_steps(
@@ -184,4 +195,4 @@ def test_setting_the_clock_back_changes_nothing(
     after = last()
     assert before.time <= after.time <= time.monotonic()
     assert 0 <= after.step_seconds < PATIENCE
-    assert find_hang(tmp_path, {3: os.getpid()}, 60.0, AttemptFiles(tmp_path)) is None
+    assert HangFinder(tmp_path, 60.0, AttemptFiles(tmp_path)).find({3: os.getpid()}) is None
