@@ -61,7 +61,7 @@ import os, subprocess, sys, time
 from pathlib import Path
 from trainers.rank.process import _dump_stack_on_signal, die_with_parent
 
-_dump_stack_on_signal(Path(sys.argv[1]))
+_dump_stack_on_signal(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 
 def waits():
     reader, writer = os.pipe()
