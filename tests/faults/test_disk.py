@@ -130,6 +130,7 @@ def test_resume_skips_a_damaged_checkpoint_and_says_why(faults, bench, backend):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # the size is right, so only the ranks notice: they read the content
     path.write_bytes(content)
+    (folder / "finished.json").unlink()  # as if it was killed in its final save
     run = faults.run(name, backend, "--resume")
     assert f"resume: skipped {name}/checkpoint-12: {largest.path} has changed since it was written" in run.out
     assert f"resume: {name}/checkpoint-8" in run.out

@@ -30,7 +30,7 @@ def test_a_rank_that_blocks_the_interpreter_is_named(faults, rank):
 
 def test_a_rank_that_waits_in_a_save_is_named_and_the_run_restarts(faults):
     """Its thread still sends heartbeats."""
-    run = faults.run("waits", "ddp", *QUICK, what="save-waits", rank=0, step=8)
+    run = faults.run("save-waits", "ddp", *QUICK, what="save-waits", rank=0, step=8)
     assert "rank 0 failed first: hung: no progress for" in run.err
     assert "in phase 'save' after step 8" in run.err
     assert "in wait_for_a_server" in (run.folder / "launch" / "attempt-1" / "rank-0.stack").read_text()

@@ -77,13 +77,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_newest(tmp_path, tiny_mo
     built = build(
         tmp_path, tiny_model, trainer="sft", valid_fraction=0.4, eval_strategy="steps", eval_steps=2, **SAVES
     )
-    scores = iter([0.1, 0.5, 0.9])
-    evaluate = built.trainer.evaluate
-
-    def scored(*args, **kwargs):
-        return evaluate(*args, **kwargs) | {"eval_loss": next(scores)}
-
-    monkeypatch.setattr(built.trainer, "evaluate", scored)
+    scored(built, monkeypatch, 0.1, 0.5, 0.9)
     train(built)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
     best = tmp_path / "run" / "checkpoint-2"
@@ -131,7 +125,7 @@ def test_a_resume_and_the_best_model_have_every_weight_of_the_checkpoint(
     resumed = build(tmp_path, architecture, resume=str(folder), **values).trainer
     resumed._load_from_checkpoint(str(folder))
     best = build(tmp_path, architecture, **values).trainer
-    best.state.best_model_checkpoint = str(folder)
+    best.state.log_history = [{"step": 4, "eval_loss": 1.0}]
     best._load_best_model()
     for model in (resumed.model, best.model):
         found = model.state_dict()

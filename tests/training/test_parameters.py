@@ -587,8 +587,8 @@ def test_merge_adapter_leaves_a_full_model(place, trainer):
         built = small(place, trainer, **LORA, merge_adapter=merge, project_name=str(folder))
         assert not idle(built.settings, "merge_adapter")
         built.trainer.train()
-        finish.save_final_model(built.trainer, built.context)
-        finish.finish(built.context, life._facts(built.trainer, built.context))
+        ending = finish.save_final_model(built.trainer, built.context)
+        finish.finish(built.context, life._facts(built.trainer, built.context), ending)
         left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
     assert left == [
         {"adapter_config.json": True, "model.safetensors": False},

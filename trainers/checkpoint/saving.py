@@ -144,8 +144,7 @@ class Durable(Resuming):
         )
         for step in sorted(scores, key=lambda step: (scores[step], step)):
             if step == self.state.global_step:
-                self.state.best_model_checkpoint = None
-                return
+                return  # it is in memory
             folder = self._folder_of(step)
             why = self._complaint(folder) if self.agreement.from_rank_0(folder.exists()) else "it is gone"
             if why is None:
