@@ -214,9 +214,10 @@ def test_a_file_that_cannot_be_read_is_named_though_its_hash_is_right(
 ):
     monkeypatch.chdir(tmp_path)
     folder = fake_checkpoint(tmp_path / "run", 4, Layout("none", None, 1, 2, 1))
-    torch.save({"state": Poison()}, folder / name) if content == "poison" else (folder / name).write_text(
-        "text"
-    )
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    (folder / name).write_text("text")
+    if content == "poison":
+        torch.save({"state": Poison()}, folder / name)
     manifest = read_manifest(folder)
     files = [entry_of(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
     replace(manifest, files=files).write(folder)
