@@ -113,7 +113,8 @@ def contents(folder: Path) -> dict[str, str | bytes]:
 NAMES_OF_RUNS = (
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.json",
     "finished.json", "generation_config.json", "metrics.jsonl", "model.safetensors", "run.json",
-    "tokenizer.json", "tokenizer_config.json", "tracker.json", "trainer_state.json", "training_args.bin", "checkpoint-1/",
-    "checkpoint-2/", "set-aside-1-checkpoint-3/", "saving/", "final.part/", "merged.part/", "runs/", "wandb/",
-    "launch/attempt-1/", "launch/progress.json", "launch/warm-0.log", ".lock", ".written",
+    "tokenizer.json", "tokenizer_config.json", "tracker.json", "trainer_state.json", "training_args.bin",
+    "checkpoint-1/", "checkpoint-2/", "set-aside-1-checkpoint-3/", "saving/", "final.part/", "merged.part/",
+    "runs/", "wandb/", "launch/attempt-1/", "launch/progress.json", "launch/warm-0.log", ".lock",
+    ".written",
 )  # fmt: skip

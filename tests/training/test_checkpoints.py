@@ -13,7 +13,7 @@ import pytest
 import torch
 from fakes import fake_checkpoint
 from inprocess import build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, build_architecture
 
 from trainers.checkpoint.readable import why_unreadable
