@@ -20,8 +20,8 @@ HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"
 @pytest.mark.parametrize(
     ("backend", "flags", "phase"),
     [
-        ("ddp", (*MERGED, *CONSTANT), "final save"),
         ("ddp", (*MERGED, *UNSAVED), "merge"),
+        pytest.param("ddp", (*MERGED, *CONSTANT), "final save", marks=pytest.mark.slow),
         pytest.param("fsdp", CONSTANT, "final save", marks=pytest.mark.slow),
         pytest.param("zero2", CONSTANT, "final save", marks=pytest.mark.slow),
         pytest.param("zero3", CONSTANT, "final save done", marks=pytest.mark.slow),
@@ -67,6 +67,7 @@ def test_a_resume_of_a_finished_run_changes_nothing(faults):
     assert [entry["step"] for entry in resumed.metrics if "loss" in entry] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_failed_upload_trains_nothing_again_and_is_repeated_alone(faults):
     bench = faults.bench
     with fake_hub() as hub:

@@ -24,7 +24,9 @@ def architecture(tmp_path_factory, tiny_model):
     return get
 
 
-@pytest.mark.parametrize("best", [(), BEST], ids=["last", "best"])
+@pytest.mark.parametrize(
+    "best", [pytest.param((), id="last"), pytest.param(BEST, id="best", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("backend", "name"),
     [

@@ -28,6 +28,7 @@ def test_a_rank_that_blocks_the_interpreter_is_named(faults, rank):
     assert alive(run.folder) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_in_a_save_is_named_and_the_run_restarts(faults):
     """Its thread still sends heartbeats."""
     run = faults.run("save-waits", "ddp", *QUICK, what="save-waits", rank=0, step=8)

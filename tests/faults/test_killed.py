@@ -38,13 +38,16 @@ def test_with_dropout_every_rank_restores_its_random_state(faults):
     faults.same_end(run, "ddp", *LORA)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_under_accelerate_launch(faults):
     run = faults.run("killed-cold", "ddp", "--start", "accelerate", what="kill", rank=1, step=7)
     assert NAMED.format(1) in run.err
     faults.same_end(run, "ddp")
 
 
-@pytest.mark.parametrize(("whom", "kept"), [("all", False), ("launcher", True)])
+@pytest.mark.parametrize(
+    ("whom", "kept"), [pytest.param("all", False, marks=pytest.mark.slow), ("launcher", True)]
+)
 def test_no_rank_outlives_the_launcher_and_resume_continues(faults, whom, kept):
     running = faults.start(f"launcher-{whom}", "ddp", kept=kept, pause=0.3)
     running.wait_for_step(6)

@@ -65,6 +65,7 @@ def test_a_closed_terminal_saves_and_stops(faults):
         resumed(faults, running, "ddp")
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_a_rank_that_was_started_by_hand(faults):
     """Its data worker is in the foreground of the terminal too."""
     config = faults.bench.config("hang-up-by-hand")
