@@ -70,7 +70,7 @@ def cells(always: dict[str, list[str]]) -> list[object]:
 # dpo has a second model on each backend, and reward a new head. The others differ only in their loss.
 # test_matrix has sft on every backend.
 FULL = {
-    "default": [],  # tests/distributed/test_examples.py trains it on two ranks
+    "default": [],  # the loss of sft, on other tokens
     "reward": ["fsdp"],
     "dpo": ["ddp", "fsdp", "zero3"],
     "orpo": ["fsdp"],
