@@ -68,8 +68,8 @@ def test_a_suspended_job_is_not_reported_as_hung(site):
 
 
 def test_ranks_save_before_the_time_limit_without_a_signal(site):
-    """The ranks know the limit. Twelve steps of 15 s take longer than two minutes."""
-    job = site.submit("limited", sbatch=("--time=2", "--signal=CONT@1"), **slowly(15.0))
+    """The ranks know the limit. Twelve steps of 15 s and the start take longer than three minutes."""
+    job = site.submit("limited", sbatch=("--time=3", "--signal=CONT@1"), **slowly(15.0))
     job.wait(lambda: "the job ends in" in job.output, "the limit is not logged", 200)
     job.wait(lambda: job.facts["Restarts"] == "1", "it is not requeued")
     site.cluster.ask("scancel", job.number)

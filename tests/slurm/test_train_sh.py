@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobsite import SCRIPT, Site, losses, slowly
+from pages import fences, text_after
 from places import REPO
 
 from launcher.cli import build_parser
@@ -101,16 +102,17 @@ def test_nodes_without_a_shared_cache_each_prepare_the_data(site):
 
 def test_commands_of_the_slurm_page_are_accepted(site):
     """sbatch, submit's checks or the command's parser accept each command of docs/slurm.md."""
-    page = (REPO / "docs" / "slurm.md").read_text()
-    lines = [line for block in page.split("```\n")[1::2] for line in block.splitlines()]
     commands = [
-        shlex.split(line, comments=True) for line in lines if line.startswith(("phalanx ", "sbatch "))
+        shlex.split(line, comments=True)
+        for fence in fences("bash")
+        for line in fence.commands
+        if fence.page == "slurm"
     ]
     assert len(commands) >= 10
     (site.folder / "slurm").symlink_to(REPO / "slurm")
     (site.folder / "config.yaml").write_text((site.folder / site.config("my-run")).read_text())
     for name in ("sweep.txt", "sweep-of-configs.txt"):
-        (site.folder / name).write_text(block_after(page, f"`{name}`"))
+        (site.folder / name).write_text(text_after("slurm.md", f"`{name}`"))
     for other in ("a.yaml", "b.yaml"):
         (site.folder / other).write_text((site.folder / site.config(other[0])).read_text())
     for command in commands:
@@ -122,11 +124,6 @@ def test_commands_of_the_slurm_page_are_accepted(site):
             assert code == 0 and out.startswith("sbatch "), f"{command}: {err}"
         else:
             build_parser(command[1]).parse_args(command[1:])
-
-
-def block_after(page, text):
-    """Return the first block of a page after some text."""
-    return page.partition(text)[2].split("```\n")[1]
 
 
 @pytest.mark.slow
