@@ -222,7 +222,7 @@ STATIC = [
     pytest.param("fsdp", marks=pytest.mark.slow),
     pytest.param("deepspeed_zero1", marks=pytest.mark.slow),
     pytest.param("deepspeed_zero2", marks=pytest.mark.slow),
-    "deepspeed_zero3",
+    pytest.param("deepspeed_zero3", marks=pytest.mark.slow),
 ]
 
 
