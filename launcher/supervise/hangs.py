@@ -20,6 +20,7 @@ from pathlib import Path
 
 from launcher.supervise.progress import INTERVAL, Progress
 from trainers.rank.heartbeat import STEP, Heartbeat, heartbeat_file, read_heartbeat
+from trainers.rank.proc_stat import read_stat
 from trainers.rank.protocol import AttemptFiles
 from trainers.rank.signals import STACK_SIGNAL
 
@@ -200,10 +201,9 @@ def idle_limit(written: int, timeout: float | None) -> float:
 
 def _is_stopped(pid: int) -> bool:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        return read_stat(pid).state in ("T", "t")
     except OSError:
         return False
-    return text.rpartition(") ")[2][:1] in ("T", "t")
 
 
 def _stacks(ranks: Mapping[int, int], attempt: AttemptFiles) -> dict[int, str]:

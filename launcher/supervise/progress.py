@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainers.rank.proc_stat import ProcessStat, pids, read_stat
+
 INTERVAL = 5.0  # seconds between two looks; work is measured over this time
 CPU_SHARE = 0.05  # of a processor. The threads of a rank that waits take a tenth of it
 BYTES_PER_SECOND = 64 * 1024  # less than the slowest disk; a tracker's process logs a tenth of it
@@ -78,28 +80,25 @@ def works_of(ranks: Mapping[int, int]) -> dict[int, Work]:
     They are its descendants, and all processes of its session: a compiler whose parent has ended, for
     instance.
     """
-    parents, sessions, cpu = {}, {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    stats = {}
+    for pid in pids():
         with contextlib.suppress(OSError):  # it has ended
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
-            pid = int(path.parent.name)
-            parents[pid], sessions[pid] = int(fields[1]), int(fields[3])
-            cpu[pid] = _TICK * sum(map(int, fields[11:15]))  # with that of children that have ended
+            stats[pid] = read_stat(pid)
     found = {}
     for rank, leader in ranks.items():
-        members = [pid for pid in cpu if pid == leader or _belongs(pid, leader, parents, sessions)]
-        if leader in cpu:
+        if leader in stats:
+            members = [pid for pid in stats if _belongs(pid, leader, stats)]
             moved, written = (sum(numbers) for numbers in zip(*map(_bytes, members), strict=True))
-            found[rank] = Work(sum(cpu[pid] for pid in members), moved, written)
+            found[rank] = Work(_TICK * sum(stats[pid].cpu for pid in members), moved, written)
     return found
 
 
-def _belongs(pid: int, leader: int, parents: Mapping[int, int], sessions: Mapping[int, int]) -> bool:
-    if sessions[pid] == leader:
+def _belongs(pid: int, leader: int, stats: Mapping[int, ProcessStat]) -> bool:
+    if stats[pid].session == leader:
         return True
     seen = 0
-    while pid in parents and pid != leader and seen < len(parents):
-        pid, seen = parents[pid], seen + 1  # `seen`: a pid may be used again while the list is read
+    while pid in stats and pid != leader and seen < len(stats):
+        pid, seen = stats[pid].parent, seen + 1  # `seen`: a pid may be used again while the list is read
     return pid == leader
 
 

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trainers.rank.proc_stat import read_stat
+
 
 def this_process() -> dict[str, Any]:
     """Return what identifies this process among those of all machines, now and later."""
@@ -39,8 +41,7 @@ def _where() -> dict[str, Any]:
 def _start(pid: int) -> int | None:
     """Return when a process started, or None if it has ended. A process id may be used again."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        found = read_stat(pid)
     except OSError:
         return None
-    fields = text.rpartition(") ")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None if found.state in ("Z", "X") else found.start

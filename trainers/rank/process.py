@@ -22,6 +22,7 @@ from trainers.config.redaction import redacted
 from trainers.rank import no_links
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
 from trainers.rank.heartbeat import heart
+from trainers.rank.proc_stat import pids, read_stat
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, run_of, write_note
 from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
@@ -148,11 +149,10 @@ def kill_session(leader: int) -> None:
 
     They are the rank, its data workers, and compilers, which have their own process groups.
     """
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for pid in pids():
         with contextlib.suppress(OSError):  # it has ended
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
-            if int(fields[3]) == leader:
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            if read_stat(pid).session == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _note(folder: Path | None, error: Exception, code: int) -> None:
