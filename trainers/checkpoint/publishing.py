@@ -53,15 +53,19 @@ def rotate(run_folder: Path, saved: int, limit: int, best: str) -> None:
 def make_room(run_folder: Path, needed: int, best: str) -> list[Path]:
     """Delete the oldest checkpoints until the disk has `needed` bytes. Return those that were deleted.
 
-    The newest that verifies is kept, and the best one.
+    The newest that verifies is kept, and the best one. Without one that verifies, all are kept.
     """
+
+    def has_room() -> bool:
+        return shutil.disk_usage(run_folder).free >= needed
+
+    if has_room():  # before each save: a checkpoint is read only if another one must go
+        return []
     newest, _ = newest_usable(run_folder, content=True)
-    deleted = []
-    for folder in checkpoint_folders(run_folder):
-        if shutil.disk_usage(run_folder).free >= needed:
-            break
+    deleted: list[Path] = []
+    for folder in checkpoint_folders(run_folder) if newest is not None else []:
         kept = folder in (newest, run_folder / best) or not run_files.owns(run_folder, folder.name)
-        if newest is not None and not kept:
+        if not kept and not has_room():
             discard(folder)
             deleted.append(folder)
     return deleted

@@ -10,7 +10,7 @@ import pytest
 from fakes import fake_checkpoint
 
 from trainers.checkpoint.publishing import make_room, rotate
-from trainers.storage import run_files
+from trainers.storage import manifest, run_files
 from trainers.storage.manifest import checkpoint_folders
 
 WEIGHTS = "model.safetensors"
@@ -84,6 +84,13 @@ def test_the_oldest_give_way_until_there_is_room(
     deleted = make_room(tmp_path, needed, best="checkpoint-5")
     assert steps(tmp_path) == left
     assert [path.name for path in deleted] == [f"checkpoint-{s}" for s in (5, 10, 15, 20) if s not in left]
+
+
+def test_with_room_no_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is asked before each save, and a checkpoint may have hundreds of gigabytes."""
+    fake_checkpoint(tmp_path, 5)
+    monkeypatch.setattr(manifest, "hash_file", lambda *_, **__: pytest.fail("it is read"))
+    assert make_room(tmp_path, 1, best="") == []
 
 
 def test_a_checkpoint_that_the_run_did_not_write_stays(tmp_path: Path) -> None:
