@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, build_architecture
 
 from trainers.checkpoint.readable import why_unreadable
+from trainers.config.errors import ConfigError
 from trainers.loop import step_boundary
 from trainers.loop.step_boundary import StepBoundary
 from trainers.storage.manifest import Layout, checkpoint_folders, entry_of, read_manifest, why_unusable
@@ -242,3 +244,51 @@ def test_a_resume_ends_with_the_same_weights(tmp_path, tiny_model, peft):
     for name, parameter in resumed.trainer.model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, trained[name]), name
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "adapter"])
+def saved(request, tmp_path_factory, tiny_model) -> tuple[Path, dict]:
+    """A folder with checkpoint-2 of a short run, and the values of the run."""
+    work = tmp_path_factory.mktemp("saved")
+    values = {"trainer": "sft", "peft": request.param, "quantization": None, **SAVES, "max_steps": 2}
+    train(build(work, tiny_model, **values))
+    return work / "run" / "checkpoint-2", values
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights, name: weights.pop(name), "it lacks "),
+        (
+            lambda weights, name: weights.update({name.replace("layers.1", "layers.9"): weights[name] + 1}),
+            "it has ",
+        ),
+        (lambda weights, name: weights.update({name: weights[name][:-1].contiguous()}), ""),
+    ],
+    ids=["missing", "unknown", "of another shape"],
+)
+def test_a_weight_that_does_not_fit_ends_the_resume(tmp_path, tiny_model, saved, change, words):
+    checkpoint, values = saved
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    [file] = folder.glob("*model.safetensors")
+    weights = load_file(file)
+    name = next(name for name in weights if "layers.1" in name)
+    change(weights, name)
+    save_file(weights, file, metadata={"format": "pt"})
+    trainer = build(tmp_path, tiny_model, **values).trainer
+    with pytest.raises(ConfigError, match=re.escape(f"{folder}: {words}")):
+        trainer._load_from_checkpoint(str(folder))
+
+
+class OfDeepSpeed:
+    """A class that only the checkpoints of DeepSpeed have."""
+
+
+def test_a_checkpoint_of_another_backend_is_refused_and_not_taken_for_a_damaged_one(tmp_path, tiny_model):
+    folder = fake_checkpoint(tmp_path / "run", 4, Layout("deepspeed", 2, 1, 2, 1))
+    torch.save({"state": OfDeepSpeed()}, folder / "a_optim_states.pt")
+    files = [entry_of(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    replace(read_manifest(folder), files=files).write(folder)
+    trainer = build(tmp_path, tiny_model, trainer="sft", resume=True, **SAVES).trainer
+    with pytest.raises(ConfigError, match="it was written by ZeRO 2, which ddp cannot read"):
+        trainer.find_checkpoint()

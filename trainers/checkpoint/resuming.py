@@ -101,18 +101,30 @@ class Resuming(Trainer):
         layout = self.layout()
         if why := why_layouts_differ(read_manifest(folder).layout, layout):
             raise ConfigError(f"resume: {folder}: {why}")
-        if layout.backend in ("fsdp", "deepspeed"):
-            check_shards(self.model, folder, self._trains_all)
+        if why := self.agreement.from_rank_0(self._why_shards_differ(folder, layout) if rank() == 0 else ""):
+            raise ConfigError(f"resume: {why}")
         return folder
+
+    def _why_shards_differ(self, folder: Path, layout: Layout) -> str:
+        """Return which weight is missing or unknown, or an empty string. A load checks other files."""
+        if layout.backend not in ("fsdp", "deepspeed"):
+            return ""
+        try:
+            check_shards(self.model, folder, self._trains_all)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def _complaint(self, folder: Path) -> str | None:
         """Return why a checkpoint cannot be used, or None. All ranks check it together."""
         why = self.agreement.from_rank_0(why_unusable(folder, content=False))
         if why is not None:
             return why
-        share = read_manifest(folder).files[rank() :: world_size()]
+        written = read_manifest(folder)
+        share = written.files[rank() :: world_size()]
         found = damaged_files(folder, share, content=True)
-        found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
+        if not why_layouts_differ(written.layout, self.layout()):  # another backend has files of its own
+            found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
         return next((fault for part in self.agreement.gather(found) for fault in part), None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

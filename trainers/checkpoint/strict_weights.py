@@ -25,13 +25,13 @@ def load_weights(model: Any, folder: Path) -> None:
     """Load the weights of `folder` into a model, or into its adapter if it has one.
 
     Raises:
-        ConfigError: a weight is missing, unknown, or has another shape; the model is as before.
+        ConfigError: a weight is missing, unknown, or has another shape.
     """
     load = _load_adapter if (folder / ADAPTER).exists() else _load_model
     try:
         load(model, folder)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"resume: {folder}: {error}") from error
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _load_model(model: Any, folder: Path) -> None:
@@ -76,14 +76,15 @@ def _load_adapter(model: Any, folder: Path) -> None:
 def check_shards(model: Any, folder: Path, trains_all: bool) -> None:
     """Check that shards have each weight of a model that is not sharded yet, and no other.
 
-    Without `trains_all`, they have only the weights that are trained. A tied weight has one name or all.
+    Without `trains_all`, they have only the weights that are trained. A tied weight has one name or all. One
+    rank is enough: all ranks have the same model, and the lists of all shards are read.
 
     Raises:
         ConfigError: a weight is missing or unknown, or the shards cannot be read.
     """
     source = open_shards(folder)
     if source is None:
-        raise ConfigError(f"resume: {folder} has no shards.")
+        raise ConfigError(f"{folder} has no shards.")
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if trains_all or weight.requires_grad:
@@ -94,7 +95,7 @@ def check_shards(model: Any, folder: Path, trains_all: bool) -> None:
     try:
         _check(missing, sorted(source.stored.keys() - known), type(model).__name__)
     except ValueError as error:
-        raise ConfigError(f"resume: {folder}: {error}") from error
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _check(missing: list[str], unknown: list[str], owner: str) -> None:
