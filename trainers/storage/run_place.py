@@ -33,7 +33,7 @@ def check_place(
 ) -> None:
     """Refuse a run's folder that is, contains, or lies inside something that the run reads.
 
-    Links are resolved. The config file may lie in the folder, under a name that no run writes. A run may
+    Links are resolved. The config file may be in the folder, under a name that no run writes. A run may
     resume from its own checkpoint. `others` are inputs that the config does not name.
 
     Raises:

@@ -56,7 +56,7 @@ FILES = {
     "a token is a mapping": config(hub=f"{{token: {{a: {PLAIN}}}}}"),
     "a token is a list": config(hub=f"{{token: [{PLAIN}]}}"),
     "two tokens": config(hub=f"{{token: {PLAIN}}}", params=f"{{token: {SECRET}}}"),
-    "a mistake beside a token": config(hub=f"{{token: {PLAIN}}}", params=f"{{lr: {PLAIN}}}"),
+    "a mistake with a token": config(hub=f"{{token: {PLAIN}}}", params=f"{{lr: {PLAIN}}}"),
     "a token for a number": config(params=f"{{lr: {SECRET}}}"),
     "a token for a choice": config(params=f"{{log: {SECRET}}}"),
     "a token for a number of ranks": config(launch=f"{{num_processes: {SECRET}}}"),
@@ -75,8 +75,8 @@ FILES = {
     "a file that is a list": f"- {SECRET}\n",
 }  # fmt: skip
 FLAGS = {
-    "a wrong flag beside a token": ["--token", PLAIN, "--lr", "many"],
-    "an unknown flag beside a token": ["--token", PLAIN, "--no-such-flag", "1"],
+    "a wrong flag with a token": ["--token", PLAIN, "--lr", "many"],
+    "an unknown flag with a token": ["--token", PLAIN, "--no-such-flag", "1"],
     "a misspelled flag": ["--tokn", PLAIN],
     "a misspelled flag with an equals sign": [f"--hub-token={PLAIN}"],
     "a token for a number": ["--lr", SECRET],

@@ -9,7 +9,7 @@ import pytest
 from launcher.cli import main
 
 
-@pytest.mark.parametrize("name", ["nowhere", "run/checkpoint-5"])
+@pytest.mark.parametrize("name", ["no-such-folder", "run/checkpoint-5"])
 def test_a_folder_that_does_not_exist_is_refused(
     work: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

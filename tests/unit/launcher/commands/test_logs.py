@@ -73,7 +73,7 @@ def test_only_the_state_of_a_job_is_not_read_in_every_round(
 
 
 def test_a_log_is_not_followed_without_a_reader(held: subprocess.Popen[str]) -> None:
-    """`phalanx logs run --follow | head -1`: it ends although the run goes on and writes no more."""
+    """`phalanx logs run --follow | head -1`: it ends although the run continues and writes no more."""
     fake_run("run")
     follower = follow()
     assert follower.stdout is not None and follower.stdout.readline() == "step 1/4\n"

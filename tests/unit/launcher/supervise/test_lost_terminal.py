@@ -1,4 +1,4 @@
-"""A run whose terminal or pipe goes away: it goes on, or saves and stops, and its exit code says which.
+"""A run whose terminal or pipe goes away: it continues, or saves and stops, and its exit code says which.
 
 The launcher is a real one. Its rank is a rank without torch: it writes a step to its log, and waits for the
 file `go` or for a signal.

@@ -64,7 +64,7 @@ def test_an_adapter_is_uploaded_without_local_folders(saved_adapter, hub: FakeHu
 
 
 def test_a_file_that_the_run_did_not_write_is_not_uploaded(saved_run, hub: FakeHub):
-    """The config may lie in the run's folder, and have a token."""
+    """The config may be in the run's folder, and have a token."""
     (saved_run / "config.yaml").write_text("hub: {token: hf_secret}")
     push(pushing(), saved_run)
     assert "config.yaml" not in hub.repositories["me/my-run"].files

@@ -1,4 +1,4 @@
-"""Output that nobody reads is dropped, and the process goes on to its own exit code."""
+"""Output that nobody reads is dropped, and the process continues to its own exit code."""
 
 from __future__ import annotations
 
