@@ -46,7 +46,7 @@ def run(target: str, rank: int, follow: bool) -> int:
 def _logs(folder: Path, rank: int, follow: bool) -> Iterator[Path]:
     """Copy what is new in the newest log to the terminal, and yield the log's path.
 
-    Until the run ends, or until nobody reads the output (`phalanx logs RUN --follow | head`).
+    It ends with the run, or when nobody reads the output any more (`phalanx logs RUN --follow | head`).
     """
     path, position, ended, asked = None, 0, False, float("-inf")
     while True:

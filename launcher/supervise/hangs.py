@@ -67,7 +67,7 @@ class Hang:
         state = "stopped (SIGSTOP, or a debugger)" if self.stopped else "hung"
         at = f"in phase '{self.beat.phase}' after step {self.beat.step}"
         if self.idle:
-            work = "it computed, read and wrote nothing"
+            work = "it computed, read and wrote almost nothing"
             return f"{state}: no progress for {self.seconds:.0f} s ({work}), {at}"
         return f"{state}: no heartbeat for {self.seconds:.0f} s, {at}"
 

@@ -153,7 +153,10 @@ class Durable(Resuming):
                 return
             # save_total_limit does not delete the best. A step between two saves has no checkpoint.
             if rank() == 0 and step == self.state.best_global_step and self._saves_at(step):
-                say("warning", f"{folder} has the best model, but cannot be used: {why}. The next best is.")
+                say(
+                    "warning",
+                    f"{folder} has the best model, but cannot be used: {why}. The next best is tried.",
+                )
         self.state.best_model_checkpoint = None
         if rank() == 0:
             say("warning", "no checkpoint can be used: the model is that of the last step, not the best.")

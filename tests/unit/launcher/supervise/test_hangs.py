@@ -288,7 +288,9 @@ def test_a_rank_that_waits_inside_a_library_is_named_with_its_stack(ranks: Ranks
     assert (hang.rank, hang.stopped, hang.idle) == (0, False, True)
     assert "in waits" in hang.stack
     assert hang.reason.startswith("hung: no progress for ")
-    assert hang.reason.endswith(" s (it computed, read and wrote nothing), in phase 'save' after step 6")
+    assert hang.reason.endswith(
+        " s (it computed, read and wrote almost nothing), in phase 'save' after step 6"
+    )
 
 
 @pytest.mark.usefixtures("impatient")
