@@ -1,4 +1,6 @@
-"""Write checkpoints that are always complete: a mixin for transformers' Trainer (resuming.py reads them).
+"""Write checkpoints that are always complete: a mixin for transformers' Trainer.
+
+resuming.py reads them, and best_model.py chooses the best of them.
 
     saving/checkpoint-N/   all ranks write here, then hash the files; then rank 0 lists them in a manifest
     checkpoint-N/          and renames the folder to this
@@ -23,9 +25,10 @@ from typing import Any
 import torch
 
 from trainers.checkpoint import fsdp_shards, zero_shards
+from trainers.checkpoint.best_model import BestModel
 from trainers.checkpoint.nan_watch import FiniteWatch
 from trainers.checkpoint.publishing import make_room, publish, rotate
-from trainers.checkpoint.resuming import SCHEDULER, Resuming
+from trainers.checkpoint.resuming import SCHEDULER
 from trainers.config.packages import versions
 from trainers.config.text import format_bytes
 from trainers.rank.failures import disk_is_full
@@ -70,7 +73,7 @@ class Save:
     pending: Future[Hashed] | None = None  # set once this rank has written, or its thread continues
 
 
-class Durable(Resuming):
+class Durable(BestModel):
     """A mixin that saves checkpoints. In a class definition it comes before TRL's trainer."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -78,7 +81,6 @@ class Durable(Resuming):
         self.watch = FiniteWatch(self.config.mixed_precision == "fp16")
         self.due_evaluation = False  # whether an evaluation is due at the next saved step; a resume does it
         self.saved_step = 0  # step of the last checkpoint of this start
-        self.model_step: int | None = None  # step of the best model, once its weights are loaded
         self.save_seconds = 30.0  # duration of the last save; before the first one, a guess
         self._saving = Save(0, self._position, self.run_folder)
         self._stager = fsdp_shards.make_stager()
@@ -129,45 +131,6 @@ class Durable(Resuming):
         with heart.during("evaluate"):
             return super().evaluation_loop(*arguments, **named)
 
-    def _finalize_training(self, *arguments: Any, **named: Any) -> Any:
-        """Look for the best model in any case. transformers does not if its folder is gone at a resume."""
-        if self.config.load_best_model_at_end and self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self._folder_of(self.state.best_global_step))
-        return super()._finalize_training(*arguments, **named)
-
-    def _load_best_model(self) -> None:
-        """Load the best model of those that verify: from a checkpoint, or keep that of the last step."""
-        self.conclude()  # the best model may be in the checkpoint that is being written
-        found = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        scores: dict[int, float] = self.agreement.from_rank_0(
-            {int(entry["step"]): entry["eval_loss"] for entry in found}
-        )
-        for step in sorted(scores, key=lambda step: (scores[step], step)):
-            if step == self.state.global_step:
-                return  # it is in memory
-            folder = self._folder_of(step)
-            why = self._complaint(folder) if self.agreement.from_rank_0(folder.exists()) else "it is gone"
-            if why is None:
-                self.state.best_model_checkpoint, self.model_step = str(folder), step
-                super()._load_best_model()
-                return
-            # save_total_limit does not delete the best. A step between two saves has no checkpoint.
-            if rank() == 0 and step == self.state.best_global_step and self._saves_at(step):
-                say(
-                    "warning",
-                    f"{folder} has the best model, but cannot be used: {why}. The next best is tried.",
-                )
-        self.state.best_model_checkpoint = None
-        if rank() == 0:
-            say("warning", "no checkpoint can be used: the model is that of the last step, not the best.")
-
-    def _saves_at(self, step: int) -> bool:
-        every = self.config.save_steps if self.config.save_strategy == "steps" else None
-        return every is None or step % every == 0
-
-    def _folder_of(self, step: int) -> Path:
-        return self.run_folder / f"{CHECKPOINT_PREFIX}{step}"
-
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder for checkpoint-N. transformers uses it for saves and at the end of train()."""
         return str(self.run_folder / SAVING)
@@ -186,7 +149,9 @@ class Durable(Resuming):
             self.agreement.barrier()
             with self._tolerating():
                 super()._save_checkpoint(model, trial)
-                self._name_best()
+                self.name_best(step)
+                if rank() == 0 and self.state.best_global_step and save.failure is None:
+                    self.state.save_to_json(str(part / "trainer_state.json"))
             if save.shards is not None:
                 save.pending = self._pool.submit(self._settle, save)
                 return
@@ -300,22 +265,6 @@ class Durable(Resuming):
     def _save_rng_state(self, output_dir: str) -> None:
         with self._tolerating():
             super()._save_rng_state(output_dir)
-
-    def _name_best(self) -> None:
-        """Let all ranks use the best checkpoint that rank 0 names.
-
-        transformers checks on each rank whether the folder of the best step exists. One rank may see it and
-        another may not. At the end some ranks would load the best model, and others would not.
-        """
-        state, best = self.state, self.state.best_global_step
-        if best:
-            folder = self._folder_of(best)
-            exists = best == self._saving.step or folder.exists()
-            state.best_model_checkpoint = self.agreement.from_rank_0(
-                str(folder) if exists else state.best_model_checkpoint
-            )
-            if rank() == 0 and self._saving.failure is None:
-                state.save_to_json(str(self._saving.part / "trainer_state.json"))
 
     def _settle(self, save: Save) -> Hashed:
         """Wait until all ranks have written, then hash this rank's share of the files.
