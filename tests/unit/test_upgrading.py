@@ -274,7 +274,7 @@ def test_torchs_compiler_keeps_its_lock_open_with_its_owner_in_it(monkeypatch, t
     from torch.utils import cpp_extension
 
     from launcher.supervise.stale_locks import remove_stale_locks
-    from trainers.model.owned_builds import write_owners
+    from trainers.model.deepspeed_builds import write_owners
     from trainers.rank.build_lock import owner_has_ended
 
     lock = tmp_path / "an_operator" / "lock"
@@ -288,6 +288,20 @@ def test_torchs_compiler_keeps_its_lock_open_with_its_owner_in_it(monkeypatch, t
         baton.release()
         assert not lock.exists()
         write_owners()
+
+
+def test_cpu_ranks_compile_no_operator_of_inference(monkeypatch):
+    pytest.importorskip("deepspeed")
+    from deepspeed.comm import torch as backend
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    from trainers.model.deepspeed_builds import skip_inference_operator
+
+    monkeypatch.setattr(OpBuilder, "load", lambda builder: pytest.fail(f"{builder.name} is compiled"))
+    monkeypatch.setattr(backend.TorchBackend, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(backend, "build_shm_op", backend.build_shm_op)  # restored after the test
+    skip_inference_operator()
+    assert backend.TorchBackend("gloo", None, None).shm_comm_op is None
 
 
 def test_a_batch_is_read_in_one_call(monkeypatch):

@@ -31,7 +31,7 @@ ELSEWHERE = {
     ("trainers/data/prepare.py", "rmtree"): "the same",
     ("trainers/rank/private_socket.py", "unlink"): "the socket of --keep",
     ("trainers/rank/private_socket.py", "chmod"): "the same",
-    ("trainers/model/owned_builds.py", "write_text"): "the cache of torch's extensions",
+    ("trainers/model/deepspeed_builds.py", "write_text"): "the cache of torch's extensions",
     ("trainers/storage/manifest.py", "open"): "a fresh folder in saving/",
     ("trainers/checkpoint/saving.py", "save_pretrained"): "the same",
     ("trainers/checkpoint/saving.py", "save_to_json"): "the same",

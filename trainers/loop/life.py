@@ -67,7 +67,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     from transformers import set_seed
 
     from trainers.checkpoint.safe_pickle import allow_deepspeed, weights_only
-    from trainers.model.owned_builds import write_owners
+    from trainers.model.deepspeed_builds import skip_inference_operator, write_owners
     from trainers.model.trust import refuse_foreign_code
     from trainers.output.trackers import open_tracker
     from trainers.rank.agreement import check_alike
@@ -76,6 +76,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         allow_deepspeed()
         write_owners()  # before it compiles
+        skip_inference_operator()
     else:
         weights_only()
     refuse_foreign_code(config.use_kernels)

@@ -1,4 +1,4 @@
-"""Write the owner into the locks of torch's compiler, which DeepSpeed uses (rank/build_lock.py)."""
+"""What DeepSpeed compiles at the start of a run: only what training uses, in locks that name their owner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainers.rank.library_patches import replace_in
 
 
 def write_owners() -> None:
-    """Let torch's compiler write the owner into each lock that this process takes."""
+    """Let torch's compiler write the owner into each lock that this process takes (rank/build_lock.py)."""
     from torch.utils import cpp_extension
     from torch.utils.file_baton import FileBaton
 
@@ -24,3 +24,13 @@ def write_owners() -> None:
             return taken
 
     replace_in(cpp_extension, "FileBaton", OwnedBaton)
+
+
+def skip_inference_operator() -> None:
+    """Let DeepSpeed not compile its all-reduce through shared memory, which takes CPU ranks a minute.
+
+    Only its inference calls it (`inference_all_reduce`). Without it DeepSpeed uses torch's all-reduce.
+    """
+    from deepspeed.comm import torch as backend
+
+    replace_in(backend, "build_shm_op", lambda: None)
