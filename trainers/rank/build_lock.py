@@ -2,8 +2,8 @@
 
 While torch compiles an operator (such as DeepSpeed's), a file named `lock` exists in the cache of extensions.
 The file itself is the lock, so a process that is killed leaves it behind (torch.utils.file_baton), and every
-later process waits for it. A rank writes into its locks which process it is (model/deepspeed_builds.py), so that
-the launcher can tell whether it still lives.
+later process waits for it. A rank writes into its locks which process it is (model/deepspeed_builds.py), so
+that the launcher can tell whether it still lives.
 """
 
 from __future__ import annotations
