@@ -74,7 +74,7 @@ FULL = {
     "reward": ["fsdp"],
     "dpo": ["ddp", "fsdp", "zero3"],
     "orpo": ["fsdp"],
-    "kto": ["zero3"],
+    "kto": ["ddp"],
     "mlm": ["fsdp"],
 }
 LORA = {"reward": ["zero3"], "dpo": ["fsdp"]}
@@ -110,7 +110,7 @@ def test_metrics_of_a_trainer_are_logged(trained, trainer):
     assert set(BACKENDS) >= {"one", *SEVERAL}
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp", "zero3"])
 def test_precomputed_log_probabilities_do_not_change_the_losses_of_dpo(trained, bench, backend):
     run = bench.train(f"early-{backend}", *bench.flags(backend, "full", "dpo"), "--precompute-ref-log-probs")
     assert run.code == 0, run.err
