@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -31,6 +32,6 @@ def skip_inference_operator() -> None:
 
     Only its inference calls it (`inference_all_reduce`). Without it DeepSpeed uses torch's all-reduce.
     """
-    from deepspeed.comm import torch as backend
-
+    # `from deepspeed.comm import torch` would give torch itself, which that package imports.
+    backend = importlib.import_module("deepspeed.comm.torch")
     replace_in(backend, "build_shm_op", lambda: None)
