@@ -158,8 +158,9 @@ def imported(tree: ast.AST) -> dict[str, str]:
             found |= {(alias.asname or alias.name): alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {(alias.asname or alias.name): f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Assign) and "importlib.import_module(" in ast.unparse(node.value):
-            found[ast.unparse(node.targets[0])] = ast.literal_eval(node.value.args[0])
+        elif isinstance(node, ast.Assign):
+            if named := re.fullmatch(r"importlib\.import_module\('([\w.]+)'\)", ast.unparse(node.value)):
+                found[ast.unparse(node.targets[0])] = named[1]
     return found
 
 
