@@ -150,6 +150,9 @@ def test_each_replaced_part_is_on_the_page():
     assert sorted(found - set(PARTS)) == []
 
 
+_IMPORTED = re.compile(r"importlib\.import_module\('([\w.]+)'\)")
+
+
 def imported(tree: ast.AST) -> dict[str, str]:
     """Return what the imports of a module bind: name in the module -> full name."""
     found = {}
@@ -158,9 +161,8 @@ def imported(tree: ast.AST) -> dict[str, str]:
             found |= {(alias.asname or alias.name): alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {(alias.asname or alias.name): f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            if named := re.fullmatch(r"importlib\.import_module\('([\w.]+)'\)", ast.unparse(node.value)):
-                found[ast.unparse(node.targets[0])] = named[1]
+        elif isinstance(node, ast.Assign) and (named := _IMPORTED.fullmatch(ast.unparse(node.value))):
+            found[ast.unparse(node.targets[0])] = named[1]
     return found
 
 
