@@ -61,7 +61,7 @@ class BestModel(Resuming):
     def _folder_of(self, step: int) -> Path:
         return self.run_folder / f"{CHECKPOINT_PREFIX}{step}"
 
-    def name_best(self, saving: int) -> None:
+    def _name_best(self, saving: int) -> None:
         """Let all ranks use the best checkpoint that rank 0 names.
 
         transformers checks on each rank whether the folder of the best step exists. One rank may see it and

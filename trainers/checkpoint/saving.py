@@ -149,7 +149,7 @@ class Durable(BestModel):
             self.agreement.barrier()
             with self._tolerating():
                 super()._save_checkpoint(model, trial)
-                self.name_best(step)
+                self._name_best(step)
                 if rank() == 0 and self.state.best_global_step and save.failure is None:
                     self.state.save_to_json(str(part / "trainer_state.json"))
             if save.shards is not None:

@@ -28,7 +28,7 @@ def write_owners() -> None:
 
 
 def skip_inference_operator() -> None:
-    """Let DeepSpeed not compile its all-reduce through shared memory, which takes CPU ranks a minute.
+    """Let DeepSpeed not compile its all-reduce through shared memory at the first start of CPU ranks.
 
     Only its inference calls it (`inference_all_reduce`). Without it DeepSpeed uses torch's all-reduce.
     """
