@@ -10,6 +10,8 @@ QUESTION := What is Phalanx?
 UV := $(shell command -v uv)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check --no-compile)
+# Keep bytecode. Without it each process compiles torch and transformers again: 10 s and more.
+unexport PYTHONDONTWRITEBYTECODE
 # Two workers. They take the tests in the order of collection: tests with ranks take longest, and come first.
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 # All GPUs if there are any, else two ranks on the CPU.

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from launcher.commands import COMMANDS
@@ -20,6 +21,7 @@ from trainers.rank.terminal import has_lost_output, outlive_readers
 RUNS = ("llm", "train")  # the result of these commands is not their output
 
 
+@cache
 def build_parser(command: str | None) -> Parser:
     """Return the parser. Only the named command gets its flags, so that --help stays fast."""
     from importlib.metadata import version

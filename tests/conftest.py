@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -53,6 +54,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % share == 0]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Take the tests and the libraries, a million objects, out of the garbage collector's way."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

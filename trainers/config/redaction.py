@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -123,11 +124,16 @@ def _without_certain(text: str) -> str:
 def _of_environment() -> Iterable[str]:
     """Yield the secrets in the environment: of variables with such a name, and the passwords of proxies."""
     for name, value in os.environ.items():
-        secret = value if _SECRET_VARIABLE.search(name) else ""
+        secret = value if _is_secret_variable(name) else ""
         if name.lower().endswith("_proxy"):
             secret = value.rpartition("@")[0].rpartition("/")[2]
         if _may_be_secret(secret):
             yield secret
+
+
+@cache
+def _is_secret_variable(name: str) -> bool:
+    return _SECRET_VARIABLE.search(name) is not None
 
 
 def _may_be_secret(value: str) -> bool:

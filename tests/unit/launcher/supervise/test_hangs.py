@@ -296,14 +296,14 @@ def test_a_rank_that_waits_inside_a_library_is_named_with_its_stack(ranks: Ranks
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("work", ["computes", "writes", "reads", "compiles"])
 def test_a_rank_that_works_in_a_library_does_not_hang(ranks: Ranks, work: str) -> None:
-    assert Living(ranks, ranks.start(work, script=BUSY_RANK)).never(looks=7)
+    assert Living(ranks, ranks.start(work, script=BUSY_RANK)).never(looks=5)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_rank_that_waits_for_one_that_works_does_not_hang(ranks: Ranks) -> None:
     pids = ranks.start("others")
     pids |= {1: ranks.start("computes", script=BUSY_RANK)[1]}
-    assert Living(ranks, pids).never(looks=7)
+    assert Living(ranks, pids).never(looks=5)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -312,12 +312,12 @@ def test_if_all_ranks_wait_for_each_other_they_hang_unless_another_machine_may_w
     ranks: Ranks, alone: bool
 ) -> None:
     living = Living(ranks, ranks.start("others", "others"), alone)
-    assert living.first().rank == 0 if alone else living.never(looks=7)
+    assert living.first().rank == 0 if alone else living.never(looks=5)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_rank_that_waits_for_the_lock_of_a_living_process_does_not_hang(ranks: Ranks) -> None:
-    assert Living(ranks, ranks.start("lock")).never(looks=7)
+    assert Living(ranks, ranks.start("lock")).never(looks=5)
 
 
 @pytest.mark.usefixtures("impatient")
