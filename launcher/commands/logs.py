@@ -12,7 +12,7 @@ from launcher.slurm.job import ENDED
 from launcher.slurm.journal import last_job
 from launcher.slurm.run_state import find_runs, state_of
 from trainers.config.errors import ConfigError
-from trainers.rank.protocol import attempts, rank_logs
+from trainers.rank.protocol import attempts, logged_ranks, rank_logs
 from trainers.rank.terminal import is_unread
 
 HELP = "print the log of a rank"
@@ -39,7 +39,9 @@ def run(target: str, rank: int, follow: bool) -> int:
             print(f"--- {path}", file=sys.stderr)
         seen = path
     if seen is None:
-        raise ConfigError(f"{folder}: there is no log of rank {rank} yet.")
+        found = sorted({number for attempt in attempts(folder).values() for number in logged_ranks(attempt)})
+        have = f" There are logs of: {', '.join(map(str, found))}." if found else ""
+        raise ConfigError(f"{folder}: there is no log of rank {rank} yet.{have}")
     return 0
 
 

@@ -109,6 +109,12 @@ def rank_logs(attempt: Path, rank: int) -> Iterator[Path]:
             yield log
 
 
+def logged_ranks(attempt: Path) -> set[int]:
+    """Return the ranks that have a log in an attempt."""
+    logs = (path.stem.removeprefix(_RANK) for path in attempt.glob(f"**/{_RANK}*.log"))
+    return {int(number) for number in logs if number.isdigit()}
+
+
 def prepared_mark(attempt: Path) -> Path:
     """Return the file that exists once machine 0 has prepared the data of an attempt."""
     return attempt / "prepared"

@@ -34,7 +34,8 @@ def test_logs_prints_the_newest_attempt_that_has_the_rank(capsys: pytest.Capture
     assert main(["logs", "run"]) == 0
     assert capsys.readouterr().out == "step 1/4\nstep 2/4\n"
     assert main(["logs", "run", "--rank", "7"]) == 2
-    assert "there is no log of rank 7 yet" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.endswith("there is no log of rank 7 yet. There are logs of: 0, 1.\n")
 
 
 def follow() -> subprocess.Popen[str]:
