@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Formatter
 
 from trainers.config.kinds import trainers
+from trainers.config.optimizers import OPTIMIZERS, SCHEDULERS, nearest_names
 from trainers.config.schema import (
     TrainConfig,
     acts_for,
@@ -69,6 +70,10 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the rules that the config breaks, each as (field, message)."""
     found = [*_lengths(config), *_rows(config), *_packing(config), *_model(config), *_losses(config)]
+    for field, names in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+        if (name := getattr(config, field)) not in names:
+            nearest = ", ".join(nearest_names(name, names))
+            found.append((field, f"'{name}' cannot be used. The nearest names: {nearest}."))
     if config.max_steps == 0:
         found.append(("max_steps", "0 would train nothing. Use at least 1, or -1: use epochs."))
     if config.logging_steps == 0:

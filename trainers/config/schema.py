@@ -215,7 +215,10 @@ class TrainConfig(BaseModel):
     optimizer: str = Field(
         "adamw_torch", description="Optimiser: any name of transformers' TrainingArguments.optim."
     )
-    scheduler: str = Field("linear", description="Learning rate scheduler: any name of transformers.")
+    scheduler: str = Field(
+        "linear",
+        description="Learning rate scheduler: any name of transformers that needs no arguments of its own.",
+    )
     warmup_ratio: Float = Field(
         0.1, ge=0, le=1, description="Fraction of the steps for the warm-up of the learning rate."
     )

@@ -43,30 +43,9 @@ def make_arguments(schema: Callable[..., Arguments], **values: Any) -> Arguments
     return arguments
 
 
-def _check_names(config: TrainConfig) -> None:
-    """Check the names that only transformers knows.
-
-    Raises:
-        ConfigError: there is no such optimiser or scheduler.
-    """
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for field, names in (("optimizer", OptimizerNames), ("scheduler", SchedulerType)):
-        name, known = getattr(config, field), [member.value for member in names]
-        if name not in known:
-            raise ConfigError(f"{field}: '{name}' does not exist. Allowed: {', '.join(known)}.")
-
-
 def training_arguments(config: TrainConfig, folder: Path, logging: int) -> dict[str, Any]:
-    """Return the values of TrainingArguments for this config.
-
-    Raises:
-        ConfigError: there is no such optimiser or scheduler.
-    """
+    """Return the values of TrainingArguments for this config."""
     import torch
-
-    _check_names(config)
 
     # warmup_steps below 1 is a ratio (transformers 5); a ratio of 1.0 must not become one step.
     warmup = config.warmup_steps if config.warmup_steps is not None else min(config.warmup_ratio, 0.999999)

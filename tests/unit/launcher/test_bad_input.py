@@ -776,6 +776,9 @@ PAIRS = [
      ["torch_compile", "compiles again for every layer", "launch.zero_stage: 2"]),
     (machine(), ["--use-kernels"], ["use_kernels", "GPUs", "Use use_kernels: false"]),
     (machine(), ["--use-liger-kernel"], ["--use-liger-kernel: use_kernels: ", "GPUs"]),
+    (machine(), ["--optimizer", "adam"], ["optimizer", "'adam' cannot be used", "adamw_torch"]),
+    (machine(), ["--scheduler", "warmup_stable_decay"],
+     ["scheduler", "cannot be used", "nearest names", "constant_with_warmup"]),
     (machine(), ["--optimizer", "paged_adamw_8bit"], ["optimizer", "full GPU", "without paged_"]),
     *((machine(), [*TWO, "--distributed-backend", "fsdp", "--optimizer", name],
        ["optimizer", "weights that fsdp has sharded", "another distributed_backend"])
