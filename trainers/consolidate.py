@@ -24,7 +24,7 @@ from trainers.checkpoint.shard_reader import LATEST, Source, open_shards
 from trainers.config.errors import RUN_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks
 from trainers.config.text import first_line
-from trainers.model.trust import check_config, model_named, refuse_foreign_code
+from trainers.model.trust import check_config, model_named, refuse_foreign_code, refuse_kernels_at_imports
 from trainers.rank import no_links
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     outlive_readers()
     hide_in_tracebacks()
+    refuse_kernels_at_imports()
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecation warnings in the libraries do not concern the user
     logging.getLogger("bitsandbytes").setLevel(

@@ -40,6 +40,7 @@ from typing import Any
 import trainers
 from trainers.config.errors import USAGE_ERROR, ConfigError
 from trainers.config.text import count_of
+from trainers.model.trust import refuse_kernels_at_imports
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.library_patches import replaced
@@ -302,6 +303,7 @@ def warm_up(names: Sequence[str]) -> dict[str, str]:
     import torch
 
     before = dict(os.environ)
+    refuse_kernels_at_imports()
     with replaced(torch.cuda, "get_device_capability", _capability):
         for name in names:
             importlib.import_module(name)

@@ -28,7 +28,7 @@ from places import REPO, TESTS
 
 PAGE = (REPO / "docs" / "upgrading.md").read_text(encoding="utf-8")
 # Packages without which `make test` runs too.
-OPTIONAL = ("deepspeed", "bitsandbytes", "wandb", "lm_eval")
+OPTIONAL = ("deepspeed", "bitsandbytes", "kernels", "wandb", "lm_eval")
 SOURCES = sorted(
     path for package in ("launcher", "trainers") for path in (REPO / package).rglob("*.py") if path.is_file()
 )

@@ -25,6 +25,7 @@ from trainers.loop.context import Build, Context
 from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
+from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
 from trainers.rank.failures import batch_memory_errors
 from trainers.rank.library_output import quieten_libraries
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
@@ -63,12 +64,12 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         check_free(folder, config, config_file)  # before the folder is made
         lock_folder(folder)
         claim(folder, config, config_file)
+    refuse_kernels_at_imports()
     quieten_libraries()
     from transformers import set_seed
 
     from trainers.checkpoint.safe_pickle import allow_deepspeed, weights_only
     from trainers.model.deepspeed_builds import skip_inference_operator, write_owners
-    from trainers.model.trust import refuse_foreign_code
     from trainers.output.trackers import open_tracker
     from trainers.rank.agreement import check_alike
     from trainers.rank.rendezvous import meet_on_loopback

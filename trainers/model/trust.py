@@ -7,6 +7,9 @@ transformers are looked up by these names. Code of the model's own folder or rep
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,28 @@ def refuse_foreign_code(use_kernels: bool) -> None:
     if not use_kernels:
         replace_in(hub_kernels, "_kernels_enabled", False)  # then an installed package is used, or torch
         replace_in(hub_kernels, "get_kernel", _refuse_kernel)
+
+
+def refuse_kernels_at_imports() -> None:
+    """Let no library but transformers fetch a kernel of the hub. Call it before the libraries are imported.
+
+    bitsandbytes fetches one when it is imported on some CPUs, and peft imports it in every run. It works
+    without. refuse_foreign_code() decides for transformers.
+    """
+    if importlib.util.find_spec("kernels") is None:
+        return
+    kernels = importlib.import_module("kernels")  # an optional package
+    fetch = kernels.get_kernel
+    if fetch.__module__ == __name__:  # a forked rank has it from its parent
+        return
+
+    def get_kernel(name: str, *arguments: Any, **named: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] != "transformers":
+            raise ConfigError(f"{caller} asks for {name}, a kernel of the hub, which is not fetched.")
+        return fetch(name, *arguments, **named)
+
+    replace_in(kernels, "get_kernel", get_kernel)
 
 
 def _refuse_kernel(kernel_name: str, *_: Any, **__: Any) -> ModuleType:

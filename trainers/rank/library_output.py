@@ -14,6 +14,8 @@ HIDDEN = {
     "DeepSpeed": "Setting accelerator to CPU",
     # The Trainer accumulates by itself, so accelerate is told 1. DeepSpeed's config has the user's number.
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # On some CPUs, if peft imports it. The kernel is never fetched (model/trust.py), and it works without.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,3 +290,49 @@ def test_the_example_runs_and_fetches_nothing_either(
     assert code == (0 if case.startswith("kernel") else 1)  # it uses an attention of its own
     assert capsys.readouterr().err.startswith("" if code == 0 else "error: ")
     assert watched.seen == [] and not (folder / "it-ran").exists()
+
+
+# As if `kernels` were installed, on a CPU for which bitsandbytes has a kernel.
+FETCHES = """
+from pathlib import Path
+
+def get_kernel(name, *arguments, **named):
+    with Path(__file__).with_name("fetched").open("a") as file:
+        file.write(name)
+    raise RuntimeError("no network")
+"""
+IMPORTS = {
+    "a rank": "from trainers.model.trust import refuse_kernels_at_imports as first; first(); first()",
+    "a warm parent": "from trainers import warm; warm.warm_up(['peft'])",
+    "consolidate": "import sys; from trainers import consolidate as c; c.main(['missing', 'out'])",
+}
+ASK = """
+import kernels, peft.tuners.lora, types
+import bitsandbytes.backends.cpu.ops
+for name in ("other", "transformers.integrations.hub_kernels"):
+    library = types.ModuleType(name)
+    try:
+        exec("from kernels import get_kernel; get_kernel('a/kernel')", vars(library))
+    except Exception as error:
+        print(name, type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "process",
+    [pytest.param(one, marks=() if one == "a rank" else pytest.mark.slow) for one in IMPORTS],
+)
+def test_only_transformers_may_fetch_a_kernel(tmp_path: Path, process: str) -> None:
+    """bitsandbytes asks at its import, if the CPU has avx512_bf16. Other CPUs ask as `other` does."""
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "kernels.py").write_text(FETCHES)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS[process] + ASK],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+    said = ["other ConfigError", "transformers.integrations.hub_kernels RuntimeError"]
+    assert done.stdout.splitlines()[-2:] == said, done.stdout + done.stderr
+    assert (tmp_path / "fetched").read_text() == "a/kernel"
