@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def refuse_kernels_at_imports() -> None:
         return
 
     def get_kernel(name: str, *arguments: Any, **named: Any) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_globals.get("__name__", "") if frame and frame.f_back else ""
         if caller.partition(".")[0] != "transformers":
             raise ConfigError(f"{caller} asks for {name}, a kernel of the hub, which is not fetched.")
         return fetch(name, *arguments, **named)
