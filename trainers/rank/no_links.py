@@ -4,6 +4,9 @@ A link in a run's folder may lead anywhere. So every folder between the root and
 itself, and the last name too (O_NOFOLLOW). The root itself may be a link. Each function gets the root and a
 path below it.
 
+A hard link is a second name of a file, perhaps outside. Before such a file is written, the name in the folder
+gets a file of its own.
+
 Nothing else writes into a run's folder; tests/unit/test_writes.py checks it.
 """
 
@@ -32,8 +35,10 @@ class LinkFound(ConfigError):
         )
 
 
-def open_file(root: Path, path: Path, mode: str = "r") -> IO[Any]:
+def open_file(root: Path, path: Path, mode: str = "r", part_hard_links: bool = True) -> IO[Any]:
     """Open a file as open() does. A mode that writes also creates the folders above it.
+
+    `part_hard_links`: a file that has other names is replaced by a copy before it is written.
 
     Raises:
         LinkFound: the file, or a folder between it and the root, is a link.
@@ -43,6 +48,8 @@ def open_file(root: Path, path: Path, mode: str = "r") -> IO[Any]:
         def no_follow(name: str, flags: int) -> int:
             return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
 
+        if mode[0] != "r" and part_hard_links and _has_other_names(path.name, folder):
+            _part_hard_link(path.name, folder, keep=mode[0] == "a")
         encoding = None if "b" in mode else "utf-8"
         try:
             # The caller closes the file.
@@ -131,6 +138,31 @@ def _is_link(name: str, folder: int) -> bool:
         return False
 
 
+def _has_other_names(name: str, folder: int) -> bool:
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_nlink > 1
+
+
+def _part_hard_link(name: str, folder: int, keep: bool) -> None:
+    """Let a name have a file of its own: a copy, or (without `keep`) none yet."""
+    if not keep:
+        os.unlink(name, dir_fd=folder)
+        return
+    part = part_of(name)
+    with suppress(FileNotFoundError):
+        os.unlink(part, dir_fd=folder)
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with (
+        open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb") as source,
+        open(os.open(part, new, 0o666, dir_fd=folder), "wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    os.replace(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
 def _refuse_link(path: Path, folder: int) -> None:
     if _is_link(path.name, folder):
         raise LinkFound(path) from None
@@ -142,5 +174,5 @@ def follow_umask(folder: Path) -> None:
         if line.startswith("Umask:"):
             mode = 0o666 & ~int(line.split()[1], 8)
             for path in folder.iterdir():
-                if path.is_file() and not path.is_symlink():
+                if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
                     path.chmod(mode)

@@ -129,7 +129,22 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         InUse: another process holds the lock.
     """
-    file = no_links.open_file(folder, folder / LOCK, "a+")
+    while True:
+        file = no_links.open_file(folder, folder / LOCK, "a+", part_hard_links=False)
+        _lock(file, folder)
+        if not _was_replaced(file, folder):
+            if os.fstat(file.fileno()).st_nlink == 1:
+                break
+            no_links.remove(folder, folder / LOCK)  # a hard link; what else has this file must not change
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held.append(file)
+    return file
+
+
+def _lock(file: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -143,11 +158,14 @@ def lock_folder(folder: Path) -> IO[str]:
         if not has_no_locks(error):
             raise
         say("note", f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held.append(file)
-    return file
+
+
+def _was_replaced(file: IO[str], folder: Path) -> bool:
+    """Return whether the name of the lock has got another file since it was opened."""
+    try:
+        return not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).lstat())
+    except FileNotFoundError:
+        return True
 
 
 def lock_owner(folder: Path) -> tuple[int, str] | None:

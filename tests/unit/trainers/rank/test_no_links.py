@@ -49,6 +49,25 @@ def test_a_link_is_refused_or_replaced_but_not_followed(root: Path, act: str, ta
     assert contents(root.parent / "outside") == before
 
 
+@pytest.mark.parametrize("act", [act for act in ACTS if act not in ("make a folder", "open to lock")])
+def test_a_hard_link_is_not_written_through(root: Path, act: str) -> None:
+    (root / "name").hardlink_to(root.parent / "outside" / "file")
+    before = contents(root.parent / "outside")
+    ACTS[act](root, root / "name")
+    if act.startswith("open"):
+        with no_links.open_file(root, root / "name", "a") as file:
+            file.write(" ours")
+        assert (root / "name").read_text() == ("theirs ours" if act == "open to append" else " ours")
+    assert contents(root.parent / "outside") == before
+
+
+def test_a_part_that_is_a_hard_link_is_replaced(root: Path) -> None:
+    (root / ".name.part").hardlink_to(root.parent / "outside" / "file")
+    no_links.write(root, root / "name", "new")
+    assert (root / "name").read_text() == "new"
+    assert (root.parent / "outside" / "file").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_a_folder_in_between_that_is_a_link_is_refused(root: Path, act: str) -> None:
     before = contents(root.parent / "outside")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from fakes import NAMES_OF_RUNS, contents, fake_checkpoint
@@ -198,3 +199,49 @@ def test_no_link_in_the_place_of_a_run_s_file_is_followed(
     except ConfigError as error:
         assert f"{path} is a link" in str(error)
     assert contents(tmp_path / "outside") == before
+
+
+@pytest.mark.parametrize("act", [write, replace, overwrite])
+@pytest.mark.parametrize("name", [name for name in NAMES_OF_RUNS if name[-1] != "/"])
+def test_no_hard_link_in_the_place_of_a_run_s_file_is_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path, str], None]
+) -> None:
+    """The name gets a file of its own. `cp -al my-run copy` makes such links of all files of a run."""
+    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
+    run = make_run(tmp_path / "run")
+    outside = tmp_path / "outside"
+    outside.hardlink_to(run / name)
+    outside.chmod(0o600)
+    before = outside.read_bytes()
+    act(run, name)
+    assert outside.read_bytes() == before and outside.stat().st_mode & 0o777 == 0o600
+    written = (run / name).stat() if (run / name).exists() else None
+    assert act is overwrite or (written and written.st_nlink == 1) or name in run_files.SHARED
+
+
+def test_a_copy_of_hard_links_continues_a_file_that_is_appended(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    fill(run, "metrics.jsonl", "one\n")
+    (tmp_path / "metrics.jsonl").hardlink_to(run / "metrics.jsonl")
+    for line in ("two\n", "three\n"):
+        with run_files.open_to_append(run, "metrics.jsonl") as file:
+            file.write(line)
+    assert (run / "metrics.jsonl").read_text() == "one\ntwo\nthree\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+
+
+def test_a_lock_that_is_a_hard_link_still_locks_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[IO[str]] = []
+    monkeypatch.setattr(run_folder, "_held", held)
+    run = make_run(tmp_path / "run")
+    copy = make_run(tmp_path / "copy")
+    run_files.remove(copy, run_files.LOCK)
+    (copy / run_files.LOCK).hardlink_to(run / run_files.LOCK)
+    lock_folder(run)
+    lock_folder(copy)
+    for folder in (run, copy):
+        with pytest.raises(run_folder.InUse):
+            lock_folder(folder)
+    assert len(held) == 2
