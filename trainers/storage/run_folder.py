@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from itertools import count
 from pathlib import Path
@@ -107,16 +108,30 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _refuse_other_files(folder: Path, config_file: Path | None) -> None:
-    """Refuse a folder that has something, but no run of ours. The config file may be in it."""
+    """Refuse a folder that has something, but no run of ours. The config file may be in it, and logs."""
     if run_files.recorded(folder) is not None or _is_of_earlier_version(folder):
         return
     run, file = folder.resolve(), config_file or Path(os.devnull)
     configs = {path.name for path in (file.absolute(), file.resolve()) if path.parent.resolve() == run}
-    if other := [name for name in run_files.foreign(folder) if name not in configs]:
+    foreign = (name for name in run_files.foreign(folder) if not _is_log(folder, name))
+    if other := [name for name in foreign if name not in configs]:
         raise ConfigError(
             f"project_name: {folder} has {other[0]}, which no run wrote. Give a new or an empty folder. (The "
-            "config file may be in it.)"
+            "config file may be in it, and the output of the run as log, log.txt, *.log, *.out or *.err.)"
         )
+
+
+def _is_log(folder: Path, name: str) -> bool:
+    """Return whether this is a file for output: of `phalanx train ... | tee my-run/log`, or of sbatch.
+
+    No run writes such a name there, so the file is never written over or removed.
+    """
+    path = folder / name
+    return (
+        re.fullmatch(r"log|log\.txt|[^/]+\.(log|out|err)", name) is not None
+        and path.is_file()
+        and not path.is_symlink()
+    )
 
 
 class InUse(ConfigError):

@@ -77,7 +77,19 @@ def test_overwrite_leaves_the_journal_of_jobs_and_the_files_of_other_machines(tm
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), OVERWRITE], ids=["plain", "overwrite"])
-@pytest.mark.parametrize("there", ["notes.txt", "config.json", "mine/", "launch/mine.txt", "README.md"])
+@pytest.mark.parametrize(
+    "there",
+    [
+        "notes.txt",
+        "config.json",
+        "mine/",
+        "launch/mine.txt",
+        "README.md",
+        "launch/my.log",
+        "log/",
+        "log.json",
+    ],
+)
 def test_a_folder_with_files_that_no_run_wrote_is_refused(
     tmp_path: Path, there: str, config: TrainConfig
 ) -> None:
@@ -114,6 +126,29 @@ def test_only_the_config_file_may_be_in_a_new_run_s_folder(tmp_path: Path) -> No
     run_files.write(tmp_path / "run", "run.json", "{}")
     claim(tmp_path / "run", OVERWRITE, tmp_path / "run" / "config.yaml")
     assert sorted(contents(tmp_path / "run")) == [".written", "config.yaml"]
+
+
+@pytest.mark.parametrize("log", ["log", "log.txt", "7.log", "slurm-7_1.out", "train.err"])
+def test_the_output_of_a_run_may_be_in_its_folder(tmp_path: Path, log: str) -> None:
+    """`phalanx train c.yaml | tee my-run/log`, `sbatch --output=my-run/%j.log` create it before a run."""
+    run = tmp_path / "run"
+    fill(run, log, "a line\n")
+    assert not run_files.is_name_of_run(log)
+    for config in (TrainConfig(), OVERWRITE, OVERWRITE):
+        claim(run, config)
+        for name in NAMES_OF_RUNS:
+            if name not in run_files.SHARED:
+                replace(run, name)
+    claim(run, OVERWRITE)
+    assert (run / log).read_text() == "a line\n" and log in run_files.foreign(run)
+
+
+def test_a_link_with_the_name_of_a_log_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "outside", "theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match="log, which no run wrote"):
+        claim(tmp_path / "run", TrainConfig())
 
 
 def test_a_name_is_listed_before_the_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
