@@ -15,16 +15,17 @@ from places import HELPERS, REPO
 
 # tests/faults/test_consolidated.py has runs of make test; here are DoRA, tied weights and every value.
 pytestmark = pytest.mark.slow
-# name -> ZeRO stage, whether only LoRA's weights are trained, whether embedding and output layer are tied.
+# name -> ZeRO stage, whether only LoRA's weights are trained, whether embedding and output layer are tied,
+# whether a layer is frozen.
 CELLS = {
-    "zero1-lora": (1, True, False),
-    "zero2": (2, False, True),
-    "zero3": (3, False, False),
-    "zero3-lora": (3, True, False),
+    "zero1-lora": (1, True, False, False),
+    "zero2": (2, False, True, True),
+    "zero3": (3, False, False, True),
+    "zero3-lora": (3, True, False, False),
 }
 
 
-def write_checkpoint(base: Path, folder: Path, stage: int, lora: bool, tied: bool) -> None:
+def write_checkpoint(base: Path, folder: Path, stage: int, lora: bool, tied: bool, frozen: bool) -> None:
     """Train one step in a rank, then write DeepSpeed's checkpoint and, in a file next to it, the weights."""
     import deepspeed
     from peft import LoraConfig, get_peft_model
@@ -32,6 +33,7 @@ def write_checkpoint(base: Path, folder: Path, stage: int, lora: bool, tied: boo
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(AutoConfig.from_pretrained(base, tie_word_embeddings=tied))
+    model.model.layers[0].requires_grad_(not frozen)
     config = model.config
     config.architectures = ["LlamaForCausalLM"]
     if lora:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from planted import LORA
+from safetensors.torch import load_file
 from tiny import ARCHITECTURES, build_architecture
 
+SEES = "gemma3 with a vision tower"
+FAST = {("ddp", "qwen3_moe"), ("fsdp", SEES)}
 OTHERS = [name for name in ARCHITECTURES if name != "llama"]  # the other tests train a llama
 BEST = ("--eval-strategy", "steps", "--eval-steps", "4", "--load-best-model-at-end")
 
@@ -30,11 +34,9 @@ def architecture(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
-        pytest.param(backend, name, marks=[] if (backend, name) == ("ddp", "qwen3_moe") else pytest.mark.slow)
+        pytest.param(backend, name, marks=[] if (backend, name) in FAST else pytest.mark.slow)
         for backend in ("one", "ddp", "fsdp", "zero2", "zero3")
         for name in OTHERS
-        # Rows of text do not reach the vision tower, and DDP and FSDP2 want a gradient for each weight.
-        if not (backend in ("ddp", "fsdp") and "vision" in name)
     ],
 )
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
@@ -47,3 +49,29 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert "restart 1 of at most 10, from" in run.err and "checkpoint-4" in run.err, run.out + run.err
     faults.same_end(run, backend, *flags)
     assert "missing" not in run.out + run.err and "unexpected" not in run.out + run.err
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "ddp", "zero2", "zero3"))],
+)
+def test_what_text_does_not_reach_keeps_the_weights_of_the_base_model(faults, architecture, backend):
+    """DDP would wait for their gradients, and ZeRO would apply weight decay to them."""
+    flags = ("--model", architecture(SEES), "--weight-decay", "0.1")
+    run = faults.uninterrupted(backend, *flags)
+    [line] = [line for line in run.out.splitlines() if line.startswith("frozen: ")]
+    assert line.startswith("frozen: model.vision_tower, model.multi_modal_projector, 0.0M weights: ")
+    base, trained = (load_file(f"{folder}/model.safetensors") for folder in (architecture(SEES), run.folder))
+    kept = {name for name, weight in base.items() if weight.equal(trained[name])}
+    assert kept == {name for name in base if "vision_tower" in name or "multi_modal_projector" in name}
+    assert run.losses == pytest.approx(faults.uninterrupted("one", *flags).losses, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+def test_no_adapter_is_where_text_does_not_reach(faults, architecture, backend):
+    flags = ("--model", architecture(SEES), *LORA, "--target-modules", "all-linear")
+    run = faults.run(f"adapter-{backend}", backend, *flags, what="kill", rank=0, step=7)
+    faults.same_end(run, backend, *flags)
+    names = load_file(run.folder / "adapter_model.safetensors").keys()
+    assert names and not [name for name in names if "language_model" not in name]

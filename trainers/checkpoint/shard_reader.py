@@ -104,6 +104,9 @@ def _zero(folder: Path) -> Source:
         _zero3_parts(ranks, states[0]) if key.FP32_FLAT_GROUPS in ranks[0] else _zero2_parts(ranks, states[0])
     )
     shapes = {name: shape for group in states[0][key.PARAM_SHAPES] for name, shape in group.items()}
+    for name, shape in (states[0].get(key.FROZEN_PARAM_SHAPES) or {}).items():  # in no optimiser file
+        pieces = [state[key.FROZEN_PARAM_FRAGMENTS][name].flatten() for state in states]
+        parts[name], shapes[name] = pieces, shape
     for name in states[0][key.BUFFER_NAMES]:
         parts[name], shapes[name] = [states[0]["module"][name].flatten()], states[0]["module"][name].shape
     for alias, name in states[0]["shared_params"].items():

@@ -10,6 +10,7 @@ from trainers.model import fsdp
 from trainers.model.cpu_head import replace_trls_head
 from trainers.model.load import load_model, load_reference
 from trainers.model.lora import lora_config
+from trainers.model.reach import freeze_unreached
 
 Built = TypeVar("Built", bound=Any)
 
@@ -21,6 +22,7 @@ def ingredients(context: Context) -> dict[str, Any]:
     """
     replace_trls_head()
     model = load_model(context.config, context.tokenizer)
+    frozen = freeze_unreached(model)
     return {
         "config": context.config,
         "data_key": context.data["train"].key,
@@ -28,7 +30,7 @@ def ingredients(context: Context) -> dict[str, Any]:
         "train_dataset": context.rows("train"),
         "eval_dataset": context.rows("valid"),
         "processing_class": context.tokenizer,
-        "peft_config": lora_config(context.config, context.new_tokens, model),
+        "peft_config": lora_config(context.config, context.new_tokens, model, frozen),
     }
 
 

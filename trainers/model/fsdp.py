@@ -40,11 +40,13 @@ def enable_on_cpu(mixed_precision: str) -> None:
         state.fsdp_plugin.set_mixed_precision(mixed_precision)
 
 
-def keep_tied_together(model: PreTrainedModel) -> None:
-    """Leave modules with a tied weight to the root module, which contains both owners of the weight.
+def choose_wrapped_modules(model: PreTrainedModel) -> None:
+    """Choose the classes of modules that are sharded by themselves, of those in `_no_split_modules`.
 
-    accelerate wraps each class in `_no_split_modules`. BERT names its embeddings there, and its decoder
-    shares their weight. A weight that is sharded in one module cannot be sharded again in another.
+    accelerate wraps each class there, and refuses a class that the model does not have, such as the text half
+    of a vision tower. Modules with a tied weight are left to the root module, which contains both owners of
+    the weight: BERT names its embeddings there, and its decoder shares their weight. A weight that is sharded
+    in one module cannot be sharded again in another.
 
     Raises:
         ConfigError: two modules share the output bias as well, as in BERT and the first models after it.
@@ -55,7 +57,8 @@ def keep_tied_together(model: PreTrainedModel) -> None:
         for path, module in model.named_modules()
         if path and any(name.startswith(f"{path}.") for name in tied)
     }
-    model._no_split_modules = [name for name in model._no_split_modules or [] if name not in holders]
+    known = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = [name for name in model._no_split_modules or [] if name in known - holders]
     output = model.get_output_embeddings()
     tied_bias = getattr(output, "bias", None)
     owners = [m for m in model.modules() if any(p is tied_bias for p in m.parameters(recurse=False))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.model import fsdp
+from trainers.model.reach import below_any, is_below
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedModel) -> LoraConfig | None:
+def lora_config(
+    config: TrainConfig, new_tokens: list[int], model: PreTrainedModel, unreached: Sequence[str] = ()
+) -> LoraConfig | None:
     """Return LoRA's settings, or None for full training. Tokens added to the vocabulary are trained too.
+
+    The modules of `unreached` get no adapter, because it would get no gradient (reach.py).
 
     Raises:
         ConfigError: peft cannot train those tokens here, or the target modules are wrong.
@@ -32,7 +38,7 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
             "together with an adapter. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
             "chat_template: tokenizer."
         )
-    _check_targets(model, config)
+    _check_targets(model, config, unreached)
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -40,6 +46,7 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         target_modules=config.lora_targets,
+        exclude_modules=below_any(unreached) if unreached else None,
         trainable_token_indices=_trained_rows(model, new_tokens) if new_tokens else None,
         bias="none",
         task_type=config.kind.peft_task,
@@ -47,7 +54,7 @@ def lora_config(config: TrainConfig, new_tokens: list[int], model: PreTrainedMod
     )
 
 
-def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
+def _check_targets(model: PreTrainedModel, config: TrainConfig, unreached: Sequence[str]) -> None:
     """Check target_modules. dpo and kto read the weight of the output layer without an adapter on it.
 
     Raises:
@@ -56,7 +63,11 @@ def _check_targets(model: PreTrainedModel, config: TrainConfig) -> None:
     targets = config.lora_targets
     if targets is None or targets == "all-linear":
         return
-    names = {id(module): path for path, module in model.named_modules() if path}
+    names = {
+        id(module): path
+        for path, module in model.named_modules()
+        if path and not any(is_below(path, part) for part in unreached)
+    }
     asked = targets if isinstance(targets, list) else [targets]
 
     def matches(path: str, target: str) -> bool:
