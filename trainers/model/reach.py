@@ -43,14 +43,13 @@ def freeze_unreached(model: PreTrainedModel) -> list[str]:
             why = f"{type(error).__name__}: {first_line(error)}"
             say("note", f"all weights are trained: what text does not reach could not be found ({why})")
         return []
-    count = 0
     for name, weight in model.named_parameters():
         if any(is_below(name, part) for part in found):
             weight.requires_grad_(False)
-            count += int(getattr(weight, "ds_numel", weight.numel()))  # ZeRO-3 has an empty placeholder
     if found and rank() == 0:
-        say("frozen", f"{', '.join(found)}, {count / 1e6:.1f}M weights: text does not reach them")
-    return found
+        count = sum(found.values()) / 1e6
+        say("frozen", f"{', '.join(found)}, {count:.1f}M weights: text does not reach them")
+    return list(found)
 
 
 def is_below(name: str, part: str) -> bool:
@@ -63,16 +62,20 @@ def below_any(parts: Sequence[str]) -> str:
     return rf"({'|'.join(map(re.escape, parts))})(\..*)?"
 
 
-def unreached(model: PreTrainedModel) -> list[str]:
-    """Return the largest modules that text does not reach, and single weights outside of these."""
+def unreached(model: PreTrainedModel) -> dict[str, int]:
+    """Return the largest modules that text does not reach, and single weights outside of these.
+
+    Each has the number of its weights.
+    """
     import torch
 
-    empty = _without_weights(model)
     ids = torch.arange(TOKENS)[None]
-    with torch.enable_grad(), _quick_linear():
+    # The constructor draws random values, and so does dropout.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _quick_linear():
+        empty = _without_weights(model)
         output = empty(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     reached = {id(weight) for weight in _leaves(output.logits)}
-    return list(_largest(empty, "", lambda part: any(id(weight) in reached for weight in _weights_of(part))))
+    return dict(_largest(empty, "", lambda part: any(id(weight) in reached for weight in _weights_of(part))))
 
 
 def _weights_of(part: Any) -> Iterator[torch.nn.Parameter]:
@@ -92,13 +95,13 @@ def _without_weights(model: PreTrainedModel) -> Any:
     config = copy.deepcopy(model.config)
     # Kernels refuse expanded weights. What is reached does not depend on the implementation.
     config._attn_implementation = config._experts_implementation = "eager"
-    # The constructor draws random values. ZeRO-3 would shard the parts that it makes.
-    with torch.random.fork_rng(devices=[]), set_zero3_state(), init_empty_weights(include_buffers=False):
+    # ZeRO-3 would shard the parts that the constructor makes.
+    with set_zero3_state(), init_empty_weights(include_buffers=False):
         empty: Any = type(model)(config)
     for module in empty.modules():
         for name, weight in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
-            setattr(module, name, torch.nn.Parameter(zeros))
+            setattr(module, name, torch.nn.Parameter(zeros, zeros.is_floating_point()))
     empty.tie_weights()
     return empty
 
@@ -137,8 +140,8 @@ def _leaves(output: torch.Tensor) -> Iterator[torch.Tensor]:
         todo += [earlier for earlier, _ in node.next_functions]
 
 
-def _largest(module: Any, path: str, is_reached: Callable[[Any], bool]) -> Iterator[str]:
-    """Yield the largest parts of a module that are not reached.
+def _largest(module: Any, path: str, is_reached: Callable[[Any], bool]) -> Iterator[tuple[str, int]]:
+    """Yield the largest parts of a module that are not reached, and the number of their weights.
 
     Which experts of a layer a token reaches depends on the token. So in a list, what has a reached sibling of
     its class counts as reached.
@@ -152,5 +155,5 @@ def _largest(module: Any, path: str, is_reached: Callable[[Any], bool]) -> Itera
         if is_reached(part):
             if isinstance(part, nn.Module):
                 yield from _largest(part, f"{path}{name}.", is_reached)
-        elif type(part) not in siblings and any(True for _ in _weights_of(part)):
-            yield path + name
+        elif type(part) not in siblings and (count := sum(weight.numel() for weight in _weights_of(part))):
+            yield path + name, count
