@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inprocess import ROWS, build, logged
-from tiny import build_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from tiny import SIZES, build_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from trainers.config.kinds import KINDS
 
@@ -272,3 +272,25 @@ def test_accumulation_gives_the_loss_and_gradient_of_one_large_batch(
         found.append(logged(built)[0])
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=TOLERANCE)
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-3)
+
+
+def test_a_step_is_the_mean_over_all_tokens_for_a_model_that_declares_otherwise(tmp_path, tiny_model):
+    """Gemma 4 declares that it takes no number of tokens, since it leaves out images."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    sizes = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16,
+             "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}  # fmt: skip
+    config = AutoConfig.for_model("gemma4", text_config=SIZES | ids | sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = []
+    for batch in (1, 4, 8):
+        built = build(
+            tmp_path, tmp_path / "model", rows=LONG_AND_SHORT, trainer="sft", block_size=128, packing="none",
+            batch_size=batch, gradient_accumulation=8 // batch, max_grad_norm=1e9,
+        )  # fmt: skip
+        found.append(logged(built)[0])
+    for step in found[1:]:
+        assert step["loss"] == pytest.approx(found[0]["loss"], abs=TOLERANCE)
+        assert step["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-3)

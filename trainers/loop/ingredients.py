@@ -11,6 +11,7 @@ from trainers.model.cpu_head import replace_trls_head
 from trainers.model.load import load_model, load_reference
 from trainers.model.lora import lora_config
 from trainers.model.reach import freeze_unreached
+from trainers.model.token_mean import divide_by_all_tokens
 
 Built = TypeVar("Built", bound=Any)
 
@@ -23,6 +24,7 @@ def ingredients(context: Context) -> dict[str, Any]:
     replace_trls_head()
     model = load_model(context.config, context.tokenizer)
     frozen = freeze_unreached(model)
+    divide_by_all_tokens(model)
     return {
         "config": context.config,
         "data_key": context.data["train"].key,

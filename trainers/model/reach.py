@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.text import first_line
@@ -70,12 +70,10 @@ def unreached(model: PreTrainedModel) -> dict[str, int]:
     import torch
 
     ids = torch.arange(TOKENS)[None]
-    # The constructor draws random values, and so does dropout.
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _quick_linear():
-        empty = _without_weights(model)
+    with torch.enable_grad(), without_weights(model) as empty:
         output = empty(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    reached = {id(weight) for weight in _leaves(output.logits)}
-    return dict(_largest(empty, "", lambda part: any(id(weight) in reached for weight in _weights_of(part))))
+        reached = {id(weight) for weight in _leaves(output.logits)}
+        return dict(_largest(empty, "", lambda part: any(id(w) in reached for w in _weights_of(part))))
 
 
 def _weights_of(part: Any) -> Iterator[torch.nn.Parameter]:
@@ -86,8 +84,21 @@ def _weights_of(part: Any) -> Iterator[torch.nn.Parameter]:
         yield part
 
 
-def _without_weights(model: PreTrainedModel) -> Any:
-    """Return a model of the same config on the CPU. Its weights are expanded zeros."""
+@contextmanager
+def without_weights(model: PreTrainedModel) -> Iterator[Any]:
+    """Yield a model of the same config on the CPU, in training mode. Its weights are zeros without memory.
+
+    Its linear layers compute one number for each row while the block runs: the values do not matter, and a
+    product would first need memory for the weights.
+    """
+    import torch
+
+    # The constructor draws random values, and so does dropout.
+    with torch.random.fork_rng(devices=[]), _quick_linear():
+        yield _build_empty(model)
+
+
+def _build_empty(model: PreTrainedModel) -> Any:
     import torch
     from accelerate import init_empty_weights
     from transformers.modeling_utils import set_zero3_state
@@ -107,10 +118,7 @@ def _without_weights(model: PreTrainedModel) -> Any:
 
 
 def _quick_linear() -> AbstractContextManager[Any]:
-    """Replace the product of each linear layer by a number for each row, while the block runs.
-
-    The values do not matter. A product would first need memory for the expanded zeros.
-    """
+    """Replace the product of each linear layer by a number for each row, while the block runs."""
     from torch.nn.functional import linear
     from torch.overrides import TorchFunctionMode
 
