@@ -278,7 +278,8 @@ def test_a_step_is_the_mean_over_all_tokens_for_a_model_that_declares_otherwise(
     """Gemma 4 declares that it takes no number of tokens, since it leaves out images."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    sizes = {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16,
+    count = len(tokenizer)
+    sizes = {"vocab_size": count, "vocab_size_per_layer_input": count, "global_head_dim": 16,
              "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}  # fmt: skip
     config = AutoConfig.for_model("gemma4", text_config=SIZES | ids | sizes)
     torch.manual_seed(0)
