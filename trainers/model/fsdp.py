@@ -69,6 +69,25 @@ def choose_wrapped_modules(model: PreTrainedModel) -> None:
         )
 
 
+def check_buffers(model: PreTrainedModel) -> None:
+    """Check that a model has no buffer in its files. accelerate 1.15 takes all that is there for sharded.
+
+    This concerns models that only rank 0 reads (cpu_ram_efficient_loading), except int4 ones.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    if not efficient or getattr(model, "is_loaded_in_4bit", False):
+        return
+    stored = model.state_dict().keys()
+    if name := next((name for name, _ in model.named_buffers() if name in stored), None):
+        raise ConfigError(
+            f"distributed_backend: fsdp cannot shard {type(model).__name__}, because accelerate does not "
+            f"support a buffer in the model's files ({name}). Use ddp or deepspeed."
+        )
+
+
 def full_tensor(tensor: Any) -> Any:
     """Return the full parameter from its shards, for a read outside of its module's forward.
 

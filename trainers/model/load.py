@@ -101,6 +101,7 @@ def _load(name: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     if config.packed != "none":
         flatten_body(model, attention == "documents" and config.kind.pairs)
     if fsdp.requested():
+        fsdp.check_buffers(model)
         fsdp.choose_wrapped_modules(model)
     loaded: PreTrainedModel = model
     return loaded
