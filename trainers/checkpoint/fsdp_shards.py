@@ -41,6 +41,7 @@ def save(
 ) -> Future[Any]:
     """Start to write. Returns once the state is copied, so that training can continue and change it."""
     weights, moments = get_state_dict(model, optimizer, options=_options(trains_all))
+    weights = _kept(model, weights, trains_all)
     writer = dcp.FileSystemWriter(folder / SHARDS, single_file_per_rank=True, sync_files=True)
     state = {"model": weights, "optimizer": moments}
     started = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
@@ -65,7 +66,7 @@ def load(model: Any, optimizer: Any, folder: Path, trains_all: bool) -> None:
     """
     options = _options(trains_all)
     weights, moments = get_state_dict(model, optimizer, options=options)  # the tensors to read into
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state: dict[str, Any] = {"model": _kept(model, weights, trains_all), "optimizer": moments}
     with _as_errors():
         dcp.load(state, storage_reader=SafeReader(folder / SHARDS))
     set_state_dict(
@@ -83,7 +84,7 @@ def load_weights(model: Any, folder: Path, trains_all: bool) -> None:
     Raises:
         ShardError: a rank could not read its shards.
     """
-    weights = get_model_state_dict(model, options=_options(trains_all))
+    weights = _kept(model, get_model_state_dict(model, options=_options(trains_all)), trains_all)
     with _as_errors():
         dcp.load({"model": weights}, storage_reader=SafeReader(folder / SHARDS))
     set_model_state_dict(model, weights, options=_options(trains_all))
@@ -108,3 +109,15 @@ def _as_errors() -> Iterator[None]:
 
 def _options(trains_all: bool) -> StateDictOptions:
     return StateDictOptions(ignore_frozen_params=not trains_all, strict=trains_all)
+
+
+def _kept(model: Any, weights: dict[str, Any], trains_all: bool) -> dict[str, Any]:
+    """Return the weights of a checkpoint: all, or without the frozen ones.
+
+    torch leaves out a frozen weight under one name only. A tied one has another, such as lm_head.weight.
+    """
+    if trains_all:
+        return weights
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, weight in named if not weight.requires_grad}
+    return {name: weight for name, weight in weights.items() if name not in frozen}
