@@ -9,6 +9,9 @@ Two ranks on the CPU train a cut model in float32. The parts, in this order:
     torchrun           the same for torchrun --standalone --max-restarts with bare_resuming.py
     goodput            one kill a minute for --minutes: phalanx (warm) and torchrun
     stall              steps with a save compared with steps without: ddp, fsdp (asynchronous) and zero2
+    ddp, fsdp, zero2   kills in training, the final save and the merge (recovery_to_end.py)
+    parent             kill -9 of the warm process (recovery_parents.py)
+    launcher, kept     kill -9 of the launcher, which is started again; kept: with a kept warm process
 
 Noticed: when the launcher prints the name of the failed rank; both launchers do it when the other ranks are
 gone. First step: when the first step of a later attempt ends, whatever its number. Both are seconds from the
@@ -30,23 +33,26 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from killed_run import LENGTH, RANKS, Kill, Side, Step, end_all, environment, write_config
+import recovery_parents
+import recovery_to_end
+from killed_run import LENGTH, RANKS, Kill, Side, Step, environment, running, write_config
 from measure import MODEL, REPO, alternate, need_model, provenance, run, spread, table
+from run_processes import end_all
 
 from launcher.plan.topology import free_port
 
 SIDES = {"warm": "phalanx, warm", "accelerate": "phalanx, accelerate launch", "torchrun": "torchrun, TRL"}
 GOALS = {"warm": (2.0, 8.0), "accelerate": (2.0, 25.0)}  # seconds until noticed, and until a step ends
-BACKENDS = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed_zero2"}  # name -> file in accelerate_configs
-PARTS = (*SIDES, "goodput", "stall")
+FILES = {"ddp": "ddp", "fsdp": "fsdp", "zero2": "deepspeed_zero2"}  # name -> file in accelerate_configs
+PARTS = (*SIDES, "goodput", "stall", *recovery_to_end.BACKENDS, *recovery_parents.KINDS)
 OFTEN, SELDOM = 2, 10  # steps between saves: in a run that is killed every few steps, and for goodput
 KILL_TURNS, GOODPUT_TURNS, STALL_TURNS = 4, 2, 3
 STALL_EVERY, STALL_STEPS = 4, 21
@@ -107,21 +113,28 @@ class Parts:
 
     def __init__(self, options: Namespace, model: Path, work: Path) -> None:
         self.options, self.model, self.work = options, model, work
+        self.turns = min(KILL_TURNS, options.kills)
+        most = max(self.share(turn) for turn in range(self.turns))
+        self._ends = recovery_to_end.ToTheEnd(work, model, OFTEN, most, options.seed)
+        self._parents = recovery_parents.Parents(work, model, OFTEN, options.seed)
 
-    @contextmanager
-    def running(self, kind: str, save_steps: int) -> Iterator[Side]:
-        with tempfile.TemporaryDirectory(dir=self.work, prefix=f"{kind}-") as folder:
-            side = Side(kind, Path(folder), self.model, save_steps)
-            side.start()
-            try:
-                yield side
-            finally:
-                side.stop()
+    def share(self, turn: int) -> int:
+        """Return the kills of a turn."""
+        return share_of(turn, self.turns, self.options.kills)
+
+    def to_end(self, backend: str, turn: int) -> recovery_to_end.Turn:
+        return self._ends.turn(backend, turn, self.share(turn))
+
+    def parents(self, kind: str, turn: int) -> recovery_parents.Turn:
+        return self._parents.turn(kind, turn, self.share(turn))
+
+    def running(self, kind: str, save_steps: int) -> AbstractContextManager[Side]:
+        return running(kind, self.work, self.model, save_steps)
 
     def killed(self, kind: str, turn: int) -> list[Kill]:
         draw, found = random.Random(f"{self.options.seed} kills {turn}"), []
         with self.running(kind, OFTEN) as side:
-            while len(found) < share_of(turn, min(KILL_TURNS, self.options.kills), self.options.kills):
+            while len(found) < self.share(turn):
                 steps, pause, rank = 1 + draw.randint(1, 10), draw.random(), draw.randrange(RANKS)
                 side.wait(steps=steps)
                 side.wait(time.monotonic() + pause)
@@ -149,7 +162,7 @@ class Parts:
 
     def ends(self, backend: str, **saving: Any) -> list[float]:
         """Return when the steps of a run ended, as rank 0 recorded it."""
-        config = REPO / "accelerate_configs" / f"{BACKENDS[backend]}.yaml"
+        config = REPO / "accelerate_configs" / f"{FILES[backend]}.yaml"
         argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         argv += ["--num_processes", str(RANKS), "--main_process_port", str(free_port())]
         with tempfile.TemporaryDirectory(dir=self.work) as notes:
@@ -230,14 +243,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = Parts(options, work / "model", work)
         killed = {kind: partial(parts.killed, kind) for kind in SIDES if kind in chosen}
         good = {kind: partial(parts.goodput, kind) for kind in ("warm", "torchrun") if "goodput" in chosen}
-        stalls = {backend: partial(parts.stall, backend) for backend in BACKENDS if "stall" in chosen}
+        stalls = {backend: partial(parts.stall, backend) for backend in FILES if "stall" in chosen}
+        to_end = {name: partial(parts.to_end, name) for name in recovery_to_end.BACKENDS if name in chosen}
+        parents = {kind: partial(parts.parents, kind) for kind in recovery_parents.KINDS if kind in chosen}
         for name, kinds, turns, row, head in (
-            ("kills", killed, min(KILL_TURNS, options.kills), kills_row,
+            ("kills", killed, parts.turns, kills_row,
              ["killed", "recovered", "at a save", "named", "noticed after", "first step after", "goals"]),
             ("goodput", good, GOODPUT_TURNS, goodput_row,
              ["one kill a minute", "goodput", "steps kept", "median step", "kills", "starts by hand"]),
             ("stall", stalls, STALL_TURNS, stall_row,
              [f"a save in {STALL_EVERY} steps", "step", "a save waits", "in steps", "it adds in all"]),
+            ("to the end", to_end, parts.turns, partial(recovery_to_end.row, options.kills),
+             recovery_to_end.HEAD),
+            ("parents", parents, parts.turns, recovery_parents.row, recovery_parents.HEAD),
         ):  # fmt: skip
             found[name], reasons = alternate(kinds, turns)
             if kinds:

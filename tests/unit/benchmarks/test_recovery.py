@@ -156,3 +156,97 @@ def test_flags_that_are_refused(recovery, argv, capsys):
 def test_without_the_model_it_says_how_to_get_one(recovery, tmp_path):
     with pytest.raises(SystemExit, match="get_model"):
         recovery.main(["--model", str(tmp_path / "none")])
+
+
+def kill(recovery, phase="step", first=6.0, noticed=0.5, at_save=False):
+    return recovery.Kill(1, at_save, noticed, first, named=True, phase=phase)
+
+
+@pytest.mark.parametrize(
+    ("kills", "targets"),
+    [
+        (1, ["merge"]),
+        (2, ["final save", "merge"]),
+        (5, ["training", "training", "training", "final save", "merge"]),
+    ],
+)
+def test_the_last_kills_of_a_turn_hit_the_final_save_and_the_merge(recovery, kills, targets):
+    assert recovery.recovery_to_end.targets(kills) == targets
+
+
+def test_a_backend_meets_its_goal_if_every_kill_and_every_end_does(recovery):
+    to_end = recovery.recovery_to_end
+
+    def row(*turns, planned=4):
+        return to_end.row(planned, "fsdp", [to_end.Turn(kills, equal) for kills, equal in turns])
+
+    late = [kill(recovery, "end", first=9.0), kill(recovery, "merge", first=10.0)]
+    good = ([kill(recovery, "save", at_save=True), kill(recovery), *late], True)
+    name, recovered, at_save, final, merge, named, noticed, first, done, equal, goal = row(good)
+    assert (name, recovered, at_save, final, merge) == (
+        "phalanx, fsdp",
+        "4 of 4",
+        "1 of 1",
+        "1 of 1",
+        "1 of 1",
+    )
+    assert (named, noticed, first) == ("4 of 4", "0.50 (0.50 to 0.50) s", "6.00 (6.00 to 6.00) s")
+    assert (done, equal) == ("9.50 (9.00 to 10.00) s", "1 of 1")
+    assert goal == "all, 2 s, 8 s, equal: met"
+    kills = good[0]
+    for missed in (
+        row((kills, False)),
+        row(([*kills[:1], kill(recovery, first=8.5), *late], True)),
+        row(([*kills[:1], kill(recovery, first=None), *late], True)),
+        row(([*kills[:2], late[0], kill(recovery, "merge", first=None)], True)),
+        row(([kill(recovery), kill(recovery), *late], True)),  # none at a save
+        row((kills[:3], True), planned=3),  # none in the merge
+        row(good, planned=5),
+    ):
+        assert missed[-1].endswith("MISSED")
+
+
+def test_a_side_reads_the_phase_of_a_rank_and_what_is_done(recovery, tmp_path):
+    from trainers.rank.heartbeat import Heart
+    from trainers.rank.protocol import HEARTBEATS
+
+    side = recovery.Side("warm", tmp_path, Path("model"), 2)
+    assert (side.phase(0), side.ending) == ("", None)
+    folder = side.mark / "phalanx-heartbeats-1-x"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HEARTBEATS, str(folder))
+        heart = Heart()
+        heart.start(0)
+    heart.enter("merge")
+    assert side.phase(0) == "merge"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finished.json").write_text('{"done": ["merge"]}')
+    assert side.ending == ["merge"]
+
+
+def test_a_parent_meets_its_goal_if_every_kill_does(recovery):
+    parents = recovery.recovery_parents
+    turn = parents.Turn([3.0, 4.0], (30 * 2**20, 5 * 2**20))
+    row = parents.row("parent", [turn])
+    assert row == ["the warm process", "2 of 2", "3.50 (3.00 to 4.00) s", "30 MiB", "5 MiB", "8 s: met"]
+    assert parents.row("launcher", [parents.Turn([8.5], None)])[-1] == "8 s: MISSED"
+    assert parents.row("kept", [parents.Turn([None], None)])[1:] == [
+        "0 of 1",
+        "never",
+        "no spare",
+        "no spare",
+        "8 s: MISSED",
+    ]
+
+
+def test_the_config_of_a_run_that_goes_to_its_end_is_accepted(recovery, tmp_path, monkeypatch):
+    from launcher.config import load_run
+
+    monkeypatch.chdir(tmp_path)
+    for backend, name in recovery.recovery_to_end.BACKENDS.items():
+        sections = recovery.recovery_to_end.sections(backend, 30)
+        recovery.killed_run.command("warm", tmp_path, Path("model"), 2, sections)
+        run = load_run(tmp_path / "config.yaml", {})
+        assert (run.train.max_steps, run.train.scheduler, run.train.merge_adapter) == (30, "constant", True)
+        assert run.train.distributed_backend == name
