@@ -47,7 +47,7 @@ class Parents:
     def turn(self, kind: str, number: int, kills: int) -> Turn:
         draw, found = random.Random(f"{self.seed} parents {number}"), []
         with (
-            self._kept(kind) as environ,
+            self._kept(kind, number) as environ,
             running("warm", self.work, self.model, self.save_steps, environ=environ) as side,
         ):
             side.wait(steps=1)
@@ -64,12 +64,12 @@ class Parents:
         return Turn(found, memory)
 
     @contextmanager
-    def _kept(self, kind: str) -> Iterator[dict[str, str]]:
+    def _kept(self, kind: str, number: int) -> Iterator[dict[str, str]]:
         """Start a process that keeps the imports, if this kind has one. Yields the variable that names it."""
         if kind != "kept":
             yield {}
             return
-        path = self.work / "kept.socket"
+        path = self.work / f"kept-{number}.socket"
         argv = [sys.executable, "-m", "trainers.warm", "--keep", str(path), "trainers.sft"]
         with subprocess.Popen(argv, cwd=REPO, env=os.environ | environment(self.work)) as process:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import time
@@ -120,6 +121,7 @@ class WarmLaunch:
         self.parent = parent
         self.pids = parent.start(argv, environ, not_needed)
         self.codes: dict[int, int] = {}
+        self.watched = [descriptor for pid in self.pids.values() for descriptor in _watch(pid)]
 
     def ranks(self) -> dict[int, int]:
         return {rank: pid for rank, pid in self.pids.items() if rank not in self.codes}
@@ -129,9 +131,15 @@ class WarmLaunch:
             rank = answer["exited"]["rank"]
             self.codes[rank] = answer["exited"]["code"]
             kill_session(self.pids[rank])  # what it started
-        if len(self.codes) == len(self.pids):
-            return next((code for code in self.codes.values() if code), 0)
-        return -signal.SIGKILL if self.parent.ended else None
+        reported = len(self.codes) == len(self.pids)
+        if not reported and not self.parent.ended:
+            return None
+        self.kill()  # after the end of their parent; the kernel does it too
+        while self.watched:
+            descriptor = self.watched.pop()
+            select.select([descriptor], [], [])  # the next attempt needs their memory
+            os.close(descriptor)
+        return next((code for code in self.codes.values() if code), 0) if reported else -signal.SIGKILL
 
     def exits(self) -> dict[int, int]:
         return dict(self.codes)
@@ -140,6 +148,14 @@ class WarmLaunch:
         for pid in self.ranks().values():
             _kill(pid)
             kill_session(pid)
+
+
+def _watch(pid: int) -> list[int]:
+    """Return a descriptor that becomes readable when a process ends, or nothing if it has ended."""
+    try:
+        return [os.pidfd_open(pid)]
+    except ProcessLookupError:
+        return []
 
 
 def _kill(pid: int) -> None:

@@ -216,8 +216,10 @@ class Supervisor:
         return self._asked_to_stop() or self.machines.end_on_other_machine() is not None
 
     def _warm_parent(self, environ: Mapping[str, str]) -> WarmParent:
-        """Return the process that forks the ranks. Start a new one if the last has ended."""
-        if self.parent is None or self.parent.ended:
+        """Return the process that forks the ranks. Start a new one if the last has ended, with its spare."""
+        if self.parent is not None and self.parent.ended and not self.parent.take_over():
+            self._drop_parent()
+        if self.parent is None:
             module = f"trainers.{self.run.train.kind.module}"
             deepspeed = self.backend.name == "deepspeed"
             folder = self.run.folder.resolve()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -35,10 +36,36 @@ class NotNeeded(Exception):
     """The ranks are not needed any more."""
 
 
+class Spare:
+    """A fork of the process that forks the ranks. It waits to take over, and ends with this launcher."""
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self.connection, self.pid = connection, pid
+        try:
+            self.watched: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.watched = None  # it has ended
+
+    @property
+    def lives(self) -> bool:
+        return self.watched is not None and not select.select([self.watched], [], [], 0)[0]
+
+    def end(self) -> None:
+        """Kill the process, and wait until it has ended."""
+        self.connection.close()
+        if self.watched is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                signal.pidfd_send_signal(self.watched, signal.SIGKILL)
+            select.select([self.watched], [], [])
+            os.close(self.watched)
+            self.watched = None
+
+
 class WarmParent:
     """A connection to the process that forks the ranks.
 
-    The process begins its imports when this object is created. start() waits until they are done.
+    The process begins its imports when this object is created. start() waits until they are done. Once it has
+    forked ranks, it has a spare: take_over() continues with it.
     """
 
     def __init__(
@@ -50,6 +77,9 @@ class WarmParent:
         ended.
         """
         self.process: subprocess.Popen[bytes] | None = None
+        self.spare: Spare | None = None
+        self.serving: Spare | None = None  # the spare that has taken over from the process
+        self.descriptors: list[int] = []  # received, and not assigned to a message yet
         self.buffer, self.imported, self.ended = b"", False, False
         locks = [] if lock is None else [lock.fileno()]
         kept = environ.get(WARM)
@@ -99,10 +129,20 @@ class WarmParent:
     ) -> dict[int, int]:
         """Fork the ranks of this machine, as `accelerate launch ARGV` would start them. Return rank -> pid.
 
+        If the process has ended, its spare forks them.
+
         Raises:
-            Refused: a fork is not safe, or the process ended, or it hangs in an import.
+            Refused: a fork is not safe, or the process ended without a spare, or it hangs in an import.
             NotNeeded: `not_needed` became true before the imports were done.
         """
+        self._wait_for_imports(not_needed)
+        request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}}).encode() + b"\n"
+        while (pids := self._ask(request)) is None:
+            if not self.take_over():
+                raise Refused("the process that imports the libraries ended")
+        return pids
+
+    def _wait_for_imports(self, not_needed: Callable[[], bool]) -> None:
         progress = Progress()
         while not self.imported and not self.ended:
             self.imported = any("imported" in answer for answer in self.answers(0.1))
@@ -110,26 +150,39 @@ class WarmParent:
                 raise Refused(f"the imports made no progress for {IDLE:.0f} s")
             if not_needed():
                 raise NotNeeded
-        request = json.dumps({"start": {"argv": argv, "environ": dict(environ)}})
+
+    def _ask(self, request: bytes) -> dict[int, int] | None:
+        """Send a request for ranks. Return rank -> pid, or None if the process has ended."""
         try:
-            self.socket.sendall(request.encode() + b"\n")
+            self.socket.sendall(request)
         except OSError:
-            raise Refused("the process that imports the libraries ended") from None
-        while True:
+            self.ended = True
+        while not self.ended:
             for answer in self.answers(None):
                 if "refused" in answer:
                     raise Refused(answer["refused"])
                 if "started" in answer:
                     return {int(rank): pid for rank, pid in answer["started"].items()}
-            if self.ended:
-                raise Refused("the process that imports the libraries ended")
+        return None
+
+    def take_over(self) -> bool:
+        """Continue with the spare of the process, which has ended. Return False if there is none."""
+        spare, self.spare = self.spare, None
+        if spare is None or not spare.lives:
+            return False
+        self.close()
+        self.process, self.serving, self.socket = None, spare, spare.connection
+        self.buffer, self.ended = b"", False
+        say("start", "a spare of the killed process forks the ranks; nothing is imported again")
+        return True
 
     def answers(self, timeout: float | None) -> list[dict[str, Any]]:
         """Return the messages since the last call. Wait at most so many seconds for one (None: no limit)."""
         if not select.select([self.socket], [], [], timeout)[0]:
             return []
         try:
-            received = self.socket.recv(1 << 16)
+            received, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 4, socket.MSG_CMSG_CLOEXEC)
+            self.descriptors += descriptors
         except OSError:
             received = b""
         if not received:
@@ -137,10 +190,28 @@ class WarmParent:
             if self.process is not None:
                 self.process.wait()
         *lines, self.buffer = (self.buffer + received).split(b"\n")
-        return [json.loads(line) for line in lines]
+        found = []
+        for message in map(json.loads, lines):
+            if "spare" in message:
+                self._keep_spare(message["spare"])
+            else:
+                found.append(message)
+        return found
+
+    def _keep_spare(self, pid: int) -> None:
+        if self.spare is not None:
+            self.spare.end()
+        self.spare = Spare(socket.socket(fileno=self.descriptors.pop(0)), pid)
 
     def close(self) -> None:
-        """Make the process kill the ranks that are left, and end."""
+        """Make the process kill the ranks that are left, and end, and its spare too."""
+        if self.spare is not None:
+            self.spare.end()
+            self.spare = None
+        if self.serving is not None:
+            self.serving.end()
+            self.serving = None
+            return
         if self.process is not None:
             self.socket.close()
             self.process.kill()

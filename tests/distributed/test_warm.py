@@ -26,7 +26,9 @@ from launcher.plan.accelerate_config import build_accelerate_config, build_deeps
 from launcher.plan.backend import resolve_backend
 from launcher.plan.command import build_command
 from launcher.plan.topology import free_port, resolve_topology
-from launcher.supervise.warm_parent import WarmParent
+from launcher.supervise.launches import WarmLaunch
+from launcher.supervise.warm_parent import Refused, WarmParent
+from trainers.rank.proc_stat import read_stat
 from trainers.rank.protocol import WARM, AttemptFiles
 
 THREADS = "3"  # threads of a rank: not the default of any machine
@@ -105,7 +107,9 @@ class Warm:
         assert self.read()["imported"] > 0
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self.lines.readline())
+        """Return the next message. The socket to a spare is dropped, so the spare ends."""
+        message: dict[str, Any] = json.loads(self.lines.readline())
+        return self.read() if "spare" in message else message
 
     def start(self, arguments: list[str], **environ: str) -> dict[str, Any]:
         own = {name: value for name, value in self.environ.items() if name != "OMP_NUM_THREADS"}
@@ -295,6 +299,73 @@ def test_ranks_do_not_outlive_their_parent(
         os.close(descriptor)
 
 
+def no() -> bool:
+    return False
+
+
+def until_ended(launch: WarmLaunch) -> int:
+    """Wait until the ranks have ended, and return the exit code of the launch."""
+    while (code := launch.wait(30)) is None:
+        pass
+    return code
+
+
+def lives(pid: int) -> bool:
+    try:
+        return read_stat(pid).state not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def started(environ: dict[str, str], work: Path) -> Iterator[WarmParent]:
+    """A process that imports the libraries for this test."""
+    parent = WarmParent("probe", False, environ, work / "warm.log", None)
+    yield parent
+    parent.close()
+
+
+def test_a_spare_takes_over_from_a_killed_process(
+    started: WarmParent,
+    environ: dict[str, str],
+    arguments: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lasting = arguments("ddp", seconds=600)
+    ended: set[int] = set()
+    for others in (0, 1, 2):  # the spare of the spare takes over too
+        launch = WarmLaunch(started, lasting, environ, no)
+        assert capsys.readouterr().out.count("a spare of the killed process forks the ranks") == bool(others)
+        forks = {read_stat(pid).parent for pid in launch.ranks().values()}
+        assert len(forks) == 1 and not forks & ended
+        pids = [*forks, *launch.ranks().values()]
+        os.kill(pids[0], signal.SIGKILL)
+        assert until_ended(launch) == -signal.SIGKILL
+        assert not any(map(lives, pids)), "its ranks are there"
+        ended |= forks
+    launch = WarmLaunch(started, arguments("ddp", code=3), environ, no)
+    assert until_ended(launch) == 3 and launch.exits() == {0: 3, 1: 3}
+    last = {started.serving.watched, started.spare.watched}
+    assert len(last) == 2
+    watched = [os.dup(descriptor) for descriptor in last]
+    started.close()
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], 0)[0], "a process is left"
+        os.close(descriptor)
+
+
+def test_without_a_spare_a_killed_process_is_refused_and_its_ranks_end(
+    started: WarmParent, environ: dict[str, str], arguments: Callable[..., list[str]]
+) -> None:
+    launch = WarmLaunch(started, arguments("ddp", seconds=600), environ, no)
+    started.spare.end()
+    os.kill(started.process.pid, signal.SIGKILL)
+    assert until_ended(launch) == -signal.SIGKILL
+    assert not started.take_over()
+    with pytest.raises(Refused, match="the process that imports the libraries ended"):
+        started.start(arguments("ddp"), environ, no)
+
+
 @pytest.fixture(scope="module")
 def kept(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of launchers that share one kept process."""
@@ -353,7 +424,7 @@ def test_a_run_outlives_the_kept_process(
             parent.close()
 
 
-# A launcher that starts ranks, then a child that still has the connection, and is killed.
+# A launcher that starts ranks, then perhaps a child that still has the connections, and is killed.
 LAUNCHER = """
 import os, json, subprocess, sys
 from pathlib import Path
@@ -361,10 +432,13 @@ from launcher.supervise.warm_parent import WarmParent
 
 folder, lasts, argv = Path(sys.argv[1]), sys.argv[2] == "with a child", sys.argv[3:]
 parent = WarmParent("probe", False, os.environ, folder / "warm.log", None)
-assert parent.process is None, "the libraries were imported again"
+assert (parent.process is None) == ("PHALANX_WARM" in os.environ), "the libraries were imported again"
 pids = parent.start(argv, os.environ, lambda: False)
+held = [parent.socket.fileno()]
+if parent.process is not None:
+    pids |= {"warm": parent.process.pid, "spare": parent.spare.pid}
+    held += [parent.spare.connection.fileno()]
 if lasts:
-    held = [parent.socket.fileno()]
     child = subprocess.Popen(["sleep", "600"], pass_fds=held, stdout=subprocess.DEVNULL)
     pids["child"] = child.pid
 print(json.dumps(pids), flush=True)
@@ -372,25 +446,38 @@ sys.stdin.read()
 """
 
 
+def kill_a_launcher(environ: dict[str, str], work: Path, child: str, probes: list[str]) -> set[str]:
+    """Start a launcher, kill it, and wait until all others have ended. Returns their names."""
+    argv = [sys.executable, "-c", LAUNCHER, str(work), child, *probes]
+    with subprocess.Popen(
+        argv, cwd=REPO, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        pids: dict[str, int] = json.loads(launcher.stdout.readline())
+        watched = {name: os.pidfd_open(pid) for name, pid in pids.items() if name != "child"}
+        launcher.kill()
+    for name, descriptor in watched.items():
+        assert select.select([descriptor], [], [], 30)[0], name
+        os.close(descriptor)
+    if "child" in pids:
+        os.kill(pids["child"], signal.SIGKILL)
+    return set(watched)
+
+
+@pytest.mark.parametrize("child", ["with a child", pytest.param("alone", marks=pytest.mark.slow)])
+def test_nothing_outlives_a_launcher_that_is_killed(
+    environ: dict[str, str], arguments: Callable[..., list[str]], work: Path, child: str
+) -> None:
+    """Not the spare either, whose parent is not the launcher."""
+    ended = kill_a_launcher(environ, work, child, arguments("ddp", seconds=600))
+    assert ended == {"0", "1", "warm", "spare"}
+
+
 @pytest.mark.parametrize("child", ["with a child", "alone"])
 def test_no_rank_of_a_kept_process_outlives_a_launcher_that_is_killed(
     kept: dict[str, str], arguments: Callable[..., list[str]], work: Path, child: str
 ) -> None:
-    probes = arguments("ddp", seconds=600)
-    argv = [sys.executable, "-c", LAUNCHER, str(work), child, *probes]
-    with subprocess.Popen(
-        argv, cwd=REPO, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as launcher:
-        assert launcher.stdout is not None
-        pids: dict[str, int] = json.loads(launcher.stdout.readline())
-        watched = {pid: os.pidfd_open(pid) for name, pid in pids.items() if name != "child"}
-        assert len(watched) == 2
-        launcher.kill()
-    for descriptor in watched.values():
-        assert select.select([descriptor], [], [], 30)[0]
-        os.close(descriptor)
-    if "child" in pids:
-        os.kill(pids["child"], signal.SIGKILL)
+    assert kill_a_launcher(kept, work, child, arguments("ddp", seconds=600)) == {"0", "1"}
     again = joined(kept)
     again.close()
     assert again.process is None, "the kept process does not serve the next launcher"

@@ -9,6 +9,8 @@ import time
 import pytest
 from planted import LORA, alive
 
+from trainers.rank.proc_stat import read_stat
+
 NAMED = "rank {} failed first: killed by SIGKILL"
 
 
@@ -62,6 +64,17 @@ def test_no_rank_outlives_the_launcher_and_resume_continues(faults, whom, kept):
     run = faults.run(running.folder.name, "ddp", "--resume")
     assert "resume: " in run.out and "checkpoint-4" in run.out
     faults.same_end(run, "ddp")
+
+
+def test_the_spare_of_a_killed_warm_process_continues_the_run(faults):
+    running = faults.start("killed-parent", "ddp", kept=False, pause=0.3)
+    running.wait_for_step(6)
+    os.kill(read_stat(running.pid(0)).parent, signal.SIGKILL)
+    run = running.end()
+    assert "the parent process of the ranks was killed by SIGKILL; restart 1 of at most 10, from" in run.err
+    assert "a spare of the killed process forks the ranks; nothing is imported again" in run.out
+    faults.same_end(run, "ddp")
+    assert alive(run.folder) == []
 
 
 def test_a_kill_during_a_save_leaves_no_checkpoint(faults):

@@ -112,10 +112,14 @@ class Forker:
     """A stub of the process that forks the ranks."""
 
     def __init__(self, module: str, *given: object) -> None:
-        self.module, self.ended = module, False
+        self.module, self.ended, self.spare, self.closed = module, False, False, False
+
+    def take_over(self) -> bool:
+        self.ended = not self.spare
+        return self.spare
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 def test_attempts_share_the_process_that_forks_the_ranks_until_it_ends(
@@ -126,8 +130,10 @@ def test_attempts_share_the_process_that_forks_the_ranks_until_it_ends(
     first: Any = made._warm_parent({})
     assert first.module == "trainers.sft"
     assert made._warm_parent({}) is first
-    first.ended = True
-    assert made._warm_parent({}) is not first
+    first.ended, first.spare = True, True
+    assert made._warm_parent({}) is first, "its spare takes over"
+    first.ended, first.spare = True, False
+    assert made._warm_parent({}) is not first and first.closed
 
 
 @pytest.mark.parametrize(
