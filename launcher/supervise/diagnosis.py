@@ -22,7 +22,7 @@ from trainers.config.errors import (
 )
 from trainers.config.redaction import redacted
 from trainers.rank.failures import BatchTooLarge
-from trainers.rank.protocol import AttemptFiles, ErrorNote, read_notes
+from trainers.rank.protocol import AttemptFiles, ErrorNote
 from trainers.rank.say import say
 
 LOG_LINES = 25  # lines shown of a failed rank's log
@@ -100,7 +100,7 @@ def diagnose(outcome: Outcome) -> Failure:
     Running out of memory is always a cause, never a consequence. A rank that was killed from outside, or that
     hangs, has priority over the errors that its peers report.
     """
-    notes = read_notes(outcome.files.folder, ErrorNote)
+    notes = outcome.files.notes(ErrorNote)
     notes.sort(key=lambda note: (note.peer_lost, note.time))
     out_of_memory = [note for note in notes if note.code == OUT_OF_MEMORY]
     if out_of_memory:

@@ -36,7 +36,7 @@ from launcher.supervise.stale_locks import extensions_cache, remove_stale_locks
 from launcher.supervise.warm_parent import NotNeeded, Refused, WarmParent
 from launcher.supervise.watcher import Watcher
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, RUN_FAILED, SAVED, ConfigError
-from trainers.rank.protocol import HEARTBEATS, LAUNCH, WAITS, AttemptFiles, StopNote, read_notes
+from trainers.rank.protocol import HEARTBEATS, LAUNCH, WAITS, AttemptFiles, StopNote
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.data_cache import cache_root
@@ -177,6 +177,7 @@ class Supervisor:
     def _attempt(self) -> Outcome:
         """Start the ranks once, and wait until they have ended."""
         files, argv = attempt.prepare(self.run, self.topology, self.backend, self.number)
+        files.heartbeats = self.heartbeats
         live = sys.stdout.isatty()
         environ = build_environment(self.run, self.topology, os.environ, files.folder, live, slurm.end_time())
         environ[HEARTBEATS] = str(self.heartbeats)
@@ -235,7 +236,7 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> Ended:
         """Return how the attempt ended on this machine."""
-        notes = read_notes(outcome.files.folder, StopNote)
+        notes = outcome.files.notes(StopNote)
         received = self.signals.received
         number, folder, now = self.topology.machine_rank, str(outcome.files.folder), time.time()
         # A signal that came too late to stop the run does not count: the run has succeeded.

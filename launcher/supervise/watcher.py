@@ -14,7 +14,7 @@ from launcher.supervise.attempt import Outcome
 from launcher.supervise.hangs import HangFinder, SuspensionDetector
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
-from trainers.rank.protocol import AttemptFiles, StopNote, read_notes
+from trainers.rank.protocol import AttemptFiles, StopNote
 from trainers.rank.say import say
 from trainers.rank.terminal import is_unread
 
@@ -83,7 +83,7 @@ class Watcher:
         Only that rank may have got the signal. Then pass it to the others, as if the launcher had got it.
         """
         early = False
-        for note in read_notes(self.files.folder, StopNote):
+        for note in self.files.notes(StopNote):
             self.signals.received = self.signals.received or note.signal
             early = early or not note.saved
         return early

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from places import HELPERS
 from ranks import BACKENDS, Bench, Finished
 from terminals import Terminal
 
+from trainers.rank.proc_stat import read_stat
 from trainers.rank.protocol import WARM
 
 PLANT = HELPERS / "plant"
@@ -118,15 +121,37 @@ class Faults:
         assert [entry["step"] for entry in run.metrics if "loss" in entry] == list(range(1, STEPS + 1))
 
 
-def alive(folder: Path) -> list[str]:
-    """Return the processes of a run: their command line or environment has its folder."""
-    found = []
+def fill(folder: Path, left: int = 0) -> Path:
+    """Fill the file system of a folder but for `left` bytes, by a file there, and return it."""
+    path = folder / "filler"
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(folder).free - left, 1))
+    return path
+
+
+def processes(folder: Path) -> dict[int, bytes]:
+    """Return the processes of a run: pid -> command line.
+
+    Their command line or environment has its folder, or a rank began their session: that of a forked rank
+    has the command line of the process that imported the libraries.
+    """
+    sessions = {int(path.read_text() or 0) for path in folder.glob("launch/attempt-*/**/rank-*.pid")}
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                known = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes()
+                known = str(folder / "launch").encode() in command + (entry / "environ").read_bytes()
+                stat = read_stat(int(entry.name))
             except OSError:
                 continue
-            if str(folder / "launch").encode() in known:
-                found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes()!r}")
+            if known or (
+                stat.session in sessions and stat.state not in ("Z", "X") and b"trainers" in command
+            ):
+                found[int(entry.name)] = command
     return found
+
+
+def alive(folder: Path) -> list[str]:
+    """Return the processes that a run has left."""
+    return [f"{pid}: {command!r}" for pid, command in processes(folder).items()]

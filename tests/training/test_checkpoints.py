@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from inprocess import build
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, build_architecture
 
+from trainers.checkpoint import saving
 from trainers.checkpoint.readable import why_unreadable
 from trainers.config.errors import ConfigError
 from trainers.loop import step_boundary
 from trainers.loop.step_boundary import StepBoundary
+from trainers.rank.signals import Stop
 from trainers.storage.manifest import Layout, checkpoint_folders, entry_of, read_manifest, why_unusable
 
 
@@ -292,3 +295,23 @@ def test_a_checkpoint_of_another_backend_is_refused_and_not_taken_for_a_damaged_
     trainer = build(tmp_path, tiny_model, trainer="sft", resume=True, **SAVES).trainer
     with pytest.raises(ConfigError, match="it was written by ZeRO 2, which ddp cannot read"):
         trainer.find_checkpoint()
+
+
+def test_a_signal_while_the_ranks_exchange_that_there_is_none_stops_the_run(
+    tmp_path, tiny_model, monkeypatch
+):
+    """A rank that waits there for the others is the likeliest to get one."""
+    monkeypatch.setattr(step_boundary, "stop", stop := Stop())
+    monkeypatch.setattr(saving, "stop", stop)
+    built = build(tmp_path, tiny_model, trainer="sft", **SAVES)
+    exchange = built.trainer.agreement.maximum
+
+    def maximum(*values):
+        found = exchange(*values)
+        if built.trainer.state.global_step == 3 and len(values) == 4:  # at the end of the step
+            stop.requested = signal.SIGTERM  # as its handler does
+        return found
+
+    monkeypatch.setattr(built.trainer.agreement, "maximum", maximum)
+    train(built)
+    assert stop.saved == "saved at step 4"

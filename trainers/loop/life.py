@@ -26,6 +26,7 @@ from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
 from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
+from trainers.rank.data_workers import keep_workers
 from trainers.rank.failures import batch_memory_errors
 from trainers.rank.library_output import quieten_libraries
 from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
@@ -66,6 +67,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         claim(folder, config, config_file)
     refuse_kernels_at_imports()
     quieten_libraries()
+    keep_workers()
     from transformers import set_seed
 
     from trainers.checkpoint.safe_pickle import allow_deepspeed, weights_only
@@ -108,10 +110,14 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         elif first:
             values = ", ".join(f"{name} {value:.4g}" for name, value in ending.metrics.items())
             say("finished", f"at step {ending.step} already ({values}); nothing is trained again")
+        if ending is not None:
+            stop.agreed(*trainer.agreement.maximum(stop.requested))  # only one rank may have got it
         leave_group()
         del trainer  # a merge needs the memory
-        if first and ending is not None:
-            finish(context, facts, ending)
+        if ending is not None:
+            stop.finishing(f"trained and saved at step {ending.step}")
+            if first:
+                finish(context, facts, ending)
     return 0
 
 

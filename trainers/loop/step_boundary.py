@@ -63,7 +63,7 @@ class StepBoundary(TrainerCallback):
         asked, due, bad, writing = trainer.agreement.maximum(
             self._asked(), self._minutes_passed(), trainer.watch.end(), trainer.is_saving
         )
-        stop.requested = asked
+        stop.agreed(asked)
         if bad:
             self._refuse(state)
         if trainer.has_unpublished_save and not writing:
@@ -122,7 +122,7 @@ class StepBoundary(TrainerCallback):
 
     def _stop_if_asked(self, evaluating: bool = False) -> None:
         asked, _ = self.trainer.agreement.maximum(self._asked(), 0)
-        stop.requested = asked
+        stop.agreed(asked)
         if asked:
             self.trainer.due_evaluation = evaluating
             raise StopTraining

@@ -7,13 +7,15 @@
         rank-N.done | .error.json | .stopped.json  how the rank ended; none if it was killed
         prepared                                   several machines: machine 0 has prepared the data
 
-Heartbeats are in another folder, on a disk of the machine (heartbeat.py).
+Heartbeats are in another folder, on a disk of the machine (heartbeat.py). If the disk of the run is full, a
+rank writes rank-N.error.json or rank-N.stopped.json there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,10 +56,13 @@ class RankFiles:
 
 
 class AttemptFiles:
-    """The files of one attempt on one machine."""
+    """The files of one attempt on one machine.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `heartbeats` is the folder of the heartbeats, where a rank leaves its note if it cannot write it here.
+    """
+
+    def __init__(self, folder: Path, heartbeats: Path | None = None) -> None:
+        self.folder, self.heartbeats = folder, heartbeats
         self.accelerate_config = folder / "accelerate.yaml"
         self.deepspeed_config = folder / "deepspeed.json"
         self.config = folder / "config.json"  # the effective config, which the ranks read
@@ -67,6 +72,11 @@ class AttemptFiles:
     def rank(self, number: int) -> RankFiles:
         """Return the files of a rank."""
         return RankFiles(self.folder, number)
+
+    def notes(self, kind: type[Note]) -> list[Note]:
+        """Return the notes of a kind that the ranks have left. Skips a note that is incomplete."""
+        folders = [self.folder] if self.heartbeats is None else [self.folder, self.heartbeats]
+        return [note for folder in folders for note in read_notes(folder, kind)]
 
     def pids(self) -> dict[int, int]:
         """Return the process ids that the ranks have written so far: rank -> pid."""
@@ -153,7 +163,22 @@ Note = TypeVar("Note", ErrorNote, StopNote)
 
 
 def write_note(folder: Path, note: ErrorNote | StopNote) -> None:
-    """Write a note into the attempt's folder."""
+    """Write a note into the attempt's folder.
+
+    If this is impossible because its disk is full, write it to that of the heartbeats: the machine's own.
+
+    Raises:
+        OSError: both are impossible.
+    """
+    try:
+        _write_note(folder, note)
+    except OSError:
+        if (heartbeats := os.environ.get(HEARTBEATS)) is None:
+            raise
+        _write_note(Path(heartbeats), note)
+
+
+def _write_note(folder: Path, note: ErrorNote | StopNote) -> None:
     files = RankFiles(folder, note.rank)
     path = files.error if isinstance(note, ErrorNote) else files.stopped
     no_links.write(run_of(folder), path, json.dumps(asdict(note)))

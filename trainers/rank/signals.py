@@ -54,6 +54,14 @@ class Stop:
             raise StopNow(self.requested)
         self.at_once = False
 
+    def agreed(self, number: int) -> None:
+        """Record that the ranks have agreed to stop because of a signal (0: none had got one).
+
+        One that came during the exchange stays: the next exchange has it.
+        """
+        if number:
+            self.requested = number
+
     def finishing(self, kept: str) -> None:
         """From now on, stop at once again: the model is saved, and no other rank waits for this one.
 
@@ -74,17 +82,18 @@ class Stop:
 
 
 def _leave_signals_to_the_rank() -> None:
-    """In a worker of a data loader: do nothing on a signal that goes to all processes.
+    """In a process that the rank forks: do nothing on a signal that goes to all processes.
 
-    A terminal and SLURM signal the workers too, and the rank needs them until its save. It ends them by
-    SIGTERM. A handler, unlike SIG_IGN, is not passed on to programs that a worker starts.
+    A terminal and SLURM signal data workers too, and the rank needs them until its save. A pool ends its
+    workers by SIGTERM; those of data loaders outlive it (data_workers.py). A handler, unlike SIG_IGN, is not
+    passed on to programs that a worker starts.
     """
     for number in heard():
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else _do_nothing)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else do_nothing)
 
 
-def _do_nothing(number: int, _: FrameType | None) -> None:
-    pass
+def do_nothing(number: int, _: FrameType | None) -> None:
+    """Handle a signal that is for another process."""
 
 
 stop = Stop()

@@ -9,6 +9,7 @@ import pytest
 from places import REPO
 
 from trainers.rank.protocol import (
+    HEARTBEATS,
     AttemptFiles,
     ErrorNote,
     RankFiles,
@@ -124,6 +125,20 @@ def test_the_log_of_a_rank_is_in_the_folder_of_its_machine(tmp_path: Path, machi
 def test_a_note_is_read_as_it_was_written(tmp_path: Path, note: ErrorNote | StopNote) -> None:
     write_note(tmp_path, note)
     assert read_notes(tmp_path, type(note)) == [note]
+
+
+@pytest.mark.parametrize("note", [ERROR, STOP], ids=["error", "stop"])
+def test_a_note_for_which_the_disk_has_no_room_is_left_with_the_heartbeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: ErrorNote | StopNote
+) -> None:
+    """/dev/full is a device without room; the folder of the attempt cannot be made in it either."""
+    attempt = Path("/dev/full/attempt-1")
+    with pytest.raises(OSError):
+        write_note(attempt, note)
+    monkeypatch.setenv(HEARTBEATS, str(tmp_path))
+    write_note(attempt, note)
+    assert AttemptFiles(attempt, tmp_path).notes(type(note)) == [note]
+    assert AttemptFiles(attempt).notes(type(note)) == []
 
 
 def test_notes_of_another_kind_or_machine_are_not_read(tmp_path: Path) -> None:

@@ -10,41 +10,60 @@ import pytest
 
 from trainers.rank.signals import SIGNALS, heard
 
-# A rank, whose process group gets a signal, with a worker as a data loader has one.
+# A rank, whose process group gets a signal, with a worker of a data loader.
 RANK = """
 import multiprocessing, os, signal, sys, time
+from torch.utils.data import DataLoader
+from trainers.rank.data_workers import keep_workers
 from trainers.rank.signals import stop
 
-def work(rows):
-    for row in range(100):
-        rows.put(row)
-        time.sleep(0.01)
+class Rows:
+    def __len__(self):
+        return 100
 
+    def __getitem__(self, row):
+        while row == hangs_at:
+            hanging.set()
+            time.sleep(1)
+        time.sleep(0.01)
+        return row
+
+number, hangs_at = map(int, sys.argv[1:])
+hanging = multiprocessing.Event()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run these tests
 os.setpgid(0, 0)
 stop.listen()
 stop.training()
-context = multiprocessing.get_context("fork")
-rows = context.Queue()
-worker = context.Process(target=work, args=(rows,))
-worker.start()
-rows.get()
-os.killpg(0, int(sys.argv[1]))
-found = [rows.get(timeout=10) for _ in range(20)]
-assert stop.requested == int(sys.argv[1])
-worker.terminate()
+keep_workers()
+rows = iter(DataLoader(Rows(), num_workers=1, batch_size=1))
+[worker] = rows._workers
+next(rows)
+if number:
+    os.killpg(0, number)
+print(len([next(rows) for _ in range(20)]), stop.requested == number, flush=True)
+if hangs_at >= 0:
+    hanging.wait()
+rows._shutdown_workers()
 worker.join()
-print(len(found), worker.exitcode)
+print(worker.exitcode)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def outlived(number: int, hangs_at: int = -1) -> str:
+    argv = [sys.executable, "-c", RANK, str(number), str(hangs_at)]
+    done = subprocess.run(argv, text=True, capture_output=True, check=False, timeout=120)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_worker_goes_on_after_a_signal_to_all_processes(number: signal.Signals) -> None:
     """The rank saves after the step, for which it needs the worker's batch."""
-    done = subprocess.run(
-        [sys.executable, "-c", RANK, str(int(number))], text=True, capture_output=True, check=False
-    )
-    assert done.stdout == f"20 {-signal.SIGTERM}\n", done.stderr
+    assert outlived(number) == "20 True\n0\n"
+
+
+def test_a_worker_that_does_not_end_is_killed() -> None:
+    """torch sends it SIGTERM."""
+    assert outlived(0, hangs_at=21) == f"20 True\n{-signal.SIGKILL}\n"
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
