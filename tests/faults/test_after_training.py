@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
-from fake_hub import fake_hub
-from planted import FLAGS, LORA, STEPS, alive
-from ranks import BACKENDS
+from planted import LORA, STEPS, alive
 
 MERGED = (*LORA, "--merge-adapter")
 CONSTANT = ("--scheduler", "constant", "--lr", "1e-2")
 UNSAVED = ("--save-strategy", "no")
-PUSHED = ("--push-to-hub", "--username", "me")
-HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_planted"}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +42,38 @@ def test_a_signal_during_the_merge_keeps_what_is_saved_and_a_resume_merges(fault
     faults.same_end(resumed, "ddp", *MERGED)
 
 
+@pytest.mark.parametrize(
+    ("phase", "rank"),
+    [
+        ("final save", 1),
+        pytest.param("final save", 0, marks=pytest.mark.slow),
+        pytest.param("final save done", 1, marks=pytest.mark.slow),
+        pytest.param("model card", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_rank_at_the_end_lets_the_save_end_and_a_resume_does_the_rest(faults, phase, rank):
+    name = f"stopped-{phase.replace(' ', '-')}-{rank}"
+    run = faults.run(name, "ddp", what="term", rank=rank, phase=phase)
+    assert run.code == 75, run.out + run.err
+    assert f"trained and saved at step {STEPS}; `phalanx train` with --resume continues" in run.out + run.err
+    assert alive(run.folder) == [] and not (run.folder / "README.md").exists()
+    resumed = faults.run(name, "ddp", "--resume")
+    assert f"finished: at step {STEPS} already (" in resumed.out
+    faults.same_end(resumed, "ddp")
+    assert (run.folder / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_model_card_is_an_end_of_its_own(faults):
+    run = faults.run("card-full", "ddp", what="full", rank=0, phase="model card")
+    assert run.code == 10, run.out + run.err
+    assert "trained and saved; model card failed: OSError: [Errno 28] No space left on device" in run.err
+    assert "restart" not in run.err
+    resumed = faults.run("card-full", "ddp", "--resume")
+    faults.same_end(resumed, "ddp")
+    assert (run.folder / "README.md").exists()
+
+
 def test_a_full_disk_during_the_merge_is_an_end_of_its_own(faults):
     run = faults.run("merge-full", "ddp", *MERGED, what="full", rank=0, phase="merge")
     assert run.code == 10
@@ -65,26 +90,3 @@ def test_a_resume_of_a_finished_run_changes_nothing(faults):
     assert f"finished: at step {STEPS} already (" in resumed.out
     assert {path.name: path.read_bytes() for path in run.folder.glob("*.safetensors")} == before
     assert [entry["step"] for entry in resumed.metrics if "loss" in entry] == list(range(1, STEPS + 1))
-
-
-@pytest.mark.slow
-def test_a_failed_upload_trains_nothing_again_and_is_repeated_alone(faults):
-    bench = faults.bench
-    with fake_hub() as hub:
-        hub.fail(401, message="Invalid credentials in Authorization header")
-        environ = {"HF_ENDPOINT": hub.endpoint, **HUB}
-        flags = [*BACKENDS["ddp"], *FLAGS, *PUSHED]
-        run = bench.train("upload-refused", *flags, **environ)
-        assert run.code == 10
-        assert "trained and saved; upload failed: push_to_hub: me/upload-refused: the hub refuses" in run.err
-        assert "restart" not in run.err and hub.repositories == {}
-        hub.failures.clear()
-        push = [sys.executable, "-m", "launcher", "push", "upload-refused"]
-        done = bench.finish("upload-refused", push, **environ)
-        assert done.code == 0, done.out + done.err
-        assert f"pushed: {hub.endpoint}/me/upload-refused" in done.out
-        assert set(hub.repositories) == {"me/upload-refused"}
-        again = bench.train("upload-refused", *flags, "--resume", **environ)
-        assert again.code == 0, again.out + again.err
-        assert len(hub.repositories["me/upload-refused"].commits) == 1, "what is done is not repeated"
-    assert json.loads((run.folder / "finished.json").read_text())["done"] == ["upload"]

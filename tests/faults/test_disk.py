@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -14,31 +11,6 @@ from trainers.storage.manifest import MANIFEST, newest_usable, read_manifest, wh
 
 MiB = 1 << 20
 SLACK = 200_000  # bytes in addition to one checkpoint and the final model: files take full pages
-
-
-@pytest.fixture
-def small_disk(bench, request):
-    """small_disk(name, bytes): mount a small file system at that run's folder."""
-    mounted: list[Path] = []
-
-    def mount(name: str, size: int) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("a tmpfs needs root")
-        folder = bench.root / name
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def used_by_a_run(faults, backend: str) -> tuple[int, int]:
@@ -85,6 +57,63 @@ def test_too_small_a_disk_is_refused_before_the_ranks_start(faults, small_disk):
     assert run.code == 2
     assert "project_name: a checkpoint of this run needs about" in run.err
     assert not list((run.folder / "launch").glob("attempt-*"))
+
+
+@pytest.mark.parametrize(
+    "backend", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2", "zero3"))]
+)
+def test_the_final_save_on_a_full_disk_keeps_all_and_a_resume_saves_the_model(faults, small_disk, backend):
+    name = f"full-end-{backend}"
+    folder = small_disk(name, 256 * MiB)
+    # One checkpoint, which must not give way.
+    run = faults.run(
+        *(name, backend, "--save-total-limit", "1"),
+        **{"what": "fill", "rank": 0, "phase": "final save", "folder": str(folder), "left": 64 * 1024},
+    )
+    assert run.code == 8, run.out + run.err
+    assert "the final model needs about" in run.err and "continue with --resume" in run.err
+    assert "restart 1" not in run.err and not (run.folder / "model.safetensors").exists()
+    assert why_unusable(run.folder / "checkpoint-12", content=True) is None
+    (folder / "filler").unlink()
+    run = faults.run(name, backend, "--save-total-limit", "1", "--resume")
+    assert f"resume: {name}/checkpoint-12" in run.out
+    faults.same_end(run, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
+def test_an_old_checkpoint_gives_way_to_the_final_model(faults, small_disk, backend):
+    name = f"give-way-{backend}"
+    folder = small_disk(name, 256 * MiB)
+    full = {"what": "fill", "rank": 0, "phase": "final save", "folder": str(folder), "left": 0}
+    run = faults.run(name, backend, **full)
+    assert "checkpoint-8 was deleted: the disk has no room for the next save" in run.err + run.out
+    faults.same_end(run, backend)
+    assert why_unusable(run.folder / "checkpoint-12", content=True) is None
+
+
+@pytest.mark.slow
+def test_a_disk_without_a_byte_left_is_named_too(faults, small_disk):
+    """Then the rank's note and its log cannot be written either."""
+    folder = small_disk("no-byte", 256 * MiB)
+    full = {"what": "fill", "rank": 0, "phase": "final save", "folder": str(folder), "left": 0}
+    run = faults.run("no-byte", "ddp", "--save-total-limit", "1", **full)
+    assert run.code == 8, run.out + run.err
+    assert "the final model needs about" in run.err and "restart 1" not in run.err
+    (folder / "filler").unlink()
+    run = faults.run("no-byte", "ddp", "--save-total-limit", "1", "--resume")
+    faults.same_end(run, "ddp")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_between_two_saves_costs_no_step(faults, small_disk):
+    folder = small_disk("full-step", 256 * MiB)
+    full = {"what": "fill", "rank": 0, "step": 6, "folder": str(folder), "left": 0}
+    run = faults.run("full-step", "ddp", **full)
+    assert run.code == 8, run.out + run.err
+    (folder / "filler").unlink()
+    run = faults.run("full-step", "ddp", "--resume")
+    faults.same_end(run, "ddp")
 
 
 def test_each_kind_of_damage_in_each_file_is_noticed(faults, tmp_path):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,11 +69,62 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # large files, by sha256
         self.failures: list[Failure] = []
+        self.cuts: dict[str, int] = {}  # pattern of a path -> how many requests lose their connection
+        self.held = ""  # pattern of the paths that get no answer before release()
+        self.holding, self.released = threading.Event(), threading.Event()
+        self.waiting = 0  # requests that are held
         self.lock = threading.Lock()
 
     def fail(self, status: int, ending: str = "", times: int = 1_000, message: str = "no") -> None:
         """Let the next `times` requests whose path has this ending fail."""
         self.failures.append(Failure(ending, status, times, message))
+
+    def cut(self, pattern: str, times: int = 1_000) -> None:
+        """Cut the connection of the next `times` requests whose path matches, before all data has come."""
+        self.cuts[pattern] = times
+
+    def hold(self, pattern: str) -> None:
+        """Give no answer to requests whose path matches. `holding` is set once one of them has come."""
+        self.held = pattern
+        self.holding.clear()
+        self.released.clear()
+
+    def release(self) -> None:
+        """Answer each request again, also those that wait: return when they are answered."""
+        self.held = ""
+        self.released.set()
+        while self.waiting:
+            time.sleep(0.01)
+
+    def recover(self) -> None:
+        """Fail and cut nothing any more, and answer all."""
+        self.failures.clear()
+        self.cuts.clear()
+        self.release()
+
+    def is_cut(self, path: str) -> bool:
+        """Return whether this request loses its connection."""
+        with self.lock:
+            found = next((p for p, times in self.cuts.items() if times and re.search(p, path)), None)
+            if found is not None:
+                self.cuts[found] -= 1
+            return found is not None
+
+    @contextmanager
+    def in_turn(self, path: str) -> Iterator[None]:
+        """Wait while the request is held, then answer it in this block."""
+        held = bool(self.held) and re.search(self.held, path) is not None
+        if held:
+            with self.lock:
+                self.waiting += 1
+            self.holding.set()
+            self.released.wait()
+        try:
+            yield
+        finally:
+            if held:
+                with self.lock:
+                    self.waiting -= 1
 
     def sent(self, ending: str) -> list[Request]:
         return [request for request in self.requests if request.path.endswith(ending)]
@@ -162,10 +215,15 @@ def fake_hub() -> Iterator[FakeHub]:
         protocol_version = "HTTP/1.1"
 
         def handle_one(self) -> None:
-            body = self._body()
             path = self.path.partition("?")[0]
+            if hub.is_cut(path):
+                self.rfile.read(1)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            body = self._body()
             request = Request(self.command, path, self.headers.get("Authorization", ""), body)
-            with hub.lock:
+            with hub.in_turn(path), hub.lock:
                 status, value = hub.answer(request)
             content = json.dumps(value).encode()
             self.send_response(status)
@@ -202,6 +260,7 @@ def fake_hub() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.release()
         server.shutdown()
         server.server_close()
         thread.join()

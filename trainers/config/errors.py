@@ -14,7 +14,7 @@ NOT_FINITE = 6  # NaN or infinite loss or gradient
 DATA_FAILED = 7  # an error while rows were read or a batch was collated
 DISK_FAILED = 8  # no space left, or an I/O error
 HUNG = 9
-UNFINISHED = 10  # the model is trained and saved, but its merge, card or upload failed
+UNFINISHED = 10  # the model is trained and saved, but its evaluation, merge, card or upload failed
 SAVED = 75  # stopped by a signal after a save: start it again (EX_TEMPFAIL of sysexits.h)
 
 

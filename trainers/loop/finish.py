@@ -7,15 +7,17 @@ a signal in what follows never costs a step: a resume repeats only what is left.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError, Unfinished
 from trainers.config.text import first_line
 from trainers.loop.context import Context
 from trainers.rank.heartbeat import heart
-from trainers.rank.signals import stop
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
 
@@ -104,16 +106,33 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     if config.merge_adapter:
         actions.append((MERGE, merge))
     if config.push_to_hub:
-        actions.append((UPLOAD, lambda: push(config, folder)))
-    stop.finishing(f"trained and saved at step {ending.step}")
+        actions.append((UPLOAD, lambda: _wait_for(lambda: push(config, folder))))
     with _reported("model card"):
         write_checked_card()
     for name, action in actions:
         if name not in ending.done:
             with _reported(name), heart.during(name):
                 action()
-            ending.done.append(name)
-            ending.write(folder)
+            record(ending, name, folder)
+
+
+def _wait_for(action: Callable[[], object]) -> None:
+    """Do something in a thread, and wait for it.
+
+    A signal ends the wait at once. The hub's client waits for its own threads before it lets one through, and
+    they for the hub.
+    """
+    done: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            action()
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=act, name="wait_for", daemon=True).start()
+    done.result()
 
 
 @contextmanager
@@ -122,7 +141,21 @@ def _reported(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (
-            str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {first_line(error)}"
-        )
-        raise Unfinished(f"trained and saved; {name} failed: {reason}") from error
+        raise unfinished(name, error) from error
+
+
+def unfinished(name: str, error: Exception) -> Unfinished:
+    """Return the error that ends a run whose model is saved. `name` is what failed."""
+    reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {first_line(error)}"
+    return Unfinished(f"trained and saved; {name} failed: {reason}")
+
+
+def record(ending: Ending, name: str, folder: Path) -> None:
+    """Record in finished.json that something is done.
+
+    Raises:
+        Unfinished: the disk is full. A resume does it again.
+    """
+    ending.done.append(name)
+    with _reported(f"the record of the {name}"):
+        ending.write(folder)

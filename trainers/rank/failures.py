@@ -114,6 +114,8 @@ def code_of(error: BaseException) -> int:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Return whether an error only means that another rank is gone."""
+    if isinstance(error, Unfinished):  # it may name a connection to the hub
+        return False
     return isinstance(error, (RuntimeError, ConnectionError)) and bool(_PEER_LOST.search(str(error)))
 
 

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def run_rank(main: Callable[[], int]) -> int:
             no_links.write(run_of(folder), RankFiles(folder, rank()).done, "")
         return code
     except StopNow as now:
-        return _stopped(folder, stop.kept, now.number)
+        return _end_threads(_stopped(folder, stop.kept, now.number))
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it once for all ranks
@@ -119,6 +120,17 @@ def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
         return SAVED if saved else 128 + number
     write_note(folder, StopNote(rank(), number, saved))
     return 0
+
+
+def _end_threads(code: int) -> int:
+    """End the process if threads are left for which Python would wait: of an upload that was stopped."""
+    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+        for action in _after_failure:
+            action()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _dump_stack_on_signal(run: Path, path: Path) -> None:
@@ -160,7 +172,6 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     if folder is None:
         return
     message, kind = redacted(str(error))[:LONGEST_MESSAGE], type(error).__name__
-    try:
-        write_note(folder, ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error)))
-    except OSError as full:  # the exit code still has the kind of failure
-        say("warning", f"rank {rank()} could not write its error note: {full}")
+    note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error))
+    with contextlib.suppress(OSError):  # the exit code still has the kind of failure
+        write_note(folder, note)

@@ -1,6 +1,7 @@
 """finished.json: that a run is trained and saved, and which of the later actions are done.
 
-A resume of such a run trains nothing. It does what is left: the merge, the upload.
+A resume of such a run trains nothing. It does what is left: the evaluation on the test split, the merge, the
+upload.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from trainers.storage import run_files
 from trainers.storage.run_folder import FINISHED
 from trainers.storage.saved_model import check_saved
 
-MERGE, UPLOAD = "merge", "upload"
+EVALUATION, MERGE, UPLOAD = "evaluation", "merge", "upload"
 
 
 @dataclass
@@ -24,7 +25,12 @@ class Ending:
     step: int
     metrics: dict[str, float]  # the last value of each loss that was logged
     model_step: int  # the step whose weights the model has: the best one, or the last
-    done: list[str] = field(default_factory=list)  # MERGE, UPLOAD
+    done: list[str] = field(default_factory=list)  # EVALUATION, MERGE, UPLOAD
+
+    @property
+    def kept(self) -> str:
+        """What is safe if the run is stopped now; for the user."""
+        return f"trained and saved at step {self.step}"
 
     def write(self, folder: Path) -> None:
         """Write finished.json."""

@@ -14,6 +14,7 @@ import errno
 import importlib.machinery
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -52,6 +53,13 @@ def fill_the_disk():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
 
+def fill_the_file_system():
+    """Fill the disk of `folder`, but for `left` bytes, by a file there."""
+    fault = json.loads(os.environ["PHALANX_FAULT"])
+    with open(Path(fault["folder"], "filler"), "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(fault["folder"]).free - fault["left"])
+
+
 def mistake():
     raise TypeError("planted mistake")
 
@@ -73,6 +81,7 @@ FAULTS = {
     "nan": poison,
     "fail": lambda _: fail(),
     "full": lambda _: fill_the_disk(),
+    "fill": lambda _: fill_the_file_system(),
     "mistake": lambda _: mistake(),
     "clock": lambda _: set_the_clock_back(),
 }
@@ -208,7 +217,19 @@ def plant_in_finish(module):
     module._reported, module.save_final_model = reported, save_final_model
 
 
+def plant_in_hub(module):
+    """`pauses`: the seconds between the attempts of an upload."""
+    push = module.push
+
+    def hurried(config, folder):
+        fault = json.loads(os.environ["PHALANX_FAULT"])
+        return push(config, folder, fault.get("pauses", module.PAUSES))
+
+    module.push = hurried
+
+
 PLANTS = {
+    "trainers.output.hub": plant_in_hub,
     "trainers.loop.finish": plant_in_finish,
     "trainers.loop.step_boundary": plant_in_boundary,
     "trainers.loop.planned_batches": plant_in_batches,
