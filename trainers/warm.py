@@ -19,6 +19,7 @@ serves the launcher as above, and ends when the launcher does. Only processes of
 environment variables that imports read:
 
     launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as a descriptor
+    here -> launcher    {"imported": 0, "pid": ...}                 the process that serves it
     here -> launcher    {"refused": ...}                            the launcher then starts its own process
 """
 
@@ -104,7 +105,7 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
             return None
         os.chdir(hello["cwd"])
         _write_to(hello["log"])
-        parent.send(imported=0.0)
+        parent.send(imported=0.0, pid=os.getpid())
     except (ProcessLookupError, ConnectionError):
         return None  # the launcher has ended
     rank = parent.serve()

@@ -30,9 +30,10 @@ STEPS = 10  # the default timeout in median steps
 # checks an upload, may let it wait for minutes.
 IDLE = 600.0  # seconds
 SLOW_DISK = 20e6  # bytes per second: what a rank has written may still be on the way to the disk
-# Seconds between two looks after which this process was suspended. Looks are some tenths of a second apart,
-# and a busy machine does not delay them that long.
-ASLEEP = 20.0
+# Seconds between two looks after which this process was suspended. Looks are some tenths of a second apart
+# (at most STACK_SECONDS), and a busy machine does not delay them that long. With a short hang_timeout, half
+# of it.
+ASLEEP, SHORTEST_SLEEP = 20.0, 3.0
 STACK_SECONDS = 2.0  # time for a rank to write its stack
 _PREFIX = "phalanx-heartbeats-"
 # The innermost frames of a rank that waits for other ranks: it does not hang itself.
@@ -89,13 +90,14 @@ class SuspensionDetector:
     clock continues.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_timeout: float | None = None) -> None:
+        self.asleep = max(min(ASLEEP, (hang_timeout or ASLEEP * 2) / 2), SHORTEST_SLEEP)
         self.since = self.last = time.monotonic()
 
     def look(self) -> float:
         """Record a look, and return since when there was no pause (as time.monotonic()). Call it often."""
         now = time.monotonic()
-        if now - self.last > ASLEEP:
+        if now - self.last > self.asleep:
             self.since = now
         self.last = now
         return self.since

@@ -21,6 +21,7 @@ from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.private_socket import connect
+from trainers.rank.proc_stat import read_stat
 from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
 from trainers.rank.say import say
@@ -77,6 +78,7 @@ class WarmParent:
         ended.
         """
         self.process: subprocess.Popen[bytes] | None = None
+        self.pid = 0  # of the process that forks; 0: not known yet
         self.spare: Spare | None = None
         self.serving: Spare | None = None  # the spare that has taken over from the process
         self.descriptors: list[int] = []  # received, and not assigned to a message yet
@@ -98,6 +100,7 @@ class WarmParent:
                 preexec_fn=die_with_parent,
                 pass_fds=(theirs.fileno(), *locks),
             )
+        self.pid = self.process.pid
         theirs.close()
 
     def _join(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
@@ -116,6 +119,7 @@ class WarmParent:
         while not (answers := self.answers(1.0)) and not self.ended and time.monotonic() < end:
             pass
         self.imported = any("imported" in answer for answer in answers)
+        self.pid = next((int(answer["pid"]) for answer in answers if "pid" in answer), 0)
         if not self.imported:
             silent = "it ended" if self.ended else f"it gave no answer for {ANSWER_SECONDS:.0f} s"
             why = next((answer["refused"] for answer in answers if "refused" in answer), silent)
@@ -158,7 +162,7 @@ class WarmParent:
         except OSError:
             self.ended = True
         while not self.ended:
-            for answer in self.answers(None):
+            for answer in self.answers(1.0):
                 if "refused" in answer:
                     raise Refused(answer["refused"])
                 if "started" in answer:
@@ -172,13 +176,14 @@ class WarmParent:
             return False
         self.close()
         self.process, self.serving, self.socket = None, spare, spare.connection
-        self.buffer, self.ended = b"", False
+        self.pid, self.buffer, self.ended = spare.pid, b"", False
         say("start", "a spare of the killed process forks the ranks; nothing is imported again")
         return True
 
-    def answers(self, timeout: float | None) -> list[dict[str, Any]]:
-        """Return the messages since the last call. Wait at most so many seconds for one (None: no limit)."""
+    def answers(self, timeout: float) -> list[dict[str, Any]]:
+        """Return the messages since the last call. Wait at most so many seconds for one."""
         if not select.select([self.socket], [], [], timeout)[0]:
+            self._wake()
             return []
         try:
             received, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 4, socket.MSG_CMSG_CLOEXEC)
@@ -203,6 +208,13 @@ class WarmParent:
             self.spare.end()
         self.spare = Spare(socket.socket(fileno=self.descriptors.pop(0)), pid)
 
+    def _wake(self) -> None:
+        """Continue the process if it is stopped (SIGSTOP): it would never report the end of a rank."""
+        with contextlib.suppress(OSError):
+            if self.pid and read_stat(self.pid).state == "T":
+                os.kill(self.pid, signal.SIGCONT)
+                say("warning", f"process {self.pid}, which forks the ranks, was stopped; it is continued")
+
     def close(self) -> None:
         """Make the process kill the ranks that are left, and end, and its spare too."""
         if self.spare is not None:
@@ -217,6 +229,7 @@ class WarmParent:
             self.process.kill()
             self.process.wait()
             return
+        self._wake()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
             while self.socket.recv(1 << 16):

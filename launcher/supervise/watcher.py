@@ -49,7 +49,7 @@ class Watcher:
         """Watch the ranks until all have ended, and return how the attempt ended."""
         deadline = float("inf")
         exits: dict[int, int] = {}
-        hang, cut, awake = None, False, SuspensionDetector()
+        hang, cut, awake = None, False, SuspensionDetector(self.hang_timeout)
         finder = HangFinder(self.heartbeats, self.hang_timeout, self.files, self.alone)
         with _Tail(self.files.rank(self.shown).log) as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:

@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from planted import PATIENCE, alive
+from planted import PATIENCE, alive, processes
 from terminals import Terminal
 
 SAVED = 75
@@ -49,12 +49,15 @@ def test_a_signal_to_one_rank_stops_all(faults):
 
 @pytest.mark.slow
 def test_a_signal_to_every_process_saves_and_stops(faults):
-    """As a scheduler does."""
-    running = faults.start("signal-all", "ddp", pause=0.3)
+    """As a scheduler does: the launcher, the process that imports, the ranks, and their data workers."""
+    flags = ("--dataloader-num-workers", "1")
+    running = faults.start("signal-all", "ddp", *flags, kept=False, pause=0.3)
     running.wait_for_step(5)
-    for pid in (running.process.pid, running.pid(0), running.pid(1)):
+    pids = {running.process.pid, *processes(running.folder)}
+    assert len(pids) == 6
+    for pid in pids:
         os.kill(pid, signal.SIGTERM)
-    resumed(faults, running, "ddp")
+    resumed(faults, running, "ddp", *flags)
 
 
 def test_a_closed_terminal_saves_and_stops(faults):
@@ -81,12 +84,27 @@ def test_a_closed_terminal_saves_a_rank_that_was_started_by_hand(faults):
     assert list((faults.bench.root / "hang-up-by-hand").glob("checkpoint-*"))
 
 
-def test_a_signal_during_an_evaluation(faults):
-    """The evaluation is interrupted, and repeated on resume."""
-    flags = ["--eval-strategy", "steps", "--eval-steps", "4", "--per-device-eval-batch-size", "1"]
-    running = faults.start("signal-evaluation", "ddp", *flags, what="term", rank=1, evaluation=8)
-    run = resumed(faults, running, "ddp", *flags)
-    uninterrupted = faults.uninterrupted("ddp", *flags)
+@pytest.mark.parametrize(
+    "backend",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "fsdp", "zero2", "zero3"))],
+)
+@pytest.mark.parametrize(
+    "what",
+    ["term", pytest.param("kill", marks=pytest.mark.slow), pytest.param("stop", marks=pytest.mark.slow)],
+)
+def test_a_fault_during_an_evaluation(faults, backend, what):
+    """The evaluation is interrupted, and repeated on resume, or by a restart."""
+    flags = ("--eval-strategy", "steps", "--eval-steps", "4", "--per-device-eval-batch-size", "1")
+    rank, name = int(backend != "one"), f"{what}-evaluation-{backend}"
+    fault = {"what": what, "rank": rank, "evaluation": 8}
+    if what == "term":
+        run = resumed(faults, faults.start(name, backend, *flags, **fault), backend, *flags)
+    else:
+        run = faults.run(name, backend, *flags, *(("--hang-timeout", "4") if what == "stop" else ()), **fault)
+        cause = {"kill": "killed by SIGKILL", "stop": "stopped (SIGSTOP"}[what]
+        assert f"rank {rank} failed first: {cause}" in run.err and "restart 1" in run.err, run.out + run.err
+        faults.same_end(run, backend, *flags)
+    uninterrupted = faults.uninterrupted(backend, *flags)
     scores = [(e["step"], e["eval_loss"]) for e in run.metrics if "eval_loss" in e]
     assert scores == [(e["step"], e["eval_loss"]) for e in uninterrupted.metrics if "eval_loss" in e]
     assert [step for step, _ in scores] == [4, 8, 12]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from trainers.checkpoint import fsdp_shards
 from trainers.checkpoint.readable import why_unreadable
@@ -30,12 +32,17 @@ from trainers.storage.run_folder import INSTEAD, resume_checkpoint
 SCHEDULER = "scheduler.pt"
 
 
+class Prepared(Exception):
+    """The model is wrapped as for training. No step is taken."""
+
+
 class Resuming(Trainer):
     """A mixin that finds and loads checkpoints. Durable (saving.py) adds saving."""
 
     def __init__(self, *arguments: Any, config: TrainConfig, data_key: str, **named: Any) -> None:
         """`data_key` is a hash of the rows and of how they are tokenized, which a resume compares."""
         self.config, self.data_key = config, data_key
+        self.only_prepares = False
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
 
@@ -126,6 +133,28 @@ class Resuming(Trainer):
         if not why_layouts_differ(written.layout, self.layout()):  # another backend has files of its own
             found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
         return next((fault for part in self.agreement.gather(found) for fault in part), None)
+
+    def load_final_model(self, folder: Path) -> None:
+        """Load the final model of a finished run, for an evaluation, and wrap it as training does.
+
+        Raises:
+            ConfigError: a weight is missing, unknown, or has another shape.
+        """
+        with heart.during("load"):
+            load_weights(self.model, folder)
+            self.only_prepares = True
+            with suppress(Prepared):
+                super().train()
+        self.is_in_train = False
+        ended = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        self.state.global_step, self.state.max_steps = ended.global_step, ended.max_steps
+        self.state.epoch = ended.epoch
+
+    def _prepare_for_training(self, *arguments: Any, **named: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **named)
+        if self.only_prepares:
+            raise Prepared
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:  # FSDP's weights are loaded with the optimiser's state, below

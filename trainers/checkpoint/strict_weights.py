@@ -46,6 +46,9 @@ def _load_model(model: Any, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):  # the constructor draws random weights
         other = type(model).from_pretrained(folder, config=config, dtype=widest, local_files_only=True)
     model.load_state_dict(other.state_dict())
+    for own, read in zip(model.parameters(), other.parameters(), strict=True):
+        if hasattr(own, "ds_tensor"):  # ZeRO-3 has sharded both alike, and the state dict is empty
+            own.ds_tensor.data.copy_(read.ds_tensor.data)
 
 
 def _names_in_files(model: Any) -> Iterable[str]:

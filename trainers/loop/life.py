@@ -1,4 +1,4 @@
-"""The course of a run in a rank: settings, data, seed, resume, train, evaluate, save, teardown.
+"""The course of a run in a rank: settings, data, seed, resume, train, save, evaluate, teardown.
 
 A trainer module provides `build`, which makes its Trainer from a Context. Everything else is here.
 """
@@ -22,6 +22,7 @@ from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.loop.arguments import logging_steps, training_arguments
 from trainers.loop.context import Build, Context
+from trainers.loop.final_evaluation import evaluate, is_due, is_too_late
 from trainers.loop.finish import finish, leave_group, save_final_model
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
@@ -96,42 +97,52 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     ending, first = _ended_before(trainer, folder), trainer.is_world_process_zero()
     checkpoint, passed = (None, []) if ending else trainer.find_checkpoint()
     facts = _facts(trainer, context)
+    trained = ending is not None
+    works = ending is None or is_due(context, ending)
     tracker = None
     if first:
         write_record(folder, settings, facts)
-        if ending is None:
-            tracker = open_tracker(config, folder, settings.public(), step_of(checkpoint))
+        if works:
+            tracker = open_tracker(
+                config, folder, settings.public(), ending.step if ending else step_of(checkpoint)
+            )
     with _finished(tracker):
         for line in passed if first else ():
             say("resume", line)
-        if ending is None:
-            _report(trainer, folder, checkpoint, tracker)
-            ending = _train(trainer, context, checkpoint)
-        elif first:
+        if first and ending is not None:
             values = ", ".join(f"{name} {value:.4g}" for name, value in ending.metrics.items())
             say("finished", f"at step {ending.step} already ({values}); nothing is trained again")
-        if ending is not None:
+            if is_too_late(context, ending):
+                say("note", "test_split: not evaluated, because the adapter is merged already.")
+        if works:
+            _report(trainer, folder, checkpoint, tracker, ending)
+        if ending is None:
+            ending = _train(trainer, context, checkpoint)
+        if ending is not None and is_due(context, ending):
+            if trained:
+                stop.training()  # all ranks stop together
+                trainer.load_final_model(folder)
+            evaluate(trainer, context, ending)
+        ended = ending if stop.saved is None else None
+        if ended is not None:
             stop.agreed(*trainer.agreement.maximum(stop.requested))  # only one rank may have got it
         leave_group()
         del trainer  # a merge needs the memory
-        if ending is not None:
-            stop.finishing(f"trained and saved at step {ending.step}")
+        if ended is not None:
+            stop.finishing(ended.kept)
             if first:
-                finish(context, facts, ending)
+                finish(context, facts, ended)
     return 0
 
 
 def _train(trainer: Durable, context: Context, checkpoint: Path | None) -> Ending | None:
-    """Train, evaluate on the test split, and save the final model. Return None if a signal stopped it."""
+    """Train, and save the final model. Return None if a signal stopped it."""
     if trainer.is_world_process_zero():
         run_files.remove(context.folder, FINISHED)  # an earlier training
     with batch_memory_errors():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.saved is not None:
-            return None
-        if (held_out := context.rows("test")) is not None:
-            trainer.eval_dataset = {"test": held_out}
-            trainer.evaluate("test", metric_key_prefix="test")  # type: ignore[arg-type]  # a name of eval_dataset
+    if stop.saved is not None:
+        return None
     return save_final_model(trainer, context)
 
 
@@ -262,7 +273,9 @@ def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
     return {"global_batch": config.batch_size * micro_batches}
 
 
-def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tracker | None) -> None:
+def _report(
+    trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tracker | None, ending: Ending | None
+) -> None:
     """Add the callbacks that report progress and act at the step boundary."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -273,5 +286,6 @@ def _report(trainer: Durable, folder: Path, checkpoint: Path | None, tracker: Tr
     if trainer.is_world_process_zero():
         if checkpoint:
             say("resume", str(checkpoint))
-        trainer.add_callback(Report(folder, live_terminal(), step_of(checkpoint), tracker))
+        step = ending.step if ending else step_of(checkpoint)
+        trainer.add_callback(Report(folder, live_terminal(), step, tracker, trained=ending is not None))
     trainer.add_callback(StepBoundary(trainer, checkpoint))

@@ -80,8 +80,7 @@ class StepBoundary(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         heart.enter(STEP)
-        if self.trainer.is_in_train:
-            self._stop_if_asked(evaluating=True)
+        self._stop_if_asked(evaluating=self.trainer.is_in_train)  # else it is that on the test split
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_at = time.monotonic()

@@ -22,8 +22,16 @@ class Report(TrainerCallback):
     the last log, divided by the time of the optimiser steps since then (without evaluation and saving).
     """
 
-    def __init__(self, folder: Path, live: bool, resumed_step: int, tracker: Tracker | None = None) -> None:
-        self.folder, self.live, self.tracker = folder, live, tracker
+    def __init__(
+        self,
+        folder: Path,
+        live: bool,
+        resumed_step: int,
+        tracker: Tracker | None = None,
+        trained: bool = False,
+    ) -> None:
+        """`trained`: only the evaluation on the test split is left."""
+        self.folder, self.live, self.tracker, self.trained = folder, live, tracker, trained
         self.base_tokens = self._keep_until(resumed_step)
         self.tokens = self.base_tokens
         self.step_seconds = self.logged_seconds = 0.0
@@ -45,7 +53,8 @@ class Report(TrainerCallback):
             if not line.endswith("\n"):
                 break  # the run was killed while it wrote this line
             entry = json.loads(line)
-            ended = "train_runtime" in entry or "test_loss" in entry  # this start logs it again
+            # This start logs these again.
+            ended = "test_loss" in entry or ("train_runtime" in entry and not self.trained)
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
         run_files.write(self.folder, METRICS, "".join(_json_line(entry) for entry in kept))

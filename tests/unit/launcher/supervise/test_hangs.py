@@ -174,6 +174,26 @@ def test_time_in_which_the_launcher_did_not_run_does_not_count(
     assert hang is not None and hang.rank == 1
 
 
+@pytest.mark.parametrize(
+    ("timeout", "pause", "slept"),
+    [
+        (None, 21.0, True),
+        (None, 19.0, False),
+        (0.0, 19.0, False),
+        (30.0, 16.0, True),
+        (30.0, 14.0, False),
+        (4.0, 4.0, True),
+    ],
+)
+def test_a_pause_in_which_ranks_would_count_as_hung_is_one_of_this_process_too(
+    monkeypatch: pytest.MonkeyPatch, timeout: float | None, pause: float, slept: bool
+) -> None:
+    wakefulness = hangs.SuspensionDetector(timeout)
+    before = wakefulness.since
+    monkeypatch.setattr(time, "monotonic", lambda: before + pause)
+    assert (wakefulness.look() > before) == slept
+
+
 def test_a_stopped_rank_is_named_whatever_its_heartbeats_are(ranks: Ranks) -> None:
     pids = ranks.start("itself", "others")
     os.kill(pids[1], signal.SIGSTOP)
