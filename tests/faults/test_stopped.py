@@ -100,7 +100,9 @@ def test_a_fault_during_an_evaluation(faults, backend, what):
     if what == "term":
         run = resumed(faults, faults.start(name, backend, *flags, **fault), backend, *flags)
     else:
-        run = faults.run(name, backend, *flags, *(("--hang-timeout", "4") if what == "stop" else ()), **fault)
+        quick = ("--hang-timeout", "4") if what == "stop" else ()
+        # The launcher wakes a stopped rank. The pause keeps the run from ending meanwhile.
+        run = faults.run(name, backend, *flags, *quick, pause=0.5, **fault)
         cause = {"kill": "killed by SIGKILL", "stop": "stopped (SIGSTOP"}[what]
         assert f"rank {rank} failed first: {cause}" in run.err and "restart 1" in run.err, run.out + run.err
         faults.same_end(run, backend, *flags)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
-from planted import PATIENCE, PLANT, STEPS, Faults, Running, alive, fill
+from planted import LORA, PATIENCE, PLANT, STEPS, Faults, Running, alive, fill
 from ranks import Finished, kept_warm
 
 HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_planted"}
@@ -57,7 +59,8 @@ class Uploads:
 @pytest.fixture(scope="module")
 def with_hub(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Uploads]:
     with fake_hub() as hub:
-        environ = faults.bench.environ | HUB | {"HF_ENDPOINT": hub.endpoint}
+        cache = str(tmp_path_factory.mktemp("hub"))
+        environ = faults.bench.environ | HUB | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": cache}
         planted = environ | {"PYTHONPATH": str(PLANT), "PHALANX_FAULT": "{}"}
         with kept_warm(tmp_path_factory.mktemp("warm"), planted) as path:
             yield Uploads(hub, replace(faults, bench=replace(faults.bench, environ=environ), warm=path))
@@ -85,6 +88,28 @@ def test_a_cut_network_is_tried_again_then_recorded_and_a_resume_only_uploads(up
     assert run.out.count("Trying again.") == 2
     uploads.finished(run)
     assert uploads.commits(run) == 1
+
+
+@pytest.mark.slow
+def test_without_a_network_the_run_does_all_but_the_upload(uploads):
+    """The base model is one of the hub, in the cache: the merge loads it again, and the card names it."""
+    cache = Path(uploads.faults.bench.environ["HF_HUB_CACHE"], "models--me--base")
+    shutil.copytree(uploads.faults.bench.model, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    merged = (*LORA, "--merge-adapter")
+    uploads.hub.cut(".")
+    flags = (*merged, *PUSHED, "--model", "me/base")
+    run = uploads.faults.run("no-network", "ddp", *flags, pauses=QUICK)
+    assert run.code == 10, run.out + run.err
+    assert "trained and saved; upload failed: UploadFailed: push_to_hub: me/no-network: " in run.err
+    assert json.loads((run.folder / "finished.json").read_text())["done"] == ["merge"]
+    uploads.hub.recover()
+    uploads.hub.cut("/me/base/")
+    run = uploads.faults.run("no-network", "ddp", *flags, "--resume", pauses=QUICK)
+    assert f"finished: at step {STEPS} already (" in run.out, run.out + run.err
+    uploads.faults.same_end(run, "ddp", *merged)
+    assert uploads.commits(run) == 1 and "me/base" in (run.folder / "README.md").read_text()
 
 
 @pytest.mark.slow
