@@ -32,6 +32,28 @@ def test_a_kill_after_the_last_step_trains_nothing_again(faults, backend, flags,
     assert alive(run.folder) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "flags", "phase"),
+    [
+        ("ddp", (), "final save"),
+        ("fsdp", (), "final save"),
+        ("zero3", (), "final save"),
+        ("ddp", MERGED, "merge"),
+        ("ddp", (), "model card"),
+    ],
+)
+def test_a_rank_that_waits_after_the_last_step_is_named_and_trains_nothing_again(
+    faults, backend, flags, phase
+):
+    name = f"waits-{backend}-{phase.replace(' ', '-')}"
+    run = faults.run(name, backend, *flags, "--hang-timeout", "4", what="wait", rank=0, phase=phase)
+    assert "rank 0 failed first: hung: no progress for" in run.err and "restart 1" in run.err, run.err
+    assert "in wait_for_a_server" in (run.folder / "launch" / "attempt-1" / "rank-0.stack").read_text()
+    faults.same_end(run, backend, *flags)
+    assert alive(run.folder) == []
+
+
 def test_a_signal_during_the_merge_keeps_what_is_saved_and_a_resume_merges(faults):
     run = faults.run("merge-stopped", "ddp", *MERGED, what="term", rank=0, phase="merge")
     assert run.code == 75

@@ -106,14 +106,19 @@ def test_a_disk_without_a_byte_left_is_named_too(faults, small_disk):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_between_two_saves_costs_no_step(faults, small_disk):
-    folder = small_disk("full-step", 256 * MiB)
-    full = {"what": "fill", "rank": 0, "step": 6, "folder": str(folder), "left": 0}
-    run = faults.run("full-step", "ddp", **full)
+@pytest.mark.parametrize("when", [{"step": 6}, {"evaluation": 6}])
+def test_a_disk_that_is_full_between_two_saves_costs_no_step(faults, small_disk, when):
+    """The values of the step, or of the evaluation, cannot be logged."""
+    name, evaluated = f"full-{next(iter(when))}", ("--eval-strategy", "steps", "--eval-steps", "6")
+    folder = small_disk(name, 256 * MiB)
+    full = {"what": "fill", "rank": 0, "folder": str(folder), "left": 0, **when}
+    run = faults.run(name, "ddp", *evaluated, **full)
     assert run.code == 8, run.out + run.err
+    assert "(disk): OSError: [Errno 28] No space left on device" in run.err and "restart 1" not in run.err
     (folder / "filler").unlink()
-    run = faults.run("full-step", "ddp", "--resume")
-    faults.same_end(run, "ddp")
+    run = faults.run(name, "ddp", *evaluated, "--resume")
+    assert f"resume: {name}/checkpoint-4" in run.out
+    faults.same_end(run, "ddp", *evaluated)
 
 
 def test_each_kind_of_damage_in_each_file_is_noticed(faults, tmp_path):

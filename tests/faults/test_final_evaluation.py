@@ -45,6 +45,15 @@ def test_a_kill_repeats_only_the_evaluation(faults, backend, flags):
     same_test_loss(faults, run, backend, *TESTED, *flags)
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_only_the_evaluation_repeated(faults):
+    stopped = {"what": "stop", "rank": 1, "evaluation": STEPS, "pause": 0.5}
+    run = faults.run("hung-test", "ddp", *TESTED, *UNSAVED, "--hang-timeout", "4", **stopped)
+    assert "rank 1 failed first: stopped (SIGSTOP" in run.err, run.out + run.err
+    assert f"finished: at step {STEPS} already (" in run.out
+    same_test_loss(faults, run, "ddp", *TESTED, *UNSAVED)
+
+
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_it_and_a_resume_repeats_it(faults, backend):
     name = f"stopped-test-{backend}"

@@ -84,8 +84,9 @@ def test_a_kill_during_a_save_leaves_no_checkpoint(faults):
     assert not (run.folder / "saving").exists()
 
 
-def test_a_kill_before_the_first_checkpoint_restarts_from_the_start(faults):
-    run = faults.run("killed-early", "ddp", what="kill", rank=0, step=2)
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_before_the_first_checkpoint_restarts_from_the_start(faults, step):
+    run = faults.run(f"killed-early-{step}", "ddp", what="kill", rank=0, step=step)
     assert "restart 1 of at most 10, from the start" in run.err
     faults.same_end(run, "ddp")
 
