@@ -59,9 +59,8 @@ def test_too_small_a_disk_is_refused_before_the_ranks_start(faults, small_disk):
     assert not list((run.folder / "launch").glob("attempt-*"))
 
 
-@pytest.mark.parametrize(
-    "backend", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2", "zero3"])
 def test_the_final_save_on_a_full_disk_keeps_all_and_a_resume_saves_the_model(faults, small_disk, backend):
     name = f"full-end-{backend}"
     folder = small_disk(name, 256 * MiB)

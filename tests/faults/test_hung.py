@@ -55,6 +55,14 @@ def test_a_rank_that_waits_in_a_save_is_named_and_the_run_restarts(faults):
 
 
 @pytest.mark.slow
+def test_a_rank_that_waits_before_the_first_step_is_named_and_the_run_restarts(faults):
+    run = faults.run("start-waits", "ddp", *QUICK, what="wait", rank=1, step=1)
+    assert "rank 1 failed first: hung: no progress for" in run.err
+    assert "in phase 'start' after step 0" in run.err and "restart 1" in run.err
+    faults.same_end(run, "ddp")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["launcher", "launcher and ranks"])
 def test_a_stopped_launcher_blames_no_rank_when_it_continues(faults, whom):
     """A suspended job, for longer than a rank may hang."""

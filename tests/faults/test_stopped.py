@@ -48,6 +48,14 @@ def test_a_signal_to_one_rank_stops_all(faults):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+def test_a_signal_during_a_save_lets_it_end(faults, backend):
+    running = faults.start(f"signal-save-{backend}", backend, what="term", rank=0, saving=8)
+    run = resumed(faults, running, backend)
+    assert "it could not be written" not in run.out
+
+
+@pytest.mark.slow
 def test_a_signal_to_every_process_saves_and_stops(faults):
     """As a scheduler does: the launcher, the process that imports, the ranks, and their data workers."""
     flags = ("--dataloader-num-workers", "1")

@@ -7,9 +7,7 @@ a signal in what follows never costs a step: a resume repeats only what is left.
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from trainers.config.errors import ConfigError, Unfinished
 from trainers.config.text import first_line
 from trainers.loop.context import Context
 from trainers.rank.heartbeat import heart
+from trainers.rank.process import wait_for
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
 
@@ -106,7 +105,7 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     if config.merge_adapter:
         actions.append((MERGE, merge))
     if config.push_to_hub:
-        actions.append((UPLOAD, lambda: _wait_for(lambda: push(config, folder))))
+        actions.append((UPLOAD, lambda: wait_for(lambda: push(config, folder))))
     with _reported("model card"):
         write_checked_card()
     for name, action in actions:
@@ -114,25 +113,6 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
             with _reported(name), heart.during(name):
                 action()
             record(ending, name, folder)
-
-
-def _wait_for(action: Callable[[], object]) -> None:
-    """Do something in a thread, and wait for it.
-
-    A signal ends the wait at once. The hub's client waits for its own threads before it lets one through, and
-    they for the hub.
-    """
-    done: Future[None] = Future()
-
-    def act() -> None:
-        try:
-            action()
-            done.set_result(None)
-        except Exception as error:
-            done.set_exception(error)
-
-    threading.Thread(target=act, name="wait_for", daemon=True).start()
-    done.result()
 
 
 @contextmanager

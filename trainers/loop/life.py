@@ -97,7 +97,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     ending, first = _ended_before(trainer, folder), trainer.is_world_process_zero()
     checkpoint, passed = (None, []) if ending else trainer.find_checkpoint()
     facts = _facts(trainer, context)
-    trained = ending is not None
+    trained, stop.kept = ending is not None, ending.kept if ending else ""
     works = ending is None or is_due(context, ending)
     tracker = None
     if first:

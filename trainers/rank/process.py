@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError, Unfinished
@@ -92,7 +93,7 @@ def run_rank(main: Callable[[], int]) -> int:
             no_links.write(run_of(folder), RankFiles(folder, rank()).done, "")
         return code
     except StopNow as now:
-        return _end_threads(_stopped(folder, stop.kept, now.number))
+        return _leave_threads(_stopped(folder, stop.kept, now.number))
     except ConfigError as error:
         _note(folder, error, USAGE_ERROR)
         if folder is None:  # else the launcher prints it once for all ranks
@@ -122,9 +123,31 @@ def _stopped(folder: Path | None, saved: str, number: int = 0) -> int:
     return 0
 
 
-def _end_threads(code: int) -> int:
-    """End the process if threads are left for which Python would wait: of an upload that was stopped."""
-    if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
+_waited_for: list[threading.Thread] = []
+
+
+def wait_for(action: Callable[[], object]) -> None:
+    """Do something in a thread, and wait for it. A signal ends the wait, and then the rank.
+
+    The hub's client waits for its own threads before it lets an exception through, and they for the hub.
+    """
+    done: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            action()
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    _waited_for.append(threading.Thread(target=act, name="waited for", daemon=True))
+    _waited_for[-1].start()
+    done.result()
+
+
+def _leave_threads(code: int) -> int:
+    """End the process with this code if it would wait for the threads of an action that a signal ended."""
+    if any(thread.is_alive() for thread in _waited_for):
         for action in _after_failure:
             action()
         sys.stdout.flush()

@@ -161,7 +161,8 @@ def plant_in_checkpoints(module):
 def plant_in_saves(module):
     """`no-check`: ranks do not check the free space before a save.
 
-    `save`: a kill before the final rename. `save-waits`: the rank waits there for ever.
+    `save`: a kill before the final rename. `save-waits`: the rank waits there for ever. `saving`: the fault
+    happens there, in the save of this step.
     """
     publish, has_room = module.Durable._publish, module.Durable._has_room
 
@@ -172,6 +173,8 @@ def plant_in_saves(module):
         fault = json.loads(os.environ["PHALANX_FAULT"])
         if fault.get("what") == "save":
             strike({**fault, "what": "kill"}, self.state.global_step, None)
+        if fault.get("saving") == self.state.global_step:
+            strike({**fault, "step": 0}, 0, None)
         if fault.get("what") == "save-waits":
             strike({**fault, "what": "wait"}, self.state.global_step, None)
         return publish(self, entries)
