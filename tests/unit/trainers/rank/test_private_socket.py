@@ -30,7 +30,7 @@ while chunk := channel.recv(1 << 16):
 print(count)
 """
 # In place of subprocess in the launcher: the run does not start its own process.
-NOTHING = SimpleNamespace(Popen=lambda *_, **__: None, DEVNULL=None, STDOUT=None)
+NOTHING = SimpleNamespace(Popen=lambda *_, **__: SimpleNamespace(pid=0), DEVNULL=None, STDOUT=None)
 
 
 @pytest.fixture
