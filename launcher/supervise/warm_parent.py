@@ -177,6 +177,8 @@ class WarmParent:
         self.close()
         self.process, self.serving, self.socket = None, spare, spare.connection
         self.pid, self.buffer, self.ended = spare.pid, b"", False
+        while self.descriptors:  # the process was killed while it sent a message
+            os.close(self.descriptors.pop())
         say("start", "a spare of the killed process forks the ranks; nothing is imported again")
         return True
 

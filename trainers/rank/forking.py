@@ -176,9 +176,18 @@ class Parent:
         return None
 
     def _fork_spare(self) -> Parent | None:
-        """Fork a spare, and send the launcher a socket to it. Returns a Parent in the spare, else None."""
+        """Fork a spare, and send the launcher a socket to it. Returns a Parent in the spare, else None.
+
+        Without memory for it there is no spare.
+        """
         ours, theirs = socket.socketpair()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            print(f"no spare: {error}", flush=True)
+            ours.close()
+            theirs.close()
+            return None
         if pid == 0:
             theirs.close()
             self._leave()
