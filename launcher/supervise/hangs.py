@@ -161,7 +161,7 @@ class HangFinder:
     def _find_idle(
         self, last: Mapping[int, Heartbeat], ranks: Mapping[int, int], awake: float, now: float
     ) -> Hang | None:
-        """Return a rank that lives but does not work. One that waits for others is not it while they work."""
+        """Return a rank that does not work. One that waits for others is not it while they work."""
         idle = {}
         for rank, beat in last.items():
             if beat.phase == STEP:
@@ -172,16 +172,17 @@ class HangFinder:
         if not idle or now - self.asked < self.progress.interval:
             return None
         self.asked = now
+        stopped = {rank for rank in idle if _is_stopped(ranks[rank])}  # before _stacks() continues them
         stacks = _stacks({rank: ranks[rank] for rank in idle}, self.files)
-        if any(_LOCKED.search(_innermost(stack)) for stack in stacks.values()):
+        if not stopped and any(_LOCKED.search(_innermost(stack)) for stack in stacks.values()):
             return None
-        waiting = {rank for rank in idle if _waits(stacks[rank])}
+        waiting = {rank for rank in idle if _waits(stacks[rank])} - stopped
         # All ranks of a job may wait for each other. But on several machines, another may still work.
         stuck = idle.keys() - waiting or (idle.keys() if self.alone and len(idle) == len(ranks) else set())
         if not stuck:
             return None
-        rank = min(stuck, key=lambda r: (last[r].step, last[r].count, last[r].progress))
-        return Hang(rank, idle[rank], last[rank], _is_stopped(ranks[rank]), stacks[rank], idle=True)
+        rank = min(stuck, key=lambda r: (r not in stopped, last[r].step, last[r].count, last[r].progress))
+        return Hang(rank, idle[rank], last[rank], rank in stopped, stacks[rank], idle=True)
 
 
 def limit(beat: Heartbeat, timeout: float | None) -> float:

@@ -301,6 +301,17 @@ class Living:
         return True
 
 
+@pytest.mark.parametrize("where", ["itself", "others"])
+def test_a_rank_that_is_stopped_outside_a_step_is_named_so(ranks: Ranks, impatient: None, where: str) -> None:
+    """Also where it waited for the other."""
+    pids = ranks.start(where, "itself")
+    os.kill(pids[0], signal.SIGSTOP)
+    wait_for(lambda: hangs._is_stopped(pids[0]))
+    hang = Living(ranks, pids).first()
+    assert (hang.rank, hang.stopped) == (0, True)
+    assert hang.reason.startswith("stopped (SIGSTOP, or a debugger): no progress for ")
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_rank_that_waits_inside_a_library_is_named_with_its_stack(ranks: Ranks) -> None:
     """Its thread still sends heartbeats."""
