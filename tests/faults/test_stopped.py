@@ -50,7 +50,7 @@ def test_a_signal_to_one_rank_stops_all(faults):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
 def test_a_signal_during_a_save_lets_it_end(faults, backend):
-    running = faults.start(f"signal-save-{backend}", backend, what="term", rank=0, saving=8)
+    running = faults.start(f"signal-save-{backend}", backend, what="term", rank=0, saving=4, pause=0.3)
     run = resumed(faults, running, backend)
     assert "it could not be written" not in run.out
 
@@ -62,7 +62,7 @@ def test_a_signal_to_every_process_saves_and_stops(faults):
     running = faults.start("signal-all", "ddp", *flags, kept=False, pause=0.3)
     running.wait_for_step(5)
     pids = {running.process.pid, *processes(running.folder)}
-    assert len(pids) == 6
+    assert len(pids) >= 6  # with the spare of the process that imports, if it is there already
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     resumed(faults, running, "ddp", *flags)

@@ -173,7 +173,7 @@ def plant_in_saves(module):
         fault = json.loads(os.environ["PHALANX_FAULT"])
         if fault.get("what") == "save":
             strike({**fault, "what": "kill"}, self.state.global_step, None)
-        if fault.get("saving") == self.state.global_step:
+        if fault.get("saving") == self._saving.step:  # fsdp writes while training continues
             strike({**fault, "step": 0}, 0, None)
         if fault.get("what") == "save-waits":
             strike({**fault, "what": "wait"}, self.state.global_step, None)
