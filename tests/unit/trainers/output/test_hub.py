@@ -15,7 +15,7 @@ from saved_run import FACTS
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.output.hub import push
+from trainers.output.hub import UploadFailed, push
 from trainers.output.model_card import write_card
 
 CANARY = "hf_canaryCanaryCanaryCanaryCanary"
@@ -107,6 +107,16 @@ def test_a_busy_hub_is_tried_again(saved_run, hub: FakeHub, ending, capsys):
     assert len(hub.sent(ending)) == 3 and len(hub.repositories["me/my-run"].commits) == 1
     out = capsys.readouterr().out
     assert out.count("Trying again") == 2 and CANARY not in out
+
+
+@pytest.mark.parametrize("ending", [CREATE, COMMIT])
+def test_a_network_that_is_cut_is_tried_again(saved_run, hub: FakeHub, ending, capsys):
+    hub.cut(ending, times=2)
+    push(pushing(), saved_run, AT_ONCE)
+    assert len(hub.repositories["me/my-run"].commits) == 1 and sum(hub.cuts.values()) == 0
+    assert capsys.readouterr().out.count("Trying again") == 2
+    hub.cut(ending)
+    assert "(attempt 3)" in failing(saved_run, pushing(), UploadFailed)
 
 
 def failing(folder: Path, config: TrainConfig, kind: type[Exception]) -> str:
