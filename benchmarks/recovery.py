@@ -232,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"where": provenance("torch", "transformers", "trl", "accelerate")}
     print(found["where"])
     print(
-        f"{options.layers} layers, full training, float32. A step is a row of at most {LENGTH} tokens a rank."
+        f"{options.layers} layers, float32, full training (ddp, fsdp and zero2: LoRA). A step is a row of "
+        f"at most {LENGTH} tokens a rank."
     )
     print(f"Saves: every {OFTEN} steps in runs with kills, every {SELDOM} steps for goodput.")
     failed = False

@@ -104,7 +104,7 @@ def kill_in(side: Side, target: str, draw: random.Random) -> Kill | None:
         return side.kill(rank) if side.until(lambda: time.monotonic() >= moment) else None
     attempt = side.attempt
     if target == FINAL_SAVE:
-        part, rank, pause = side.folder / "run" / "final.part", draw.randrange(RANKS), draw.uniform(0.0, 0.1)
+        part, rank, pause = side.folder / "run" / "final.part", draw.randrange(RANKS), draw.uniform(0.0, 0.03)
         reached = side.until(part.exists)
     else:
         rank, pause = 0, draw.uniform(0.0, 0.5)  # only rank 0 merges
