@@ -127,7 +127,8 @@ def row(planned: int, backend: str, turns: Sequence[Turn]) -> list[str]:
     training = [kill for kill in kills if kill not in late]
     noticed = [kill.noticed for kill in kills if kill.noticed is not None]
     first = [kill.first_step for kill in training if kill.first_step is not None]
-    done = [kill.first_step for kill in late if kill.first_step is not None]
+    back = [kill for kill in kills if kill.first_step is not None]
+    done = [kill.first_step for kill in back if kill.phase in ("end", MERGE)]  # "saved": nothing to repeat
     groups = [kills, [kill for kill in kills if kill.at_save],
               [kill for kill in kills if kill.phase == "end"],
               [kill for kill in kills if kill.phase == MERGE]]  # fmt: skip
@@ -135,7 +136,7 @@ def row(planned: int, backend: str, turns: Sequence[Turn]) -> list[str]:
     cells += [f"{sum(kill.named for kill in kills)} of {len(kills)}"]
     cells += [f"{spread(values, '.2f')} s" if values else "never" for values in (noticed, first, done)]
     equal = sum(turn.equal for turn in turns)
-    met = len(first) + len(done) == len(noticed) == planned and equal == len(turns)
+    met = len(back) == len(noticed) == planned and equal == len(turns)
     met = met and all(groups) and max(noticed) < SOON and max(first, default=FIRST + 1) <= FIRST
     goal = f"all, {SOON:g} s, {FIRST:g} s, equal: {'met' if met else 'MISSED'}"
     return [f"phalanx, {backend}", *cells, f"{equal} of {len(turns)}", goal]
