@@ -58,7 +58,7 @@ demo: $(DEMO_READY)
 
 # No ranks, no training.
 test-fast: $(READY)
-	$(BIN)/python -m pytest $(WORKERS) tests/unit
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/unit
 
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not slurm"
