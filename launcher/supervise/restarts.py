@@ -9,8 +9,8 @@ from launcher.config import Run
 from launcher.plan.batch_search import announce, with_smaller_batch
 from launcher.supervise.diagnosis import Failure
 from trainers.rank.say import say
-from trainers.storage.ending import read_ending
 from trainers.storage.manifest import newest_usable, step_of
+from trainers.storage.run_folder import FINISHED
 
 WITHOUT_PROGRESS = 3  # attempts in a row that made no progress
 PAUSES = (0.0, 5.0)  # seconds before the next attempt: after one, and after two without progress
@@ -62,7 +62,7 @@ class Restarts:
 
     def resumed(self, run: Run) -> Run:
         """Return the run that continues from the newest checkpoint, or the same run if there is none."""
-        trained = self.newest is not None or read_ending(self.folder) is not None
+        trained = self.newest is not None or (self.folder / FINISHED).exists()
         return resumed(run) if trained else run
 
 

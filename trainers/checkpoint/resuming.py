@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,16 @@ class Resuming(Trainer):
             found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
         return next((fault for part in self.agreement.gather(found) for fault in part), None)
 
-    def load_final_model(self, folder: Path) -> None:
+    def load_final_model(self, folder: Path, names: Collection[str]) -> None:
         """Load the final model of a finished run, for an evaluation, and wrap it as training does.
+
+        `names` are its files; the user may have others in the folder.
 
         Raises:
             ConfigError: a weight is missing, unknown, or has another shape.
         """
         with heart.during("load"):
-            load_weights(self.model, folder)
+            load_weights(self.model, folder, names)
             self.only_prepares = True
             with suppress(Prepared):
                 super().train()

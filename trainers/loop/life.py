@@ -34,7 +34,7 @@ from trainers.rank.process import after_failure, live_terminal, log_folder, rank
 from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage import run_files
-from trainers.storage.ending import Ending, read_ending
+from trainers.storage.ending import Ending, damaged_model, good_copy, read_ending
 from trainers.storage.manifest import step_of
 from trainers.storage.run_folder import FINISHED, check_free, claim, lock_folder, write_record
 from trainers.storage.run_place import check_place
@@ -121,7 +121,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         if ending is not None and is_due(context, ending):
             if trained:
                 stop.training()  # all ranks stop together
-                trainer.load_final_model(folder)
+                trainer.load_final_model(folder, ending.names(folder))
             evaluate(trainer, context, ending)
         ended = ending if stop.saved is None else None
         if ended is not None:
@@ -147,12 +147,42 @@ def _train(trainer: Durable, context: Context, checkpoint: Path | None) -> Endin
 
 
 def _ended_before(trainer: Durable, folder: Path) -> Ending | None:
-    """Return how the resumed run ended, or None if there are steps to train. All ranks get the same."""
+    """Return how the resumed run ended, or None if there are steps to train. All ranks get the same.
+
+    Raises:
+        ConfigError: its final model is damaged, and no checkpoint has a copy.
+    """
     if trainer.config.resume is not True:
         return None
-    found = read_ending(folder) if trainer.is_world_process_zero() else None
-    ending: Ending | None = trainer.agreement.from_rank_0(found)
-    return ending if ending is not None and ending.step >= trainer.last_step else None
+    if not trainer.agreement.from_rank_0((folder / FINISHED).exists()):
+        return None
+    first, last_step = trainer.is_world_process_zero(), trainer.last_step
+    look = _verified_ending(folder, last_step) if first else (None, "")
+    ending, why = trainer.agreement.from_rank_0(look)
+    if why:
+        raise ConfigError(why)
+    return ending
+
+
+def _verified_ending(folder: Path, last_step: int) -> tuple[Ending | None, str]:
+    """Return how the run ended, or why a resume is refused.
+
+    None: there are steps to train, or the model is saved again.
+    """
+    try:
+        ending = read_ending(folder)
+        if ending is None or ending.step < last_step:
+            return None, ""
+        why = ending.why_damaged(folder)
+        if why is None:
+            return ending, ""
+        copy = good_copy(folder, ending)
+        if copy is None:
+            raise damaged_model(folder, ending, why)
+        say("warning", f"the final model is damaged: {why}. It is saved again, from {copy}.")
+        return None, ""
+    except ConfigError as error:
+        return None, str(error)
 
 
 @contextmanager

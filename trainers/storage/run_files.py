@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -29,12 +30,17 @@ SHARED = (WRITTEN, LOCK, MACHINES, JOBS)
 # Folders that a tracker's library writes in.
 WANDB, TENSORBOARD = "wandb", "runs"
 
-_MODEL = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_)?config\.json"
+_WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
+_MODEL = rf"{_WEIGHTS}(\.index\.json)?|(adapter_)?config\.json"
+_TOKENIZER = (
+    r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+)
+_FINAL = rf"{_MODEL}|generation_config\.json|{_TOKENIZER}"
 # The names that every run may write. Runs of earlier versions have no record, so these are used instead.
 _NAMES = re.compile(
-    rf"{_MODEL}|generation_config\.json|README\.md|run\.json|metrics\.jsonl|tracker\.json|finished\.json"
-    r"|trainer_state\.json|training_args\.bin|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja|additional_chat_templates"
+    rf"{_FINAL}|README\.md|run\.json|metrics\.jsonl|tracker\.json|finished\.json"
+    r"|trainer_state\.json|training_args\.bin|additional_chat_templates"
     rf"|saving|merged\.part|final\.part|(set-aside-\d+-)?{CHECKPOINT_PREFIX}\d+"
     rf"|not-finite-step-\d+-rank-\d+\.json|{LAUNCH}/(attempt-\d+|progress\.json|warm-\d+\.log)"
 )
@@ -52,16 +58,32 @@ def is_model(name: str) -> bool:
     return re.fullmatch(_MODEL, name) is not None
 
 
+def has_weights(names: Iterable[str]) -> bool:
+    """Return whether one of these files has weights: of a model or of an adapter."""
+    return any(re.fullmatch(_WEIGHTS, name) for name in names)
+
+
+def final_names(folder: Path) -> list[str]:
+    """Return the files of a final model and tokenizer, by the names that every run writes.
+
+    A name that the record does not list is not of the run, unless the record is gone or has no weights.
+    """
+    names = sorted(path.name for path in folder.iterdir() if re.fullmatch(_FINAL, path.name))
+    owned = [name for name in names if owns(folder, name)]
+    return owned if has_weights(owned) else names
+
+
 def recorded(folder: Path) -> list[str] | None:
     """Return the names that the run's record lists, or None if there is no record."""
     try:
         with no_links.open_file(folder, folder / WRITTEN) as file:
-            return [line for line in file.read().splitlines() if _is_name(line)]
+            return [line for line in file.read().splitlines() if is_inside(line)]
     except FileNotFoundError:
         return None
 
 
-def _is_name(line: str) -> bool:
+def is_inside(line: str) -> bool:
+    """Return whether this is the name of something in a run's folder, and leads nowhere else."""
     return bool(line) and not {"", ".", ".."} & set(line.removesuffix("/").split("/"))
 
 
