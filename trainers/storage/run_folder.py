@@ -33,6 +33,7 @@ from trainers.storage.manifest import (
     step_of,
     why_unusable,
 )
+from trainers.storage.places import Place
 from trainers.storage.run_files import LOCK
 
 RECORD = "run.json"
@@ -261,7 +262,7 @@ def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
     if not isinstance(config.resume, str):
         return
     start = Path(config.resume)
-    if start.resolve().parent != folder.resolve():
+    if not Place.of(start.parent).is_same(Place.of(folder)):
         return
     for path in checkpoint_folders(folder):
         if step_of(path) > step_of(start):
