@@ -28,7 +28,7 @@ from trainers.storage.manifest import (
     why_layouts_differ,
     why_unusable,
 )
-from trainers.storage.run_folder import INSTEAD, resume_checkpoint
+from trainers.storage.run_folder import INSTEAD, no_usable_checkpoint, resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
 
@@ -73,7 +73,8 @@ class Resuming(Trainer):
         Each rank reads a share of the files.
 
         Raises:
-            ConfigError: the named checkpoint cannot be used, or the layout of this run does not fit.
+            ConfigError: the named checkpoint cannot be used, or none of the run's; or the layout of this run
+                does not fit.
         """
         config = self.config
         if not config.resume:
@@ -90,7 +91,9 @@ class Resuming(Trainer):
             if why is None:
                 return self._check_layout(folder), skipped + self._other_rows(folder)
             skipped.append(f"skipped {folder}: {why}")
-        return None, [*skipped, "no checkpoint can be used; the run starts from the beginning"]
+        if skipped:
+            raise no_usable_checkpoint(self.run_folder, skipped)
+        return None, []
 
     def _other_rows(self, folder: Path) -> list[str]:
         """Return a line if the rows are not those of the checkpoint."""
