@@ -19,6 +19,7 @@ from trainers.rank import no_links
 from trainers.rank.protocol import LAUNCH
 from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.state_files import read_text
 
 WRITTEN = ".written"
 LOCK = ".lock"
@@ -31,6 +32,10 @@ SHARED = (WRITTEN, LOCK, MACHINES, JOBS)
 WANDB, TENSORBOARD = "wandb", "runs"
 
 _WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
+_REMEDY = (
+    "Restore it from a copy, or remove it: then the files with the names that every run writes count as "
+    "written by this one."
+)
 _MODEL = rf"{_WEIGHTS}(\.index\.json)?|(adapter_)?config\.json"
 _TOKENIZER = (
     r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
@@ -74,10 +79,16 @@ def final_names(folder: Path) -> list[str]:
 
 
 def recorded(folder: Path) -> list[str] | None:
-    """Return the names that the run's record lists, or None if there is no record."""
+    """Return the names that the run's record lists, or None if there is no record.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = folder / WRITTEN
+    if path.is_symlink():
+        raise no_links.LinkFound(path)
     try:
-        with no_links.open_file(folder, folder / WRITTEN) as file:
-            return [line for line in file.read().splitlines() if is_inside(line)]
+        return [line for line in read_text(path, _REMEDY).splitlines() if is_inside(line)]
     except FileNotFoundError:
         return None
 

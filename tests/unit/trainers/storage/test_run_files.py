@@ -186,6 +186,21 @@ def test_a_line_of_the_record_that_leads_out_of_the_folder_is_ignored(tmp_path: 
     assert (tmp_path / "outside").exists() and (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("damage", ["a folder", "not text"])
+@pytest.mark.parametrize("config", [OVERWRITE, TrainConfig(resume=True)], ids=["overwrite", "resume"])
+def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, damage: str, config: TrainConfig) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / run_files.WRITTEN
+    path.unlink()
+    path.mkdir() if damage == "a folder" else path.write_bytes(b"run.json\n\xff\n")
+    before = contents(run)
+    with pytest.raises(ConfigError) as raised:
+        claim(run, config)
+    why = "Is a directory" if damage == "a folder" else "line 2 is not UTF-8"
+    assert str(raised.value).startswith(f"{path} is damaged: {why}. Restore it from a copy, or remove it")
+    assert contents(run) == before
+
+
 def write(run: Path, name: str) -> None:
     """Write a name as a run does: the functions for its kind, one after the other."""
     if name.endswith("/"):
