@@ -94,11 +94,11 @@ def check_free(folder: Path, config: TrainConfig, config_file: Path | None = Non
             f"project_name: {folder} already contains a run. Resume it with --resume, delete it and start "
             "again with --overwrite, or give another project_name."
         )
-    if config.resume and not holds_run(folder):
+    if isinstance(config.resume, str) or (config.resume and not holds_run(folder)):
         resume_checkpoint(folder, config, content=False)
     _refuse_links(folder)
     _refuse_other_files(folder, config_file)
-    if config.resume:
+    if config.resume is True:
         resume_checkpoint(folder, config, content=False)
 
 
