@@ -110,7 +110,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
-    make_once(folder, make)
+    make_once(folder, make, needed=sum(file.stat().st_size for file in split.files))
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))

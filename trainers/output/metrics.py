@@ -95,8 +95,7 @@ class Report(TrainerCallback):
             self.tokens, self.logged_seconds = total, self.step_seconds
         values = {"epoch": values.pop("epoch", state.epoch), **values}
         record = {"step": state.global_step, **values}
-        with run_files.open_to_append(self.folder, METRICS) as file:
-            file.write(_json_line(record))
+        run_files.append(self.folder, METRICS, _json_line(record))
         self._note_progress(state, record)
         if self.tracker is not None:
             self.tracker.log(state.global_step, values)

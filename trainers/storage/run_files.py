@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 from trainers.rank import no_links
 from trainers.rank.protocol import LAUNCH
@@ -158,7 +157,7 @@ def own(folder: Path, name: str) -> None:
         kept = next(p for n in count(1) if not os.path.lexists(p := folder / f"{path.name}.kept-{n}"))
         no_links.rename(folder, path, kept)
         say("note", f"{path} is not of this run, which writes there now; it is kept as {kept.name}")
-    with no_links.open_file(folder, folder / WRITTEN, "a") as file:
+    with no_links.naming(folder / WRITTEN), no_links.open_file(folder, folder / WRITTEN, "a") as file:
         file.write(f"{name}\n")
 
 
@@ -168,14 +167,15 @@ def write(folder: Path, name: str, text: str) -> None:
     no_links.write(folder, folder / name, text)
 
 
-def open_to_append(folder: Path, name: str) -> IO[str]:
-    """Open a file of the run to append to it.
+def append(folder: Path, name: str, text: str) -> None:
+    """Append to a file of the run. It is created if it is missing.
 
     Raises:
         LinkFound: it is a link.
     """
     own(folder, name)
-    return no_links.open_file(folder, folder / name, "a")
+    with no_links.naming(folder / name), no_links.open_file(folder, folder / name, "a") as file:
+        file.write(text)
 
 
 def make_folder(folder: Path, name: str) -> Path:

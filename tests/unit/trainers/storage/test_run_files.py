@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -201,6 +202,17 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, damage: str, conf
     assert contents(run) == before
 
 
+def test_a_full_disk_names_the_file_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write to an open file names none."""
+    monkeypatch.setattr(run_files, "own", lambda *_: None)
+    full = partial(open, "/dev/full", "a")
+    monkeypatch.setattr(run_files.no_links, "open_file", lambda *_: full())
+    for act in (run_files.append, run_files.write):
+        with pytest.raises(OSError) as raised:
+            act(tmp_path, "metrics.jsonl", "a line\n")
+        assert raised.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def write(run: Path, name: str) -> None:
     """Write a name as a run does: the functions for its kind, one after the other."""
     if name.endswith("/"):
@@ -209,7 +221,7 @@ def write(run: Path, name: str) -> None:
     elif name == run_files.LOCK:
         lock_folder(run)
     else:
-        run_files.open_to_append(run, name).close()
+        run_files.append(run, name, "")
 
 
 def replace(run: Path, name: str) -> None:
@@ -274,8 +286,7 @@ def test_a_copy_of_hard_links_continues_a_file_that_is_appended(tmp_path: Path) 
     fill(run, "metrics.jsonl", "one\n")
     (tmp_path / "metrics.jsonl").hardlink_to(run / "metrics.jsonl")
     for line in ("two\n", "three\n"):
-        with run_files.open_to_append(run, "metrics.jsonl") as file:
-            file.write(line)
+        run_files.append(run, "metrics.jsonl", line)
     assert (run / "metrics.jsonl").read_text() == "one\ntwo\nthree\n"
     assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
 
