@@ -97,16 +97,17 @@ def published(folder: Path) -> list[str]:
     """Return the files to upload: those that the run wrote for it. Links and the user's files are not.
 
     Raises:
-        ConfigError: the folder has no finished run, or its weights are not among the files.
+        ConfigError: the folder has no finished run, or not all files of its model.
     """
     ending = read_ending(folder)
     if ending is None:
         raise ConfigError(f"{folder} has no {FINISHED}, so it is not known which files are the run's.")
     listed = [name for name in ending.names(folder) if name not in LEFT_OUT]
-    found = [name for name in (*listed, *ADDED) if _is_plain(folder, name)]
-    if not run_files.has_weights(found):
-        raise ConfigError(f"{folder}: there are no weights to upload. They may be links, or were removed.")
-    return sorted(found)
+    if lost := [name for name in listed if not _is_plain(folder, name)]:
+        raise ConfigError(f"{folder / lost[0]} is missing or a link, so the model is not uploaded.")
+    if not run_files.has_weights(listed):
+        raise ConfigError(f"{folder}: there are no weights to upload.")
+    return sorted([*listed, *(name for name in ADDED if _is_plain(folder, name))])
 
 
 def _is_plain(folder: Path, name: str) -> bool:

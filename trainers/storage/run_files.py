@@ -72,7 +72,8 @@ def final_names(folder: Path) -> list[str]:
 
     A name that the record does not list is not of the run, unless the record is gone or has no weights.
     """
-    names = sorted(path.name for path in folder.iterdir() if re.fullmatch(_FINAL, path.name))
+    files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    names = sorted(path.name for path in files if re.fullmatch(_FINAL, path.name))
     owned = [name for name in names if owns(folder, name)]
     return owned if has_weights(owned) else names
 

@@ -129,16 +129,22 @@ def test_no_file_of_the_user_is_uploaded_and_the_model_is(saved_run, hub: FakeHu
     assert by_hand == set(files) and "--exclude" not in words
 
 
-@pytest.mark.parametrize("way", ["gone", "links", "of no finished run"])
-def test_without_weights_of_the_run_nothing_is_sent(saved_run, hub: FakeHub, tmp_path, way):
-    weights = saved_run / "model.safetensors"
+@pytest.mark.parametrize("way", ["gone", "links", "of no finished run", "of an earlier version"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_without_the_files_of_the_model_nothing_is_sent(saved_run, hub: FakeHub, tmp_path, way, name):
+    weights = saved_run / name
+    if way == "of an earlier version":
+        Ending(step=4, metrics={}, model_step=4).write(saved_run)
+        weights = saved_run / "model.safetensors"
     if way == "of no finished run":
         (saved_run / "finished.json").unlink()
     else:
         weights.rename(tmp_path / "moved")
     if way == "links":
         weights.symlink_to(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"no weights to upload|has no finished\.json"):
+    with pytest.raises(
+        ConfigError, match=rf"no weights to upload|has no finished\.json|{name} is missing or a link"
+    ):
         push(pushing(), saved_run)
     assert hub.requests == []
 
