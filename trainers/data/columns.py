@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 
 from trainers.config.errors import ConfigError
@@ -46,6 +46,8 @@ class Columns:
     instruction: bool = False  # the columns instruction and input form the prompt
     rejected: str | None = None
     label: str | None = None
+    system: str | None = None  # the system turn of a conversation
+    messages: tuple[str, ...] = ()  # columns that hold messages in all rows (column_kinds.py)
 
 
 def find_columns(columns: list[str], config: TrainConfig) -> Columns:
@@ -54,6 +56,12 @@ def find_columns(columns: list[str], config: TrainConfig) -> Columns:
     Raises:
         ConfigError: a column that the config names, or that the trainer needs, is missing.
     """
+    found = _find(columns, config)
+    named = {found.text, found.prompt, found.rejected, found.label, *prompt_fields(config)}
+    return replace(found, system="system") if "system" in {*columns} - named else found
+
+
+def _find(columns: list[str], config: TrainConfig) -> Columns:
     for name in prompt_fields(config):
         _need(columns, name, "data.prompt_format")
     if config.prompt_text_column:

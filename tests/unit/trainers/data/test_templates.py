@@ -5,9 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
-from rows import END, GOOD, SYSTEM, TURNS, Q, assistant, user
+from rows import END, GOOD, SYSTEM, TURNS, Q, assistant, trained_text, user
 
-from trainers.data.chat import encode_messages
 from trainers.data.templates import set_template
 
 GAINED = {
@@ -19,14 +18,13 @@ GAINED = {
 
 
 @pytest.mark.parametrize("template", GAINED)
-def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, template):
+def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, prepare, template):
     own = deepcopy(tokenizer)
     gained = set_template(own, template)
     assert gained == GAINED[template]
     assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in gained)
-    encoded = encode_messages(own, TURNS, train_all=False)
-    supervised = own.decode([label for label in encoded.labels if label != -100])
-    assert supervised == GOOD + own.eos_token
+    (row,) = prepare([{"messages": TURNS}], using=own, chat_template=template).dataset
+    assert trained_text(own, row) == GOOD + own.eos_token
 
 
 FULL = {

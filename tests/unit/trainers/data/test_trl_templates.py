@@ -1,0 +1,120 @@
+"""Every chat template that the installed TRL ships, with conversations of every kind.
+
+Ground truth: the text of apply_chat_template, the mask of TRL's training template, and words that appear
+nowhere else: each of them must be in the text, and those of the assistant in the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from chats import CHATS, byte_level, trl_templates, words_in
+
+from trainers.data.chat import Renderer
+from trainers.data.messages import Chat
+from trainers.data.samples import RowError
+from trainers.data.tokens import Tokens
+
+TEMPLATES = trl_templates()
+
+
+@pytest.fixture(scope="session")
+def every_token():
+    return byte_level(TEMPLATES.values())
+
+
+@pytest.fixture
+def load(every_token):
+    """`load(name)`: a tokenizer with this template of TRL."""
+
+    def loaded(name):
+        tokenizer = copy.copy(every_token)
+        tokenizer.chat_template = TEMPLATES[name]
+        return tokenizer
+
+    return loaded
+
+
+def assistants(messages):
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def trained_text(tokenizer, encoded):
+    return tokenizer.decode([label for label in encoded.labels if label != -100])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nothing_is_lost_and_the_loss_sees_each_answer_with_its_end(load, name):
+    tokenizer = load(name)
+    tokens = Tokens(tokenizer)
+    renderer = Renderer(tokenizer, tokens)
+    for kind, (messages, tools) in CHATS.items():
+        chat = Chat(copy.deepcopy(messages), tools)
+        turns = assistants(messages)
+        try:
+            samples = renderer.trained(chat, turns)
+        except RowError as error:
+            assert "does not render" in str(error) or "rejects the turns" in str(error), (kind, str(error))
+            continue
+        assert len(samples) in (1, len(turns)), kind
+        texts, seen = "", []
+        for sample in samples:
+            found = tokens.rendered(sample.text, sample.spans, sample.prompts, sample.exact_end)
+            assert found.input_ids == tokenizer(sample.text, add_special_tokens=False)["input_ids"]
+            seen.append(trained_text(tokenizer, found))
+            texts += sample.text
+            ends = [n for n, label in enumerate(found.labels) if label != -100]
+            last = [n for n in ends if n + 1 not in ends]
+            for end in last:  # where the loss stops, the model has produced a token that ends its turn
+                while not tokenizer.decode([found.input_ids[end]]).strip():
+                    end -= 1
+                assert found.input_ids[end] in tokens.ends, (kind, seen)
+            assert len(last) == (len(turns) if len(samples) == 1 else 1), (kind, seen)
+        assert words_in(messages, tools) <= words_in(texts), kind
+        own = [{**messages[turn], "role": ""} for turn in turns]
+        assert words_in(own) == words_in(seen), kind
+        if len(samples) > 1:
+            assert [words_in(part) for part in own] == [words_in(part) for part in seen], kind
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_and_mask_are_those_of_transformers_and_of_trls_training_template(load, name):
+    tokenizer = load(name)
+    tokens = Tokens(tokenizer)
+    renderer = Renderer(tokenizer, tokens)
+    compared = 0
+    for kind, (messages, tools) in CHATS.items():
+        chat = Chat(copy.deepcopy(messages), tools)
+        template = renderer.template(chat)
+        turns = assistants(messages)
+        try:
+            samples = renderer.trained(chat, turns)
+        except RowError:
+            continue
+        for turn, sample in zip(turns if len(samples) > 1 else turns[-1:], samples, strict=True):
+            until = chat.until(turn + 1)
+            text = tokenizer.apply_chat_template(template.fitted(until).messages, tools=tools, tokenize=False)
+            found = tokens.rendered(sample.text, sample.spans, sample.prompts, sample.exact_end)
+            extended = sample.text != text
+            if extended and name == "glm4moe":  # it ends a turn with the name of the next role
+                assert sample.text in (text + "<|user|>", text + "<|observation|>")
+            elif extended:  # the template drops what the model must learn
+                assert name == "deepseek_r1_distill" and kind in ("think in content",), kind
+            if template.training is None:
+                continue
+            marked = tokenizer.apply_chat_template(
+                template.fitted(until, True).messages, tools=tools, chat_template=template.training,
+                return_dict=True, return_assistant_tokens_mask=True,
+            )  # fmt: skip
+            mask = [int(label != -100) for label in found.labels]
+            if len(samples) == 1:
+                assert found.input_ids == marked["input_ids"], kind
+                assert mask == marked["assistant_masks"], kind
+            else:  # earlier turns are context here: the last block is the turn
+                block = sum(mask)
+                assert mask[-block:] == marked["assistant_masks"][-block:] == [1] * block
+                assert marked["assistant_masks"][-block - 1] == 0
+                assert found.input_ids[-block:] == marked["input_ids"][-block:]
+            compared += 1
+    assert compared or renderer.template(chat).training is None

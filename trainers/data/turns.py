@@ -1,0 +1,85 @@
+"""Find the characters of a turn in a rendered conversation, for a template that does not mark them itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from trainers.data.chat_template import ChatTemplate
+from trainers.data.messages import Chat
+from trainers.data.tokens import Span
+
+NEAR = 64  # no added token is longer, in characters
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a conversation: where to look for it."""
+
+    template: ChatTemplate
+    chat: Chat  # in the form that the template wants
+    number: int
+    added: re.Pattern[str]  # the tokens that were added to the vocabulary
+    twin: bool = False
+
+    @property
+    def is_assistant(self) -> bool:
+        return bool(self.chat.messages[self.number]["role"] == "assistant")
+
+    def prompt(self) -> str:
+        """Return what the model is given before it writes the turn."""
+        return self.template.text(self.chat.until(self.number), prompt=True) if self.number else ""
+
+    def span(self, text: str, prompt: str, end: int, complete: bool) -> list[Span]:
+        """Return the span of the turn: after its prompt, to `end` or a little before. [] if it is unknown.
+
+        `complete` says that the turn ends at `end`, and not only what it shares with the turn alone.
+        """
+        start = self._start(text, prompt)
+        stop = None if start is None else self._stop(text, start, end, complete)
+        return [] if start is None or stop is None or stop <= start else [(start, stop)]
+
+    def _start(self, text: str, prompt: str) -> int | None:
+        if self.number and self.is_assistant and text.startswith(prompt):
+            return len(prompt)
+        before = self.template.text(self.chat.until(self.number), twin=self.twin) if self.number else ""
+        if not self.number or not self.is_assistant:
+            content = self.chat.messages[self.number].get("content")
+            found = text.find(content.strip(), common(before, text)) if isinstance(content, str) else -1
+            return None if found < 0 else found
+        if not text.startswith(before):
+            return None
+        # The template answers otherwise than it asks: the turn begins after what both share.
+        return max(len(before), self._outside(text, common(prompt, text), 0))
+
+    def _stop(self, text: str, start: int, end: int, complete: bool) -> int | None:
+        """Return the end of the turn: after the last token that was added to the vocabulary.
+
+        The model never writes what the template has after it, such as a newline. None if the turn is not
+        complete.
+        """
+        end = self._outside(text, end, start)
+        last = None
+        for last in self.added.finditer(text, start, end):  # noqa: B007
+            pass
+        if last is not None and not text[last.end() : end].strip():
+            return last.end()
+        return end if complete else None
+
+    def _outside(self, text: str, position: int, start: int) -> int:
+        """Return a position that is not inside a token which was added to the vocabulary."""
+        for found in self.added.finditer(text, max(start, position - NEAR), position + NEAR):
+            if found.start() < position < found.end():
+                return found.start()
+        return position
+
+
+def common(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low + 1 < high:  # the texts agree up to `low`, and differ before `high`
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
