@@ -46,10 +46,7 @@ def row(i: int) -> dict[str, Any]:
         "worse": f"The model is {i}.",
         "label": i % 3 != 0,
         "wanted": i % 3 == 0,
-        "talk": [
-            {"role": role, "content": f"The {role} says {i + n}."}
-            for n, role in enumerate(("user", "assistant") * 2)
-        ],
+        "talk": [{"role": role, "content": f"{i + n}"} for n, role in enumerate(("user", "assistant") * 2)],
     }
 
 
@@ -116,7 +113,16 @@ class Sample:
 LORA = {"peft": True, "quantization": None}
 COMPLETIONS = {"text_column": "completion"}
 ASKED = {"prompt_text_column": "prompt", "text_column": "completion"}
-TALK = {"text_column": "talk", "chat_template": "chatml", "train_on": "completion"}
+
+
+def talk(place: Place, trainer: str) -> dict[str, Any]:
+    """Return the columns of a conversation, for trainers that read one."""
+    if KINDS[trainer].preference:
+        return {}
+    train_on = {"train_on": "completion"} if KINDS[trainer].chooses_tokens else {}
+    return {"text_column": "talk", "chat_template": "chatml", "block_size": 200, **train_on}
+
+
 VALID = {"valid_split": "valid"}
 EVERY_STEP = {**VALID, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -136,9 +142,9 @@ SAMPLES: dict[str, Sample] = {
     "chat_template_kwargs": Sample(
         lambda place, trainer: {**ASKED, "chat_template": str(place.folder / "mood.jinja")}, {"mood": "calm"}
     ),
-    "history": Sample(TALK, "last"),
-    "system_prompt": Sample({**ASKED, "chat_template": "chatml"}, "Be short."),
-    "roles_to_train": Sample(TALK, ["user"]),
+    "history": Sample(talk, "last"),
+    "system_prompt": Sample({**ASKED, "chat_template": "chatml", "block_size": 200}, "Be short."),
+    "roles_to_train": Sample(talk, ["user"]),
     "prompt_format": Sample(COMPLETIONS, "Q: {question}"),
     "text_column": Sample({}, "other"),
     "prompt_text_column": Sample(COMPLETIONS, "question"),
@@ -480,6 +486,8 @@ HOLDS = {
     "save_strategy is no": {"save_strategy": "no", "eval_strategy": "no"},
     "optimizer is not a variant of Adam": {"optimizer": "sgd"},
     "scheduler has no warm-up": {"scheduler": "constant"},
+    "chat_template is null": {"chat_template": None, "text_column": "text", "train_on": "auto"},
+    "the loss is on all tokens": {"train_on": "all"},
     "chat_template decides how a turn ends": {**ASKED, "chat_template": "chatml"},
     "push_to_hub is off": {"push_to_hub": False},
     "model is a folder": {},
@@ -503,13 +511,16 @@ UNREAD = [
 ]  # fmt: skip
 
 
+WORDS = {"unrendered": Sample({}, "drop")}  # values of fields that are compared elsewhere
+
+
 def test_every_condition_is_tested():
     assert {why for why, _, _ in consistency.CONDITIONS} <= set(HOLDS)
 
 
 @pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
 def test_a_field_that_this_run_does_not_read_has_a_note(place, trainer, field, values):
-    given, changed = SAMPLES.get(field, Sample({}, "a-name")).runs(field, place, trainer)
+    given, changed = SAMPLES.get(field, WORDS.get(field, Sample({}, "a-name"))).runs(field, place, trainer)
     without = {name: value for name, value in values.items() if name != field}
     both = {**given, **without}, {**changed, **values}
     runs = [snapshot(place, trainer, **run) for run in both]

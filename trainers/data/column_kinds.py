@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainers.data.columns import Columns
-from trainers.data.messages import looks_like_messages
+from trainers.data.messages import is_dialogue, looks_like_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,10 @@ def with_messages(columns: Columns, raw: Dataset) -> Columns:
     apart = columns.kind in ("completion", "labelled") and (columns.prompt or columns.instruction)
     if apart and columns.prompt not in found and _is_text(first[columns.text]):
         found = [name for name in found if name != columns.text]
-    return replace(columns, messages=tuple(found))
+    texts = [name for name in named if name not in found]
+    alone = columns.kind == "pair" and columns.prompt is None and not columns.instruction
+    dialogues = [name for name in texts if alone and _has_dialogues(first[name])]
+    return replace(columns, messages=tuple(found), dialogues=tuple(dialogues))
 
 
 def _has_messages(values: list[Any], objects: bool) -> bool:
@@ -47,6 +50,11 @@ def _has_messages(values: list[Any], objects: bool) -> bool:
     if texts and any(text.lstrip().startswith("[") for text in texts[:ROWS_READ]):
         found += sum(looks_like_messages(text) for text in texts)
     return bool(given) and 2 * found >= len(given)
+
+
+def _has_dialogues(values: list[Any]) -> bool:
+    given = [value for value in values if value]
+    return bool(given) and 2 * sum(is_dialogue(value) for value in given) >= len(given)
 
 
 def _is_text(values: list[Any]) -> bool:

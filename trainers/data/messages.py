@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # What an assistant's message may have instead of content.
 INSTEAD = ("tool_calls", "function_call", *REASONING_KEYS)
 CONTROLS = ("weight", "train")  # keys that say whether the loss sees a message: OpenAI's and Axolotl's
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -89,6 +92,27 @@ def parse_list(text: str) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return None
+
+
+def is_dialogue(value: Any) -> bool:
+    """Return whether a value is text with the turns of Human and Assistant, as in HH-RLHF."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def read_dialogue(text: str) -> Turns:
+    """Return the turns of Human and Assistant in a text.
+
+    Raises:
+        RowError: it does not begin with one of them.
+    """
+    before, *parts = _SPEAKER.split(f"\n\n{text.strip()}")
+    if before.strip() or not parts:
+        raise RowError(f"a dialogue must begin with 'Human:', not {short(text)}.")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[name], "content": said.strip()}
+        for name, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def read_messages(value: Any) -> tuple[Turns, frozenset[int]]:

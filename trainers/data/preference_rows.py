@@ -157,6 +157,9 @@ class PreferenceRows(RowReader):
     def text(self, row: dict[str, Any], column: str) -> tuple[list[int], int]:
         """Return the ids of a prompt with its answer as text, and where the answer begins."""
         prompt, text = self.prompt(row), self.string(row, column, "empty completion")
+        if column in self.columns.dialogues and self.config.kind.prompted:
+            end = text.rfind("\n\nAssistant:") + len("\n\nAssistant:")
+            prompt, text = text[:end], text[end:]
         if self.config.chat_template is not None and prompt is not None:
             before = self.as_turns(prompt)
             chat = self.chat(row, [*before, {"role": "assistant", "content": text}])
@@ -172,7 +175,7 @@ class PreferenceRows(RowReader):
         if prompt is None:  # reward: the complete text is in one column
             return self.tokens.joined("", text, eos, everything=True).input_ids, 0
         found = self.tokens.joined(str(prompt), text, eos)
-        self.notes |= found.notes
+        self.notes |= found.notes | self.unused(row)
         return found.input_ids, _first_label(found)
 
     def taken_notes(self) -> list[str]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from trainers.config.schema import TrainConfig
 from trainers.data.chat import Renderer
 from trainers.data.columns import Columns
-from trainers.data.messages import Chat, Message, Turns, read_messages, read_options, read_tools
+from trainers.data.messages import (
+    Chat,
+    Message,
+    Turns,
+    read_dialogue,
+    read_messages,
+    read_options,
+    read_tools,
+)
 from trainers.data.samples import Dropped, RowError
 from trainers.data.templates import TEMPLATES
 from trainers.data.tokens import Tokens
@@ -61,7 +69,8 @@ class RowReader:
                 for literal, name, _, _ in parsed
             )
         if self.columns.instruction:
-            return self.instruction(row)
+            asked = self.instruction(row)
+            return self.with_history(row, asked) if self.columns.history else asked
         if self.columns.prompt is None:
             return None
         turns, _ = self.turns(row, self.columns.prompt)
@@ -77,6 +86,24 @@ class RowReader:
         part = f"### Input:\n{given}\n\n" if given else ""
         return f"### Instruction:\n{asked}\n\n{part}### Response:\n"
 
+    def with_history(self, row: dict[str, Any], asked: str) -> str | Turns:
+        """Return an instruction after the earlier turns of its row, which are pairs."""
+        pairs = row[str(self.columns.history)] or []
+        if not isinstance(pairs, list) or any(
+            not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair)
+            for pair in pairs
+        ):
+            raise RowError("column 'history' must hold pairs of an instruction and its output.")
+        if not pairs:
+            return asked
+        if self.config.chat_template is None:
+            before = (f"### Instruction:\n{a}\n\n### Response:\n{b}\n\n" for a, b in pairs)
+            return "".join(before) + asked
+        turns: Turns = []
+        for question, answer in pairs:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return [*turns, *self.as_turns(asked)]
+
     def as_turns(self, prompt: str | Turns | None) -> Turns:
         """Return the prompt as messages."""
         return prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
@@ -87,6 +114,8 @@ class RowReader:
         The kind of a column is the same for all rows of a split (column_kinds.py).
         """
         value = row[column]
+        if column in self.columns.dialogues and self.config.chat_template and value and value.strip():
+            return read_dialogue(value), frozenset()
         if (
             column not in self.columns.messages
             or value is None
@@ -113,6 +142,13 @@ class RowReader:
             raise RowError(f"column '{self.columns.system}' must hold text, not {type(text).__name__}.")
         text = text if text and text.strip() else self.config.system_prompt
         return {"role": "system", "content": text} if text else None
+
+    def unused(self, row: dict[str, Any]) -> set[str]:
+        """Return notes on columns of a plain text that only a template can use."""
+        names = (self.columns.system, "tools", "chat_template_kwargs")
+        return {
+            f"the column {name} is not used without a template" for name in names if name and row.get(name)
+        }
 
     def need_template(self) -> None:
         """Raise RowError if the config has no chat template."""
