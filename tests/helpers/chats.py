@@ -10,6 +10,11 @@ from typing import Any
 
 from rows import assistant, user
 
+from trainers.data.chat import Renderer
+from trainers.data.messages import Chat
+from trainers.data.samples import RowError
+from trainers.data.tokens import Tokens
+
 Q1, A1, Q2, A2, R1, R2 = "Question1", "Answer1", "Question2", "Answer2", "Reason1", "Reason2"
 SYSTEM_TURN = {"role": "system", "content": "Instruction0"}
 
@@ -169,3 +174,27 @@ def vocabularies() -> dict[str, Any]:
     train(wordpiece, WordPieceTrainer(**options))
     found["wordpiece"] = wrapped(wordpiece)
     return found
+
+
+def support_table() -> str:
+    """Return a table: what becomes of each kind of conversation with each template of TRL."""
+    templates = trl_templates()
+    tokenizer = byte_level(templates.values())
+    rows = [f"| template | marks | {' | '.join(CHATS)} |", "| --- " * (len(CHATS) + 2) + "|"]
+    for name, source in templates.items():
+        tokenizer.chat_template = source
+        renderer = Renderer(tokenizer, Tokens(tokenizer))
+        own = renderer.template(Chat([]))
+        marks = "TRL's" if own.has_twin else "own" if own.training else "found"
+        cells = [_support(renderer, Chat(*chat)) for chat in CHATS.values()]
+        rows.append(f"| {name} | {marks} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _support(renderer: Renderer, chat: Chat) -> str:
+    turns = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    try:
+        samples = renderer.trained(chat, turns)
+    except RowError as error:
+        return "refused" if "does not render" in str(error) else "rejected"
+    return "yes" if len(samples) == 1 else f"{len(samples)} samples"

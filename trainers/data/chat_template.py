@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainers.data.messages import Chat, Message
+from trainers.data.messages import Chat, Message, object_or_text
 from trainers.data.probes import Probe, Shape, probe_of, shape_of
 from trainers.data.samples import RowError
 from trainers.data.tokens import Span
@@ -29,16 +29,16 @@ class Form:
     """How a template wants the content and the arguments of a call."""
 
     content: Literal["given", "text", "parts"] = "given"
-    text: bool = False  # the arguments as JSON text, instead of an object
+    arguments: Literal["given", "object", "text"] = "given"
     empty: bool = False  # "" where there is no content
 
 
 # The forms are tried in this order; the first in which nothing is lost is taken.
 FORMS = tuple(
-    Form(content, text, empty)
+    Form(content, arguments, empty)
     for content in ("given", "text", "parts")
     for empty in (False, True)
-    for text in (False, True)
+    for arguments in ("given", "object", "text")
 )
 
 
@@ -100,19 +100,24 @@ class ChatTemplate:
             if messages in tried:
                 continue
             tried.append(messages)
-            try:
-                text, _ = self._render(
-                    Chat(messages, probe.chat.tools, probe.chat.options), False, twin, False
-                )
-                found = Reading(form, probe.lost(text, self.source))
-            except RowError as error:
-                found = Reading(form, error=str(error))
+            found, text = self._try(probe, form, twin)
             if not found.error and not found.lost:
-                return found
+                # A template may take text and mean an object: it then writes an object in another way.
+                other, text_of_object = self._try(probe, replace(form, arguments="object"), twin)
+                same = other.error or other.lost or text_of_object == text
+                return found if same else other
             if best is None or (bool(found.error), len(found.lost)) < (bool(best.error), len(best.lost)):
                 best = found
         assert best is not None
         return best
+
+    def _try(self, probe: Probe, form: Form, twin: bool) -> tuple[Reading, str]:
+        messages = [_in_form(message, form) for message in probe.chat.messages]
+        try:
+            text, _ = self._render(Chat(messages, probe.chat.tools, probe.chat.options), False, twin, False)
+        except RowError as error:
+            return Reading(form, error=str(error)), ""
+        return Reading(form, probe.lost(text, self.source)), text
 
     def _render(self, chat: Chat, prompt: bool, twin: bool, mark: bool) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -161,14 +166,15 @@ def _in_form(message: Message, form: Form) -> Message:
         changed["content"] = [{"type": "text", "text": content}]
     elif isinstance(content, list) and form.content == "text":
         changed["content"] = "".join(part["text"] for part in content)
-    if calls and form.text:
-        changed["tool_calls"] = [_call_with_text(call) for call in calls]
+    if calls and form.arguments != "given":
+        changed["tool_calls"] = [_in_form_call(call, form.arguments) for call in calls]
     return {**message, **changed} if changed else message
 
 
-def _call_with_text(call: dict[str, Any]) -> dict[str, Any]:
+def _in_form_call(call: dict[str, Any], form: str) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
-    if isinstance(arguments, str):
-        return call
-    text = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": text}}
+    if form == "text" and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif form == "object" and isinstance(arguments, str):
+        arguments = object_or_text(arguments)
+    return {**call, "function": {**call["function"], "arguments": arguments}}

@@ -98,9 +98,9 @@ class LanguageRows(RowReader):
                 )
             return [self.tokens.joined("", text, config.add_eos_token, everything=True)]
         prompt, text = self.prompt(row), self.string(row, self.columns.text, "empty completion")
-        found = self.tokens.joined(str(prompt), text, config.add_eos_token, config.trains_on_all)
-        found.notes |= self.unused(row)
-        return [found]
+        encoded = self.tokens.joined(str(prompt), text, config.add_eos_token, config.trains_on_all)
+        encoded.notes |= self.unused(row)
+        return [encoded]
 
     def conversations(self, chat: Chat, start: int) -> list[Encoded]:
         """Return the samples of a conversation. The turns before `start` are its prompt."""

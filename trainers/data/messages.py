@@ -203,7 +203,7 @@ def _trained(message: Message) -> bool:
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
-    """Return tool calls in OpenAI's form, with the arguments as an object where they are one.
+    """Return tool calls in OpenAI's form, with the arguments as they are: an object, or text.
 
     Raises:
         RowError: a call has no name, or is no object.
@@ -216,17 +216,17 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f'a tool call must be {{"name": "...", "arguments": ...}}, not {short(call)}.')
         arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            arguments = _object_or_text(arguments)
-        function = {**function, "arguments": {} if arguments is None else arguments}
+        empty = arguments is None or (isinstance(arguments, str) and not arguments.strip())
+        function = {**function, "arguments": {} if empty else arguments}
         outer = {key: part for key, part in call.items() if key != "function"} if "function" in call else {}
         calls.append({"type": "function", **outer, "function": function})
     return calls
 
 
-def _object_or_text(text: str) -> Any:
+def object_or_text(text: str) -> Any:
+    """Return the object that a text contains as JSON, or the text."""
     try:
-        value = json.loads(text) if text.strip() else {}
+        value = json.loads(text)
     except ValueError:
         return text
     return value if isinstance(value, dict) else text

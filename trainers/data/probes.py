@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.data.messages import REASONING_KEYS, Chat, Message
+from trainers.data.messages import REASONING_KEYS, Chat, Message, object_or_text
 
 Shape = tuple[Any, ...]
 # Keys that only connect a call with its result. Many templates leave them out, and lose nothing.
@@ -59,12 +60,15 @@ def _shape(message: Message) -> Shape:
     return (
         message["role"],
         _kind(content),
-        tuple(
-            (bool(call["function"]["arguments"]), isinstance(call["function"]["arguments"], str))
-            for call in calls
-        ),
+        tuple(_arguments(call["function"]["arguments"]) for call in calls),
         others,
     )
+
+
+def _arguments(arguments: Any) -> Any:
+    if isinstance(arguments, str):
+        return "json" if isinstance(object_or_text(arguments), dict) else "text"
+    return bool(arguments)
 
 
 def _kind(content: Any) -> Any:
@@ -134,12 +138,15 @@ def _content(role: str, value: Any, number: int, words: _Words) -> Any:
 def _call(call: dict[str, Any], number: int, words: _Words) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
-    if isinstance(arguments, str):
-        probed: Any = words.new(number, "tool_calls (arguments)")
-    elif arguments:
-        probed = {words.new(number, "tool_calls (arguments)"): words.new(number, "tool_calls (arguments)")}
-    else:
-        probed = arguments
+    name = "tool_calls (arguments)"
+    kind = _arguments(arguments)
+    probed = arguments
+    if kind == "text":
+        probed = words.new(number, name)
+    elif kind:
+        probed = {words.new(number, name): words.new(number, name)}
+    if kind == "json":
+        probed = json.dumps(probed)
     return {**call, "function": {**function, "name": words.new(number, "tool_calls"), "arguments": probed}}
 
 

@@ -1,4 +1,4 @@
-"""Which turns of a conversation are trained, and in how many samples, where a template rewrites its history."""
+"""Which turns of a conversation are trained, and in how many samples, if a template rewrites them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 
 import pytest
-from chats import CHATS, byte_level, trl_templates, words_in
+from chats import CHATS, byte_level, support_table, trl_templates, words_in
+from places import REPO
 
 from trainers.data.chat import Renderer
 from trainers.data.messages import Chat
@@ -118,3 +119,28 @@ def test_text_and_mask_are_those_of_transformers_and_of_trls_training_template(l
                 assert found.input_ids[-block:] == marked["input_ids"][-block:]
             compared += 1
     assert compared or renderer.template(chat).training is None
+
+
+def test_the_table_of_templates_in_the_docs_is_current():
+    page = (REPO / "docs" / "data.md").read_text(encoding="utf-8")
+    assert support_table() in page, "run make docs"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_arguments_as_text_are_rendered_like_the_object(load, name):
+    """Where a template writes text as it is, the row's own text stays; nowhere is it escaped twice."""
+    tokenizer = load(name)
+    renderer = Renderer(tokenizer, Tokens(tokenizer))
+    messages, _ = CHATS["call as last turn"]
+    as_object, as_text = copy.deepcopy(messages), copy.deepcopy(messages)
+    function = as_text[-1]["tool_calls"][0]["function"]
+    function["arguments"] = '{"town": "Paris"}'
+    try:
+        (expected,) = renderer.trained(Chat(as_object), [1])
+    except RowError:
+        with pytest.raises(RowError):
+            renderer.trained(Chat(as_text), [1])
+        return
+    (found,) = renderer.trained(Chat(as_text), [1])
+    assert found.text == expected.text
+    assert '\\"' not in found.text
