@@ -15,7 +15,7 @@ from trainers.data.messages import Chat
 from trainers.data.probes import TOOLS, is_reasoning
 from trainers.data.samples import Dropped, RowError
 from trainers.data.tokens import Span, Tokens
-from trainers.data.turns import Turn, common
+from trainers.data.turns import Turn, common, ended
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,12 +155,16 @@ class Renderer:
                 text, chat, twin = marked, template.fitted(given, True), True
         spans: list[Span] = []
         prompts = []
+        notes: set[str] = set()
         before = 0
         assistants = [n for n, m in enumerate(chat.messages) if m["role"] == "assistant" and n <= turns[-1]]
         for number in sorted({*assistants, *turns}):
             turn = Turn(template, chat, number, self.tokens.added, twin)
             last = number == len(chat.messages) - 1
             alone = text if last else template.text(chat.until(number + 1), twin=twin)
+            if last and blocks is None and number in turns:
+                text, notes = ended(turn, text, self.tokenizer.eos_token)
+                alone = text
             shared = len(text) if last else common(alone, text)
             if number in turns:
                 prompts.append(replace(turn, chat=asked).prompt())
@@ -172,7 +176,7 @@ class Renderer:
                     return None
                 spans += found
             before = shared
-        return Rendered(text, spans, prompts, exact_end=blocks is None)
+        return Rendered(text, spans, prompts, exact_end=blocks is None, notes=notes)
 
     def _kept(self, template: ChatTemplate, chat: Chat, turns: Sequence[int]) -> Rendered:
         """Return one text that keeps the reasoning of all turns: TRL's training twin of the template."""
@@ -217,13 +221,16 @@ class Renderer:
                 spans = [(first + moved, end + moved) for first, end in blocks if end > shared]
                 if spans and text[spans[0][0] :] == marked[spans[0][0] - moved :]:
                     return Rendered(text, spans, [prompt]), lost
+        notes: set[str] = set()
+        if template.training is None:
+            text, notes = ended(turn, text, self.tokenizer.eos_token)
         spans = turn.span(text, prompt, len(text), complete=True)
         if not spans:
             raise RowError(
                 "chat_template: this template changes earlier turns, so the assistant's turns cannot be "
                 "located. Set train_on: all."
             )
-        return Rendered(text, spans, [prompt], exact_end=True), lost
+        return Rendered(text, spans, [prompt], exact_end=True, notes=notes), lost
 
     def _with_twin(self, template: ChatTemplate, given: Chat, turn: Turn, prompt: str) -> str:
         """Return what inference sees, followed by the answer as the training template renders it.

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from trainers.data.chat_template import ChatTemplate
 from trainers.data.messages import Chat
+from trainers.data.samples import RowError
 from trainers.data.tokens import Span
 
+ENDED = "EOS is added, since the template does not end a turn"  # a note, which is counted
 NEAR = 64  # no added token is longer, in characters
 
 
@@ -64,7 +66,9 @@ class Turn:
             pass
         if last is not None and not text[last.end() : end].strip():
             return last.end()
-        return end if complete else None
+        # Where nothing else ends a turn, the model stops with the token that the next turn begins with.
+        following = self.added.match(text, end)
+        return None if not complete else following.end() if following else end
 
     def _outside(self, text: str, position: int, start: int) -> int:
         """Return a position that is not inside a token which was added to the vocabulary."""
@@ -72,6 +76,37 @@ class Turn:
             if found.start() < position < found.end():
                 return found.start()
         return position
+
+
+def ended(turn: Turn, text: str, eos: str | None) -> tuple[str, set[str]]:
+    """Return a text that ends with an answer, followed by a token that ends the turn, and notes.
+
+    A template that writes no such token ends a turn with the first token of the next one. If that is plain
+    text, EOS is added.
+    """
+    length = len(text.rstrip())
+    if any(found.end() == length for found in turn.added.finditer(text, max(0, length - NEAR))):
+        return text, set()
+    following = _following(turn)
+    if following is not None:
+        return text + following, set()
+    return (f"{text}{eos}", {ENDED}) if eos else (text, set())
+
+
+def _following(turn: Turn) -> str | None:
+    """Return the added token with which the turn after an answer begins, if it begins with one."""
+    calls = turn.chat.messages[-1].get("tool_calls")
+    answer = {"role": "assistant", "content": "!", **({"tool_calls": calls} if calls else {})}
+    result = [{"role": "tool", "content": "!"}] if calls else []
+    for after in (*result, {"role": "user", "content": "?"}):
+        try:
+            chat = turn.template.fitted(Chat([{"role": "user", "content": "?"}, answer, after]))
+            text, longer = turn.template.text(chat.until(2)), turn.template.text(chat)
+        except RowError:
+            continue
+        if longer.startswith(text) and (found := turn.added.match(longer, len(text))):
+            return found.group()
+    return None
 
 
 def common(one: str, other: str) -> int:

@@ -16,6 +16,7 @@ from trainers.data.chat import Renderer
 from trainers.data.messages import Chat
 from trainers.data.samples import RowError
 from trainers.data.tokens import Tokens
+from trainers.data.turns import ENDED
 
 TEMPLATES = trl_templates()
 
@@ -119,6 +120,62 @@ def test_text_and_mask_are_those_of_transformers_and_of_trls_training_template(l
                 assert found.input_ids[-block:] == marked["input_ids"][-block:]
             compared += 1
     assert compared or renderer.template(chat).training is None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_that_no_template_marks_are_found(load, name):
+    """A comment makes a template unknown to TRL. The answers that are found are those of TRL's marks."""
+    found = {}
+    for added in ("", "{# unknown #}"):
+        tokenizer = load(name)
+        tokenizer.chat_template += added
+        tokens = Tokens(tokenizer)
+        renderer = Renderer(tokenizer, tokens)
+        for kind, (messages, tools) in CHATS.items():
+            chat = Chat(copy.deepcopy(messages), tools)
+            assert not (added and renderer.template(chat).has_twin)
+            try:
+                samples = renderer.trained(chat, assistants(messages))
+            except RowError as error:
+                found.setdefault(kind, []).append(str(error)[:60])
+                continue
+            encoded = [tokens.rendered(s.text, s.spans, s.prompts, s.exact_end) for s in samples]
+            found.setdefault(kind, []).append([trained_text(tokenizer, each).strip() for each in encoded])
+    for kind, (marked, unmarked) in found.items():
+        if name == "diffusion_gemma" and isinstance(marked, list) and "<|tool_call>" in marked[0]:
+            continue  # TRL does not train the token that ends a call, and the start of the turn after it
+        if name == "deepseek_r1_distill" and kind == "think in content":
+            continue  # only TRL's template has the reasoning
+        for one, other in zip(marked, unmarked, strict=True):
+            assert plain(one) == plain(other), kind
+
+
+def plain(text):
+    """Return a text without spaces, and without what some of TRL's marks have of the prompt."""
+    bar, space = "\uff5c", "\u2581"
+    asked = (
+        f"<{bar}Assistant{bar}>",
+        f"<{bar}tool{space}outputs{space}end{bar}>",
+        "<|start|>assistant",
+        "<think>",
+    )
+    for part in asked:
+        text = text.replace(part, "")
+    return "".join(text.split())
+
+
+def test_a_template_that_ends_no_turn_gets_eos(every_token):
+    tokenizer = copy.copy(every_token)
+    tokenizer.chat_template = (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    )
+    tokens = Tokens(tokenizer)
+    messages, _ = CHATS["multi"]
+    (sample,) = Renderer(tokenizer, tokens).trained(Chat(messages), [1, 3])
+    found = tokens.rendered(sample.text, sample.spans, sample.prompts, sample.exact_end)
+    assert trained_text(tokenizer, found).split() == ["Answer1", "Answer2", "</s>"]
+    assert sample.notes == {ENDED}
 
 
 def test_the_table_of_templates_in_the_docs_is_current():
