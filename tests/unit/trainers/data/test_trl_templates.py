@@ -153,13 +153,8 @@ def test_turns_that_no_template_marks_are_found(load, name):
 def plain(text):
     """Return a text without spaces, and without what some of TRL's marks have of the prompt."""
     bar, space = "\uff5c", "\u2581"
-    asked = (
-        f"<{bar}Assistant{bar}>",
-        f"<{bar}tool{space}outputs{space}end{bar}>",
-        "<|start|>assistant",
-        "<think>",
-    )
-    for part in asked:
+    names = (f"<{bar}Assistant{bar}>", f"<{bar}tool{space}outputs{space}end{bar}>", "<|start|>assistant")
+    for part in (*names, "<think>", "</think>"):
         text = text.replace(part, "")
     return "".join(text.split())
 
