@@ -34,12 +34,14 @@ class LanguageRows(RowReader):
 
     def masked(self, row: dict[str, Any]) -> list[Sample]:
         """Return the samples of a row for mlm. A row longer than block_size becomes several samples."""
+        notes: set[str] = set()
         if self.columns.kind == "tokens":
             ids, size = self.tokenized(row).input_ids, self.config.sequence_length
             parts = [ids[start : start + size] for start in range(0, len(ids), size)]
         else:
+            text, notes = self.plain(row)
             parts = self.tokenizer(
-                self.plain(row),
+                text,
                 truncation=True,
                 max_length=self.config.sequence_length,
                 return_overflowing_tokens=True,
@@ -51,16 +53,22 @@ class LanguageRows(RowReader):
         counted = [(part, sum(token not in special for token in part)) for part in parts]
         if not any(count for _, count in counted):
             raise Dropped("empty text")
-        return [Sample({"input_ids": part}, len(part), count) for part, count in counted if count]
+        return [
+            Sample({"input_ids": part}, len(part), count, notes=sorted(notes))
+            for part, count in counted
+            if count
+        ]
 
-    def plain(self, row: dict[str, Any]) -> str:
-        """Return a row as one text, rendered with the template if there is one."""
+    def plain(self, row: dict[str, Any]) -> tuple[str, set[str]]:
+        """Return a row as one text, rendered with the template if there is one, and notes about it."""
         found = self.conversation(row)
         if found is not None:
-            return self.renderer.everything(found[0]).text
+            rendered = self.renderer.everything(found[0])
+            return rendered.text, rendered.notes
         if self.columns.kind == "text":
-            return self.string(row, self.columns.text, "empty text")
-        return f"{self.prompt(row)}{self.string(row, self.columns.text, 'empty completion')}"
+            return self.string(row, self.columns.text, "empty text"), self.unused(row)
+        text = f"{self.prompt(row)}{self.string(row, self.columns.text, 'empty completion')}"
+        return text, self.unused(row)
 
     def tokenized(self, row: dict[str, Any]) -> Encoded:
         """Return the token ids of a row unchanged, but without padding (where attention_mask is 0)."""
@@ -96,7 +104,9 @@ class LanguageRows(RowReader):
                     f"train_on: {config.train_on} needs rows with a separate completion, and column "
                     f"'{self.columns.text}' has plain text. Set train_on: auto, or name a prompt_text_column."
                 )
-            return [self.tokens.joined("", text, config.add_eos_token, everything=True)]
+            encoded = self.tokens.joined("", text, config.add_eos_token, everything=True)
+            encoded.notes |= self.unused(row)
+            return [encoded]
         prompt, text = self.prompt(row), self.string(row, self.columns.text, "empty completion")
         encoded = self.tokens.joined(str(prompt), text, config.add_eos_token, config.trains_on_all)
         encoded.notes |= self.unused(row)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,7 +227,7 @@ def _cache_key(
     """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
-        CACHE_VERSION, fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
+        CACHE_VERSION, version("trl"), fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
         config.add_eos_token, config.sequence_length, config.max_prompt_length,

@@ -145,8 +145,12 @@ def chatty(tokenizer):
     return own
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("shape", SHAPES)
+NESTED = ("sharegpt with calls", "tools as objects", "content as parts", "a call as the last turn")
+
+
+@pytest.mark.parametrize(
+    ("shape", "suffix"), [*((shape, "jsonl") for shape in SHAPES), *((shape, "parquet") for shape in NESTED)]
+)
 def test_a_row_of_this_shape_is_read_as_it_is(prepare, chatty, shape, suffix):
     row, text, seen = SHAPES[shape]
     prepared = prepare([row], suffix=suffix, using=chatty, chat_template="tokenizer", block_size=512)
@@ -189,8 +193,10 @@ PAIRS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("trainer", ["dpo", "kto"])
-@pytest.mark.parametrize("shape", PAIRS)
+@pytest.mark.parametrize(
+    ("shape", "trainer"),
+    [*((shape, "dpo") for shape in PAIRS), ("pairs that differ in more than the last turn", "kto")],
+)
 def test_a_pair_of_this_shape_is_read_as_it_is(prepare, chatty, shape, trainer):
     row, prompt, chosen, rejected = PAIRS[shape]
     limits = {"block_size": 512, "max_prompt_length": 400}
