@@ -99,7 +99,12 @@ class Renderer:
         turns = turns[-1:] if self.history == "last" else turns
         if not turns:
             return []
-        template = self.template(chat)
+        found = self._texts(self.template(chat), chat, turns)
+        for number, turn in enumerate(turns):
+            self._check_content(chat, turn, found[number if len(found) > 1 else 0])
+        return found
+
+    def _texts(self, template: ChatTemplate, chat: Chat, turns: Sequence[int]) -> list[Rendered]:
         if self.history == "keep":
             return [self._kept(template, chat, turns)]
         if (len(turns) > 1 and self.history != "unroll") or turns[-1] < len(chat.messages) - 1:
@@ -126,6 +131,8 @@ class Renderer:
         template = self.template(chat)
         rendered, missing = self._turn(template, chat, start, every=True)
         self._refuse_lost(chat, [(len(chat.messages) - 1, missing)], {*range(start, len(chat.messages))})
+        for turn in range(start, len(chat.messages)):
+            self._check_content(chat, turn, rendered)
         return rendered, rendered.spans[0][0]
 
     def _accepted(self, template: ChatTemplate, chat: Chat, twin: bool = False) -> Reading:
@@ -259,6 +266,18 @@ class Renderer:
             if all((number, name) in missing for turn, missing in samples if turn >= number):
                 gone.add((number, name))
         self._refuse(gone)
+
+    def _check_content(self, chat: Chat, turn: int, rendered: Rendered) -> None:
+        """Refuse an answer that is not in its text as it is: a template may cut what looks like its marks."""
+        content = chat.messages[turn].get("content")
+        if (
+            chat.messages[turn]["role"] != "assistant"
+            or not isinstance(content, str)
+            or "</think>" in content
+        ):
+            return
+        if content.strip() not in rendered.text:
+            self._refuse({(turn, "all of an answer (it changes its content)")})
 
     def _refuse(self, lost: Collection[tuple[int, str]]) -> None:
         """Raise an error that names the fields, or drop the row.

@@ -132,3 +132,15 @@ def test_rows_with_a_field_that_is_not_rendered_can_be_dropped(dropped):
     rows = [{"messages": TURNS}, {"messages": [TURNS[0], THOUGHT]}]
     found = dropped(rows, chat_template="tokenizer", unrendered="drop")
     assert found == {"not rendered by the template: reasoning_content": 1}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_an_answer_that_the_template_cuts_is_refused(refused, tokenizer, trainer):
+    odd = deepcopy(tokenizer)
+    odd.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('##')[-1]"
+    )
+    cut = [TURNS[0], assistant("## A heading, ## and more")]
+    row = {"chosen": cut, "rejected": OTHER} if trainer in PAIRS else {"messages": cut}
+    refused([row], "row 1", "does not render all of an answer", trainer=trainer, using=odd,
+            chat_template="tokenizer")  # fmt: skip
