@@ -178,7 +178,7 @@ class Renderer:
                 if blocks is not None and turn.is_assistant:
                     found = [(first, end) for first, end in blocks if before < end <= shared]
                 else:
-                    found = turn.span(text, prompts[-1], shared, complete=shared == len(alone))
+                    found = turn.span(text, prompts[-1], alone)
                 if not found:
                     return None
                 spans += found
@@ -231,7 +231,7 @@ class Renderer:
         notes: set[str] = set()
         if template.training is None:
             text, notes = ended(turn, text, self.tokenizer.eos_token)
-        spans = turn.span(text, prompt, len(text), complete=True)
+        spans = turn.span(text, prompt, text)
         if not spans:
             raise RowError(
                 "chat_template: this template changes earlier turns, so the assistant's turns cannot be "

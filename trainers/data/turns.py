@@ -32,13 +32,13 @@ class Turn:
         """Return what the model is given before it writes the turn."""
         return self.template.text(self.chat.until(self.number), prompt=True) if self.number else ""
 
-    def span(self, text: str, prompt: str, end: int, complete: bool) -> list[Span]:
-        """Return the span of the turn: after its prompt, to `end` or a little before. [] if it is unknown.
+    def span(self, text: str, prompt: str, alone: str) -> list[Span]:
+        """Return the span of the turn in the text, or [] if it does not read as in `alone`.
 
-        `complete` says that the turn ends at `end`, and not only what it shares with the turn alone.
+        `alone` is the text of the conversation up to the turn.
         """
         start = self._start(text, prompt)
-        stop = None if start is None else self._stop(text, start, end, complete)
+        stop = None if start is None else self._stop(text, start, alone)
         return [] if start is None or stop is None or stop <= start else [(start, stop)]
 
     def _start(self, text: str, prompt: str) -> int | None:
@@ -49,18 +49,23 @@ class Turn:
             content = self.chat.messages[self.number].get("content")
             found = text.find(content.strip(), common(before, text)) if isinstance(content, str) else -1
             return None if found < 0 else found
-        if not text.startswith(before):
-            return None
         # The template answers otherwise than it asks: the turn begins after what both share.
-        return max(len(before), self._outside(text, common(prompt, text), 0))
+        shared = self._outside(text, common(before, text), 0)
+        if self.added.sub("", before[shared:]).strip():
+            return None
+        return max(shared, self._outside(text, common(prompt, text), 0))
 
-    def _stop(self, text: str, start: int, end: int, complete: bool) -> int | None:
+    def _stop(self, text: str, start: int, alone: str) -> int | None:
         """Return the end of the turn: after the last token that was added to the vocabulary.
 
         The model never writes what the template has after it, such as a newline. None if the turn is not
         complete.
         """
-        end = self._outside(text, end, start)
+        shared = common(alone, text)
+        end = self._outside(text, shared, start)
+        complete = shared == len(alone)
+        if not complete and self.added.sub("", alone[end:]).strip():
+            return None  # a part of the turn is elsewhere in the text
         last = None
         for last in self.added.finditer(text, start, end):  # noqa: B007
             pass

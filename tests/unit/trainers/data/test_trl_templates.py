@@ -150,6 +150,26 @@ def test_turns_that_no_template_marks_are_found(load, name):
             assert plain(one) == plain(other), kind
 
 
+@pytest.mark.parametrize("unknown", ["", "{# unknown #}"], ids=["known", "unknown"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_call_with_text_is_trained_completely(load, name, unknown):
+    """Gemma 4 writes the text of a call after the tool's result, where the model does not write it."""
+    tokenizer = load(name)
+    tokenizer.chat_template += unknown
+    tokens = Tokens(tokenizer)
+    messages = copy.deepcopy(CHATS["tool call"][0])
+    messages[1]["content"] = "Description0"
+    try:
+        samples = Renderer(tokenizer, tokens).trained(Chat(messages), [1, 3])
+    except RowError:
+        return
+    encoded = [tokens.rendered(s.text, s.spans, s.prompts, s.exact_end) for s in samples]
+    seen = [trained_text(tokenizer, each) for each in encoded]
+    assert words_in(seen) == {"Description0", "look", "town", "Paris", "Answer1"}
+    if len(seen) > 1:
+        assert words_in(seen[0]) == {"Description0", "look", "town", "Paris"}
+
+
 def plain(text):
     """Return a text without spaces, and without what some of TRL's marks have of the prompt."""
     bar, space = "\uff5c", "\u2581"
