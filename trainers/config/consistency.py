@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 
+from trainers.config.field_types import TEMPLATE_FILE
 from trainers.config.kinds import trainers
 from trainers.config.optimizers import OPTIMIZERS, SCHEDULERS, nearest_names
 from trainers.config.schema import (
@@ -95,7 +96,7 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
 def _rows(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
     template = config.chat_template
-    if template is not None and template.endswith(".jinja") and not Path(template).is_file():
+    if template is not None and template.endswith(TEMPLATE_FILE) and not Path(template).is_file():
         found.append(("chat_template", f"there is no file {template}."))
     for split, fraction in (("valid_split", "valid_fraction"), ("test_split", "test_fraction")):
         if getattr(config, split) is not None and getattr(config, fraction):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -73,6 +74,7 @@ def as_list(value: Any) -> Any:
 OptionalText = Annotated[str | None, BeforeValidator(read_none)]
 Int = Annotated[int, BeforeValidator(no_bool)]
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
-# A file with a template, or a name that transformers gives to one of several templates of a tokenizer.
-TemplateName = Annotated[str, Field(pattern=r"\.jinja$|^(default|tool_use|rag)$")]
+TEMPLATE_FILE = ".jinja"  # how the path of a file with a chat template ends
+NAMED_TEMPLATES = ("default", "tool_use", "rag")  # transformers' names for several templates of a tokenizer
+TemplateName = Annotated[str, Field(pattern=rf"{re.escape(TEMPLATE_FILE)}$|^({'|'.join(NAMED_TEMPLATES)})$")]
 Strategy = Literal["no", "steps", "epoch"]

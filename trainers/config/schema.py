@@ -46,7 +46,8 @@ SECTIONS = {
     "Backend": "distributed_backend",
 }
 SECRET_FIELDS = frozenset({"token"})
-INPUT_FIELDS = ("resume", "model", "model_ref", "data_path")  # files and folders that a run reads
+# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE.
+INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "chat_template")
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:

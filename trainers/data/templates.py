@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.config.errors import ConfigError
+from trainers.config.field_types import NAMED_TEMPLATES, TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +49,6 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
 }
 
 
-NAMES = ("default", "tool_use", "rag")  # the names of several templates of one tokenizer
-SUFFIX = ".jinja"
-
-
 def read_template(path: str) -> str:
     """Return the template in a file.
 
@@ -73,7 +70,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
     own = tokenizer.chat_template
     if name == "tokenizer" and not own:
         raise ConfigError(f"chat_template: the tokenizer of this model has none. Use {', '.join(TEMPLATES)}.")
-    if name in NAMES:
+    if name in NAMED_TEMPLATES:
         several = own if isinstance(own, dict) else {"default": own} if own else {}
         if name not in several:
             raise ConfigError(
@@ -81,7 +78,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
                 f"{', '.join(several) or 'none'}."
             )
         tokenizer.chat_template = several[name]
-    elif name is not None and name.endswith(SUFFIX):
+    elif name is not None and name.endswith(TEMPLATE_FILE):
         tokenizer.chat_template = read_template(name)
     elif name in TEMPLATES:
         tokenizer.chat_template, tokens, end = TEMPLATES[name]
