@@ -27,6 +27,7 @@ from trainers.storage.manifest import (
     why_layouts_differ,
     why_unusable,
 )
+from trainers.storage.resumed import Inputs, check_checkpoint
 from trainers.storage.run_folder import INSTEAD, resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
@@ -39,9 +40,9 @@ class Prepared(Exception):
 class Resuming(Trainer):
     """A mixin that finds and loads checkpoints. Durable (saving.py) adds saving."""
 
-    def __init__(self, *arguments: Any, config: TrainConfig, data_key: str, **named: Any) -> None:
-        """`data_key` is a hash of the rows and of how they are tokenized, which a resume compares."""
-        self.config, self.data_key = config, data_key
+    def __init__(self, *arguments: Any, config: TrainConfig, inputs: Inputs, **named: Any) -> None:
+        """`inputs`: what the run reads, which a resume compares."""
+        self.config, self.inputs = config, inputs
         self.only_prepares = False
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
@@ -54,6 +55,11 @@ class Resuming(Trainer):
     @property
     def _trains_all(self) -> bool:
         return not self.config.peft
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this run's training ends."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def layout(self) -> Layout:
         """Return how this run is distributed."""
@@ -82,20 +88,20 @@ class Resuming(Trainer):
             resume_checkpoint(self.run_folder, config, content=False)
             if why := self._complaint(named):
                 raise ConfigError(f"resume: {named} cannot be used: {why}. {INSTEAD}")
-            return self._check_layout(named), self._other_rows(named)
+            return self._check_layout(named), self._unknown(named)
         skipped: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
             if why is None:
-                return self._check_layout(folder), skipped + self._other_rows(folder)
+                return self._check_layout(folder), skipped + self._unknown(folder)
             skipped.append(f"skipped {folder}: {why}")
         return None, [*skipped, "no checkpoint can be used; the run starts from the beginning"]
 
-    def _other_rows(self, folder: Path) -> list[str]:
-        """Return a line if the rows are not those of the checkpoint."""
-        if read_manifest(folder).data == self.data_key:
+    def _unknown(self, folder: Path) -> list[str]:
+        """Return a line if an earlier version wrote the checkpoint, which recorded less."""
+        if read_manifest(folder).config is not None:
             return []
-        return [f"the rows, or how they are tokenized, have changed since {folder} was written"]
+        return [f"{folder} records no config, so it is not known whether this run changes it"]
 
     def _check_layout(self, folder: Path) -> Path:
         """Return the checkpoint if this run can load it.
@@ -103,8 +109,9 @@ class Resuming(Trainer):
         The launcher has already checked this. Ranks that a user starts without it have not.
 
         Raises:
-            ConfigError: the layout of this run does not fit.
+            ConfigError: the layout of this run does not fit, or its config changes what cannot change.
         """
+        check_checkpoint(folder, self.config, self.last_step, self.inputs)
         layout = self.layout()
         if why := why_layouts_differ(read_manifest(folder).layout, layout):
             raise ConfigError(f"resume: {folder}: {why}")

@@ -101,11 +101,6 @@ class Durable(BestModel):
             stop.saved = f"saved at step {step}" if self.saved_step == step and step else ""
             return None
 
-    @property
-    def last_step(self) -> int:
-        """The step at which this run's training ends."""
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
-
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         """Train an epoch. After a resume at the last step there is nothing to train.
 
@@ -317,8 +312,10 @@ class Durable(BestModel):
             layout=self.layout(),
             position=self._saving.position,
             versions=versions(),
-            data=self.data_key,
+            data=self.inputs.rows,
             files=sorted(entries, key=lambda entry: entry.path),
+            config=self.config.public(),
+            weights=self.inputs.weights,
         )
         try:
             publish(self._saving.part, manifest)

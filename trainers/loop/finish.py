@@ -19,6 +19,7 @@ from trainers.rank.heartbeat import heart
 from trainers.rank.process import wait_for
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
+from trainers.storage.resumed import INPUTS, check_weights
 
 if TYPE_CHECKING:
     from trainers.checkpoint.saving import Durable
@@ -84,6 +85,7 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     import torch
 
     from trainers.data.preview import first_tokens
+    from trainers.loop.ingredients import inputs
     from trainers.output.hub import push
     from trainers.output.merge import merge_adapter
     from trainers.output.model_card import write_card
@@ -98,6 +100,8 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
         write_card(folder, config, {**facts, "model_step": ending.model_step})
 
     def merge() -> None:
+        now = inputs(context, base_model=config.model).weights  # training may have taken weeks
+        check_weights(str(folder), facts.get(INPUTS, {}).get("weights", {}), now)
         merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
         write_checked_card()
 

@@ -109,6 +109,8 @@ class Manifest:
     data: str  # fingerprint of the rows of the run, and of how they are tokenized
     files: list[FileEntry] = field(default_factory=list)
     format: int = FORMAT
+    config: dict[str, Any] | None = None  # the values of the run's config; earlier versions wrote none
+    weights: dict[str, str] = field(default_factory=dict)  # key of the base model, and of the reference
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,99 @@
+"""What a start records in run.json, and how it compares with what the run has recorded before."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config.errors import ConfigError
+from trainers.config.on_resume import as_trained, same_length, why_too_short
+from trainers.config.packages import versions
+from trainers.config.schema import TrainConfig
+from trainers.config.settings import Settings
+from trainers.loop.context import Context
+from trainers.rank.process import world_size
+from trainers.rank.say import say
+from trainers.storage import run_files
+from trainers.storage.ending import Ending, read_ending
+from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
+from trainers.storage.run_folder import FINISHED, RECORD, write_record
+
+if TYPE_CHECKING:
+    from trainers.checkpoint.saving import Durable
+
+
+def ended_before(trainer: Durable, folder: Path) -> Ending | None:
+    """Return how the resumed run ended, or None if there are steps to train. All ranks get the same.
+
+    Raises:
+        ConfigError: the config changes what a resume cannot change.
+    """
+    config = trainer.config
+    if config.resume is not True:
+        return None
+    found = (read_ending(folder), read_record(folder)) if trainer.is_world_process_zero() else (None, None)
+    ending, record = trainer.agreement.from_rank_0(found)
+    if ending is None:
+        return None
+    if record is not None:
+        check_finished(folder, record, config, trainer.inputs)
+        if same_length(trained_config(record), config):
+            return ending  # also if a step has another size now
+    if why := why_too_short(str(folder), ending.step, config, trainer.last_step):
+        raise ConfigError(why)
+    return ending if ending.step == trainer.last_step else None
+
+
+def record_start(trainer: Durable, context: Context, settings: Settings, trained: bool) -> dict[str, Any]:
+    """Write run.json, and return its facts.
+
+    Once the run is trained, run.json keeps what describes its training. So does the config of the context,
+    from which the model card is written.
+    """
+    folder, record = context.folder, read_record(context.folder) if trained else None
+    if (
+        not trained
+    ):  # finished.json of an earlier training goes first: with run.json it describes a finished run
+        run_files.remove(folder, FINISHED)
+    elif record is None:
+        say("warning", f"{folder / RECORD} cannot be read: it gets the values of this start")
+    if record is None:
+        return write_record(folder, settings, facts_of(trainer, context))
+    context.config, note = as_trained(trained_config(record), settings.train)
+    if note:
+        say("note", note)
+    return update_record(folder, settings, record)
+
+
+def facts_of(trainer: Durable, context: Context) -> dict[str, Any]:
+    """Return what run.json records about this start, in addition to the config."""
+    accelerator = trainer.accelerator
+    return {
+        "trainer": type(trainer).__name__,
+        "distributed_type": str(accelerator.distributed_type.value),
+        "world_size": world_size(),
+        "device": str(accelerator.device.type),
+        "seed": trainer.args.seed,
+        **_global_batch(context.config, world_size()),
+        INPUTS: asdict(trainer.inputs),
+        "command": sys.argv,
+        "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
+    }
+
+
+def of_all_ranks(trainer: Durable, settings: Settings, context: Context) -> dict[str, str]:
+    """Return what must be the same on every rank."""
+    from trainers.rank.agreement import digest
+
+    data = {f"data ({part})": prepared.key for part, prepared in context.data.items()}
+    return {"config": digest(settings.public()), **data, **trainer.inputs.weights, **versions()}
+
+
+def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
+    """Return the size of a step: the packs (or samples), or the largest number of tokens."""
+    micro_batches = ranks * config.gradient_accumulation
+    if config.token_budget is not None:
+        return {"global_batch_tokens": config.token_budget * micro_batches}
+    return {"global_batch": config.batch_size * micro_batches}
