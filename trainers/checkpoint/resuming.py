@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trainers.checkpoint import fsdp_shards
 from trainers.checkpoint.readable import why_unreadable
 from trainers.checkpoint.strict_weights import check_shards, load_weights
+from trainers.checkpoint.totals import Counting
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
@@ -46,6 +47,7 @@ class Resuming(Trainer):
         self.only_prepares = False
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
+        self.totals = Counting(self, self.agreement)
 
     @property
     def run_folder(self) -> Path:
@@ -59,6 +61,8 @@ class Resuming(Trainer):
     @property
     def last_step(self) -> int:
         """The step at which this run's training ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def layout(self) -> Layout:

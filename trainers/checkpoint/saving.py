@@ -67,6 +67,7 @@ class Save:
     step: int
     position: dict[str, Any]  # position in the data
     part: Path  # the folder in saving/
+    totals: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     shards: Future[Any] | None = None  # FSDP's shards, which a thread writes
     failure: Exception | None = None  # set if the disk is full
@@ -135,7 +136,7 @@ class Durable(BestModel):
             self.conclude()
             step = self.state.global_step
             part = self.run_folder / SAVING / f"{CHECKPOINT_PREFIX}{step}"
-            self._saving = save = Save(step, self._position, part)
+            self._saving = save = Save(step, self._position, part, self.totals.now())
             if not self._has_room():
                 return
             if rank() == 0:
@@ -316,6 +317,7 @@ class Durable(BestModel):
             files=sorted(entries, key=lambda entry: entry.path),
             config=self.config.public(),
             weights=self.inputs.weights,
+            totals=self._saving.totals,
         )
         try:
             publish(self._saving.part, manifest)

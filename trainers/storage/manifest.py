@@ -111,6 +111,7 @@ class Manifest:
     format: int = FORMAT
     config: dict[str, Any] | None = None  # the values of the run's config; earlier versions wrote none
     weights: dict[str, str] = field(default_factory=dict)  # key of the base model, and of the reference
+    totals: dict[str, float] = field(default_factory=dict)  # sums over the steps (checkpoint/totals.py)
 
     @property
     def bytes(self) -> int:
