@@ -93,7 +93,7 @@ def finished(built):
     """Train and save, as life.py does."""
     folder = built.context.folder
     run_files.begin(folder, of_earlier_version=False)
-    facts = record.record_start(built.trainer, built.context, built.settings, trained=False)
+    facts = record.record_start(built.trainer, built.context, built.settings, None)
     train(built)
     return finish.save_final_model(built.trainer, built.context), facts
 
@@ -105,7 +105,7 @@ def test_a_finished_run_keeps_the_record_of_its_training(tmp_path, own_model, ca
         tmp_path, own_model, **{**SAVES, "max_steps": 2, "resume": True, "save_steps": 1, "log": "none"}
     )
     assert record.ended_before(again.trainer, folder) == ending
-    kept = record.record_start(again.trainer, again.context, again.settings, trained=True)
+    kept = record.record_start(again.trainer, again.context, again.settings, ending)
     assert "note: save_steps: has no effect, since the run is trained" in capsys.readouterr().out
     assert kept == read_record(folder) and again.context.config.save_steps == 2
     assert kept["config"]["resume"]["value"] is True

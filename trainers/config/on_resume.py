@@ -68,8 +68,8 @@ def why_refused(place: str, then: Mapping[str, Any], now: TrainConfig) -> str | 
         f"{name}: it is {_text(values[name])}, but {_text(then[name])} in the training of {place}"
         for name in differing
     )
-    what = "this value" if len(differing) == 1 else "these values"
-    return f"{found}. A resume cannot change {what}. Give the old one, {ANEW}"
+    what, old = ("this value", "one") if len(differing) == 1 else ("these values", "ones")
+    return f"{found}. A resume cannot change {what}. Give the old {old}, {ANEW}"
 
 
 def why_too_short(place: str, step: int, now: TrainConfig, last_step: int) -> str | None:
@@ -88,16 +88,22 @@ def same_length(then: Mapping[str, Any], now: TrainConfig) -> bool:
     return (then["max_steps"], then["epochs"]) == (now.max_steps, now.epochs)
 
 
-def as_trained(then: Mapping[str, Any], now: TrainConfig) -> tuple[TrainConfig, str]:
+def settled(merged: bool) -> tuple[str, ...]:
+    """Return the fields that have no effect any more once the run is trained, or also `merged`."""
+    return (*TRAINING, "merge_adapter") if merged else TRAINING
+
+
+def as_trained(then: Mapping[str, Any], now: TrainConfig, merged: bool) -> tuple[TrainConfig, str]:
     """Return the config that describes a finished run, and a note on what has no effect any more, or "".
 
     `then` is the config that it was trained with.
     """
     values = now.public()
-    kept = {name: then[name] for name in TRAINING if name in then and then[name] != values[name]}
-    given = ", ".join(name for name in kept if name in now.model_fields_set)
-    why = "the run is trained; run.json and the model card keep the values of its training"
-    return now.model_copy(update=kept), f"{given}: has no effect, since {why}." if given else ""
+    kept = {name: then[name] for name in settled(merged) if name in then and then[name] != values[name]}
+    given = [name for name in kept if name in now.model_fields_set]
+    verb = "has" if len(given) == 1 else "have"
+    why = f"{verb} no effect, since the run is trained; run.json and the model card keep the old values"
+    return now.model_copy(update=kept), f"{', '.join(given)}: {why}." if given else ""
 
 
 def _text(value: Any) -> str:

@@ -100,10 +100,10 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     tracker = None
     facts: dict[str, Any] = {}
     if first:
-        facts = record_start(trainer, context, settings, trained)
+        facts = record_start(trainer, context, settings, ending)
         if works:
             tracker = open_tracker(
-                config, folder, settings.public(), ending.step if ending else step_of(checkpoint)
+                config, folder, context.config.public(), ending.step if ending else step_of(checkpoint)
             )
     with _finished(tracker):
         for line in passed if first else ():

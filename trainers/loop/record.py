@@ -16,7 +16,7 @@ from trainers.loop.context import Context
 from trainers.rank.process import world_size
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.ending import Ending, read_ending
+from trainers.storage.ending import MERGE, Ending, read_ending
 from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
 from trainers.storage.run_folder import FINISHED, RECORD, write_record
 
@@ -46,25 +46,28 @@ def ended_before(trainer: Durable, folder: Path) -> Ending | None:
     return ending if ending.step == trainer.last_step else None
 
 
-def record_start(trainer: Durable, context: Context, settings: Settings, trained: bool) -> dict[str, Any]:
-    """Write run.json, and return its facts.
+def record_start(
+    trainer: Durable, context: Context, settings: Settings, ending: Ending | None
+) -> dict[str, Any]:
+    """Write run.json, and return what it records. `ending`: of a run that is trained already.
 
     Once the run is trained, run.json keeps what describes its training. So does the config of the context,
     from which the model card is written.
     """
-    folder, record = context.folder, read_record(context.folder) if trained else None
-    if (
-        not trained
-    ):  # finished.json of an earlier training goes first: with run.json it describes a finished run
+    folder, record = context.folder, None
+    if ending is None:  # first the end of an earlier training: with run.json it describes a finished run
         run_files.remove(folder, FINISHED)
-    elif record is None:
-        say("warning", f"{folder / RECORD} cannot be read: it gets the values of this start")
-    if record is None:
+    else:
+        record = read_record(folder)
+        if record is None:
+            say("warning", f"{folder / RECORD} cannot be read: it gets the values of this start")
+    if ending is None or record is None:
         return write_record(folder, settings, facts_of(trainer, context))
-    context.config, note = as_trained(trained_config(record), settings.train)
+    merged = MERGE in ending.done
+    context.config, note = as_trained(trained_config(record), settings.train, merged)
     if note:
         say("note", note)
-    return update_record(folder, settings, record)
+    return update_record(folder, settings, record, merged)
 
 
 def facts_of(trainer: Durable, context: Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.on_resume import ANEW, RULES, why_refused, why_too_short
+from trainers.config.on_resume import ANEW, FIXED, settled, why_refused, why_too_short
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.storage import run_files
@@ -69,7 +69,7 @@ def check_checkpoint(
         ConfigError: it changes what a resume cannot change.
     """
     manifest, place = read_manifest(checkpoint), str(checkpoint)
-    if manifest.config is not None:  # written by an earlier version
+    if manifest.config is not None:  # earlier versions recorded none
         _refuse(why_refused(place, manifest.config, config))
         if inputs is not None:
             check_inputs(place, Inputs(manifest.data, manifest.weights), inputs)
@@ -83,6 +83,10 @@ def check_inputs(place: str, then: Inputs, now: Inputs) -> None:
     Raises:
         ConfigError: they are others.
     """
+    added, removed = now.weights.keys() - then.weights.keys(), then.weights.keys() - now.weights.keys()
+    if then.weights and (added or removed):  # the reference; the base model is always there
+        was, name = ("none" if added else "one"), next(iter(added | removed))
+        raise ConfigError(f"{name}: there was {was} in the training of {place}. Restore that, {ANEW}")
     check_weights(place, then.weights, now.weights)
     if then.rows != now.rows:
         raise ConfigError(
@@ -124,13 +128,13 @@ def trained_config(record: dict[str, Any]) -> dict[str, Any]:
     return {name: entry["value"] for name, entry in record["config"].items()}
 
 
-def update_record(folder: Path, settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
+def update_record(folder: Path, settings: Settings, record: dict[str, Any], merged: bool) -> dict[str, Any]:
     """Write run.json of a finished run again, with the new values of what it still uses.
 
     All else describes its training, and stays. Returns what it records.
     """
-    now = recorded(settings)
-    still = {name: entry for name, entry in now.items() if RULES[name] in ("used", "compared")}
+    kept = {*FIXED, *settled(merged)}
+    still = {name: entry for name, entry in recorded(settings).items() if name not in kept}
     record = {**record, "config": {**record["config"], **still}}
     run_files.write(folder, RECORD, json.dumps(record, indent=2) + "\n")
     return record

@@ -92,10 +92,11 @@ def test_a_run_that_would_end_before_the_checkpoint_is_refused(length, field):
 def test_the_config_of_a_finished_run_keeps_what_describes_the_training():
     trained = settings_of(max_steps=12, save_steps=4).train.public()
     now = settings_of(max_steps=12, save_steps=3, save_total_limit=9, merge_adapter=True, peft=True).train
-    config, note = as_trained(trained, now)
+    config, note = as_trained(trained, now, merged=False)
     assert (config.save_steps, config.save_total_limit, config.merge_adapter) == (4, 1, True)
-    assert note.startswith("save_steps, save_total_limit: has no effect, since the run is trained")
-    assert as_trained(now.public(), now) == (now, "")
+    assert note.startswith("save_steps, save_total_limit: have no effect, since the run is trained")
+    assert as_trained(now.public(), now, merged=False) == (now, "")
+    assert as_trained(trained, now, merged=True)[0].merge_adapter is False  # it cannot be merged again
 
 
 def test_a_resume_is_compared_with_its_checkpoint(tmp_path):
@@ -128,13 +129,23 @@ def test_a_resume_of_a_finished_run_is_compared_with_its_record(tmp_path, monkey
 @pytest.mark.parametrize(
     ("now", "why"),
     [
-        (Inputs("rows", {"base_model": "b"}), r"^base_model: it is not the model of the training of run"),
+        (
+            Inputs("rows", {"base_model": "b", "model_ref": "a"}),
+            r"^base_model: it is not the model of the training of run",
+        ),
         (Inputs("rows", {"base_model": "a", "model_ref": "b"}), r"^model_ref: it is not the model"),
-        (Inputs("others", {"base_model": "a"}), r"^data\.path: the rows, or how they are tokenized"),
+        (Inputs("rows", {"base_model": "a"}), r"^model_ref: there was one in the training of run"),
+        (
+            Inputs("others", {"base_model": "a", "model_ref": "a"}),
+            r"^data\.path: the rows, or how they are tokenized",
+        ),
     ],
 )
 def test_other_rows_or_weights_are_refused(now, why):
     then = Inputs("rows", {"base_model": "a", "model_ref": "a"})
-    check_inputs("run", then, Inputs("rows", {"base_model": "a"}))
+    check_inputs("run", then, then)
+    check_inputs("run", Inputs("rows"), Inputs("rows", then.weights))  # it records no weights
     with pytest.raises(ConfigError, match=why):
         check_inputs("run", then, now)
+    with pytest.raises(ConfigError, match=r"^model_ref: there was none in the training of run"):
+        check_inputs("run", Inputs("rows", {"base_model": "a"}), then)
