@@ -81,6 +81,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/make_config_page.py
+	$(BIN)/python docs/make_templates_table.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py

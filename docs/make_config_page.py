@@ -76,7 +76,8 @@ def table(schema: type[BaseModel], chosen: Iterable[str], names: dict[str, list[
     for name in chosen:
         field = schema.model_fields[name]
         also = f" Also: {', '.join(f'`{alias}`' for alias in names[name])}." if name in names else ""
-        default = {None: "null", True: "true", False: "false"}.get(field.default, field.default)
+        default = ", ".join(field.default) if isinstance(field.default, list) else field.default
+        default = {None: "null", True: "true", False: "false"}.get(default, default)
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             default = field.default
         rows.append(f"| `{name}` | `{default}` | {(field.description or '').replace('|', '/')}{also} |")

@@ -134,6 +134,8 @@ def values_of(annotation: Any) -> Iterator[str]:
         yield from (str(choice) for choice in get_args(annotation))
     elif origin is list:
         yield ",".join([*values_of(get_args(annotation)[0]), "..."])
+    elif origin is dict:
+        yield KINDS[str]
     elif annotation is NoneType:
         yield "none"
     else:

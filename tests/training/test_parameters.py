@@ -27,6 +27,7 @@ from trainers.config.kinds import KINDS
 from trainers.config.schema import TrainConfig, acts_for
 from trainers.config.settings import Settings
 from trainers.data.sampler import sample_lengths
+from trainers.data.templates import CHATML
 from trainers.loop import finish, life, record
 from trainers.loop.planned_batches import Balanced
 from trainers.loop.step_boundary import StepBoundary
@@ -45,6 +46,7 @@ def row(i: int) -> dict[str, Any]:
         "worse": f"The model is {i}.",
         "label": i % 3 != 0,
         "wanted": i % 3 == 0,
+        "talk": [{"role": role, "content": f"{i + n}"} for n, role in enumerate(("user", "assistant") * 2)],
     }
 
 
@@ -85,6 +87,7 @@ def place(tmp_path_factory, tiny_model: Path, tiny_masked_model: Path) -> Place:
     config = AutoConfig.from_pretrained(tiny_masked_model)
     AutoModelForMaskedLM.from_config(config).save_pretrained(second_masked)
     (folder / "work").mkdir()
+    (folder / "mood.jinja").write_text(CHATML.replace("<|im_end|>", "{{ mood }}<|im_end|>", 1))
     for data in (folder / "data", folder / "other-data"):
         data.mkdir()
         for name, (numbers, without) in FILES.items():
@@ -110,6 +113,16 @@ class Sample:
 LORA = {"peft": True, "quantization": None}
 COMPLETIONS = {"text_column": "completion"}
 ASKED = {"prompt_text_column": "prompt", "text_column": "completion"}
+
+
+def talk(place: Place, trainer: str) -> dict[str, Any]:
+    """Return the columns of a conversation, for trainers that read one."""
+    if KINDS[trainer].preference:
+        return {}
+    train_on = {"train_on": "completion"} if KINDS[trainer].chooses_tokens else {}
+    return {"text_column": "talk", "chat_template": "chatml", "block_size": 200, **train_on}
+
+
 VALID = {"valid_split": "valid"}
 EVERY_STEP = {**VALID, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -126,6 +139,12 @@ SAMPLES: dict[str, Sample] = {
     "test_fraction": Sample({}, 0.34),
     "split_seed": Sample({"valid_fraction": 0.34}, 7),
     "chat_template": Sample(ASKED, "chatml"),
+    "chat_template_kwargs": Sample(
+        lambda place, trainer: {**ASKED, "chat_template": str(place.folder / "mood.jinja")}, {"mood": "calm"}
+    ),
+    "history": Sample(talk, "last"),
+    "system_prompt": Sample({**ASKED, "chat_template": "chatml", "block_size": 200}, "Be short."),
+    "roles_to_train": Sample(talk, ["user"]),
     "prompt_format": Sample(COMPLETIONS, "Q: {question}"),
     "text_column": Sample({}, "other"),
     "prompt_text_column": Sample(COMPLETIONS, "question"),
@@ -222,8 +241,10 @@ RUN, HERE, TRACKERS = (
     "training/test_parameters.py",
     "unit/trainers/output/test_trackers.py",
 )
+CHAT = "unit/trainers/data/test_chat.py"
 ELSEWHERE = {
     "trainer": f"{HERE}::test_trainers_differ",
+    "unrendered": f"{CHAT}::test_rows_with_a_field_that_is_not_rendered_can_be_dropped",
     "project_name": f"{HERE}::test_project_name_is_the_folder",
     "revision": f"{HERE}::test_the_arguments_of_from_pretrained",
     "trust_remote_code": f"{HERE}::test_the_arguments_of_from_pretrained",
@@ -465,6 +486,8 @@ HOLDS = {
     "save_strategy is no": {"save_strategy": "no", "eval_strategy": "no"},
     "optimizer is not a variant of Adam": {"optimizer": "sgd"},
     "scheduler has no warm-up": {"scheduler": "constant"},
+    "chat_template is null": {"chat_template": None, "text_column": "text", "train_on": "auto"},
+    "the loss is on all tokens": {"train_on": "all"},
     "chat_template decides how a turn ends": {**ASKED, "chat_template": "chatml"},
     "push_to_hub is off": {"push_to_hub": False},
     "model is a folder": {},
@@ -488,13 +511,16 @@ UNREAD = [
 ]  # fmt: skip
 
 
+WORDS = {"unrendered": Sample({}, "drop")}  # values of fields that are compared elsewhere
+
+
 def test_every_condition_is_tested():
     assert {why for why, _, _ in consistency.CONDITIONS} <= set(HOLDS)
 
 
 @pytest.mark.parametrize(("trainer", "field", "values"), UNREAD)
 def test_a_field_that_this_run_does_not_read_has_a_note(place, trainer, field, values):
-    given, changed = SAMPLES.get(field, Sample({}, "a-name")).runs(field, place, trainer)
+    given, changed = SAMPLES.get(field, WORDS.get(field, Sample({}, "a-name"))).runs(field, place, trainer)
     without = {name: value for name, value in values.items() if name != field}
     both = {**given, **without}, {**changed, **values}
     runs = [snapshot(place, trainer, **run) for run in both]

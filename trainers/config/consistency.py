@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 
+from trainers.config.field_types import TEMPLATE_FILE
 from trainers.config.kinds import trainers
 from trainers.config.optimizers import OPTIMIZERS, SCHEDULERS, nearest_names
 from trainers.config.schema import (
@@ -19,6 +20,7 @@ HELD_OUT_FIELDS = ("eval_steps", "eval_on_start")
 ADAM_FIELDS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 NOT_ADAM = ("sgd", "adagrad", "adafactor", "rmsprop")  # how their names in transformers start
 NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+TEMPLATE_FIELDS = ("chat_template_kwargs", "history", "unrendered", "system_prompt", "roles_to_train")
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.16: sigmoid does not read label_smoothing
 
 # Fields that a run does not read: (why, fields, when). If several conditions hold for a field, the last one
@@ -41,6 +43,8 @@ CONDITIONS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ..
      lambda c: c.save_strategy == "no" and c.save_minutes is None),
     ("optimizer is not a variant of Adam", ADAM_FIELDS, lambda c: c.optimizer.startswith(NOT_ADAM)),
     ("scheduler has no warm-up", ("warmup_ratio", "warmup_steps"), lambda c: c.scheduler in NO_WARM_UP),
+    ("chat_template is null", TEMPLATE_FIELDS, lambda c: c.chat_template is None),
+    ("the loss is on all tokens", ("roles_to_train",), lambda c: c.trains_on_all),
     ("chat_template decides how a turn ends", ("add_eos_token",), lambda c: c.chat_template is not None),
     ("push_to_hub is off", ("username",), lambda c: not c.push_to_hub),
     ("model is a folder", ("revision",), lambda c: Path(c.model).is_dir()),
@@ -91,6 +95,9 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _rows(config: TrainConfig) -> list[tuple[str, str]]:
     found = []
+    template = config.chat_template
+    if template is not None and template.endswith(TEMPLATE_FILE) and not Path(template).is_file():
+        found.append(("chat_template", f"there is no file {template}."))
     for split, fraction in (("valid_split", "valid_fraction"), ("test_split", "test_fraction")):
         if getattr(config, split) is not None and getattr(config, fraction):
             found.append((fraction, f"{split} already names the rows. Keep one of the two."))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -53,7 +55,26 @@ def read_strategy(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def read_object(value: Any) -> Any:
+    """Return the object that the text of a flag has as JSON."""
+    value = read_none(value)
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError('it must be an object, such as {"enable_thinking": false}') from error
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """Return a flag such as `assistant,tool` as a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 OptionalText = Annotated[str | None, BeforeValidator(read_none)]
 Int = Annotated[int, BeforeValidator(no_bool)]
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
+TEMPLATE_FILE = ".jinja"  # how the path of a file with a chat template ends
+NAMED_TEMPLATES = ("default", "tool_use", "rag")  # transformers' names for several templates of a tokenizer
+TemplateName = Annotated[str, Field(pattern=rf"{re.escape(TEMPLATE_FILE)}$|^({'|'.join(NAMED_TEMPLATES)})$")]
 Strategy = Literal["no", "steps", "epoch"]

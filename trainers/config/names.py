@@ -42,6 +42,12 @@ DATA_KEYS = {
     "test_fraction": "test_fraction",
     "split_seed": "split_seed",
     "chat_template": "chat_template",
+    "chat_template_kwargs": "chat_template_kwargs",
+    "history": "history",
+    "unrendered": "unrendered",
+    "system_prompt": "system_prompt",
+    "train_on": "train_on",
+    "roles_to_train": "roles_to_train",
     "prompt_format": "prompt_format",
 }
 COLUMN_KEYS = ("text_column", "prompt_text_column", "rejected_text_column", "label_column")

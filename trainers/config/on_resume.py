@@ -21,8 +21,9 @@ Rule = Literal["fixed", "training", "used", "compared"]
 FIXED = (
     "trainer", "seed", "data_seed",
     "train_split", "valid_split", "test_split", "valid_fraction", "test_fraction", "split_seed",
-    "chat_template", "text_column", "prompt_text_column", "prompt_format", "rejected_text_column",
-    "label_column", "train_on", "block_size", "model_max_length", "max_prompt_length",
+    "chat_template", "chat_template_kwargs", "history", "unrendered", "system_prompt", "text_column",
+    "prompt_text_column", "prompt_format", "rejected_text_column",
+    "label_column", "train_on", "roles_to_train", "block_size", "model_max_length", "max_prompt_length",
     "max_completion_length", "packing", "add_eos_token", "padding", "tokens_per_batch",
     "lr", "optimizer", "scheduler", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm",
     "adam_beta1", "adam_beta2", "adam_epsilon", "mixed_precision",

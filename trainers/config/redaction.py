@@ -94,10 +94,12 @@ def redacted(text: str) -> str:
 
 
 def has_secret(value: Any) -> bool:
-    """Return whether a value of a config has a secret in it. A list has one if an item does.
+    """Return whether a value of a config has a secret in it. A list or a mapping has one if an item does.
 
     40 hexadecimal digits are none: a run may be named after a commit.
     """
+    if isinstance(value, dict):
+        return any(map(has_secret, value.values()))
     items: Iterable[Any] = value if isinstance(value, (list, tuple)) else (value,)
     return any(isinstance(item, str) and _without_certain(item) != item for item in items)
 

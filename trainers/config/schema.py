@@ -17,11 +17,14 @@ from trainers.config.field_types import (
     Int,
     OptionalText,
     Strategy,
+    TemplateName,
+    as_list,
     int_or_list,
     names,
     read_bool,
     read_checkpointing,
     read_none,
+    read_object,
     read_strategy,
 )
 from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
@@ -43,7 +46,8 @@ SECTIONS = {
     "Backend": "distributed_backend",
 }
 SECRET_FIELDS = frozenset({"token"})
-INPUT_FIELDS = ("resume", "model", "model_ref", "data_path")  # files and folders that a run reads
+# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE.
+INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "chat_template")
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:
@@ -99,11 +103,32 @@ class TrainConfig(BaseModel):
     valid_split: OptionalText = Field(None, description="Split to evaluate on during the run. null: none.")
     test_split: OptionalText = Field(None, description="Split to evaluate on once, at the end of the run.")
     chat_template: Annotated[
-        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | None, BeforeValidator(read_none)
+        Literal["zephyr", "chatml", "alpaca", "phi3", "tokenizer"] | TemplateName | None,
+        BeforeValidator(read_none),
     ] = Field(
         None,
-        description="Format of conversations: tokenizer (its own template), chatml, zephyr, phi3, alpaca, or "
-        "null.",
+        description="Format of conversations: tokenizer (its own template), chatml, zephyr, phi3, alpaca, "
+        "the path of a .jinja file, default, tool_use or rag (where the tokenizer has several), or null.",
+    )
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(read_object)] = Field(
+        None,
+        description="More variables for the template, such as {enable_thinking: false}. A column of this "
+        "name adds to them.",
+    )
+    history: Literal["auto", "unroll", "last", "keep"] = Field(
+        "auto",
+        description="Templates that rewrite earlier turns (docs/data.md). unroll: one sample for each "
+        "trained turn. last: only the last turn. keep: one sample with TRL's training template, which keeps "
+        "all reasoning. auto: unroll where the template rewrites.",
+        json_schema_extra=_named("default", "sft"),
+    )
+    unrendered: Literal["error", "drop"] = Field(
+        "error",
+        description="A field of a message that the template does not render: an error, or drop the row and "
+        "count it.",
+    )
+    system_prompt: str | None = Field(
+        None, description="System turn for conversations that have none. A column `system` comes first."
     )
     text_column: str = Field(
         "text", description="Column with the text, the messages, the completion, or the better answer."
@@ -125,11 +150,20 @@ class TrainConfig(BaseModel):
         description="Column with the label of a completion: wanted (true, 1) or not (false, 0).",
         json_schema_extra=_named("kto"),
     )
-    train_on: Literal["auto", "all", "completion"] = Field(
+    train_on: Literal["auto", "all", "completion", "last"] = Field(
         "auto",
-        description="Tokens in the loss: all, or completion (completions and assistant turns). auto: "
-        "completion if the rows separate it, else all; for the default trainer always all.",
+        description="Tokens in the loss: all, completion (completions and assistant turns), or last (the "
+        "last assistant turn). auto: completion if the rows separate it, else all; for the default trainer "
+        "always all.",
         json_schema_extra=_only(lambda kind: kind.chooses_tokens),
+    )
+    roles_to_train: Annotated[
+        list[Literal["system", "user", "assistant", "tool"]], BeforeValidator(as_list)
+    ] = Field(
+        ["assistant"],
+        min_length=1,
+        description="Roles of messages whose turns are in the loss.",
+        json_schema_extra=_named("default", "sft"),
     )
     block_size: Annotated[Int | Annotated[list[Int], Field(min_length=1)], BeforeValidator(int_or_list)] = (
         Field(

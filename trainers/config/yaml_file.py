@@ -100,7 +100,7 @@ def _build(
 
 
 def expand(value: Any, where: str, environ: Mapping[str, str], optional: bool = False) -> tuple[Any, str]:
-    """Replace `${VAR}` in a string or a list.
+    """Replace `${VAR}` in a string, a list or a mapping.
 
     Returns the new value, and the variables of a string as text for its source, such as " (${HOME})". With
     `optional`, a string that is only an unset variable becomes None, as in AutoTrain's section `hub`.
@@ -110,6 +110,8 @@ def expand(value: Any, where: str, environ: Mapping[str, str], optional: bool = 
     """
     if isinstance(value, list):
         return [expand(item, where, environ)[0] for item in value], ""
+    if isinstance(value, dict):
+        return {key: expand(item, where, environ)[0] for key, item in value.items()}, ""
     if not isinstance(value, str):
         return value, ""
     names = _VARIABLE.findall(value)

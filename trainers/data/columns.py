@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.files import Split, column_names, rows
 
+CONVERSATIONS = ("messages", "conversations")  # usual names of a column with messages
 CHECK_BYTES = 64 * 2**20  # how much of each file the launcher checks before the ranks start
 
 
@@ -46,6 +47,11 @@ class Columns:
     instruction: bool = False  # the columns instruction and input form the prompt
     rejected: str | None = None
     label: str | None = None
+    system: str | None = None  # the system turn of a conversation
+    history: str | None = None  # Alpaca's earlier turns: pairs of an instruction and its output
+    # What all rows of a column hold (column_kinds.py).
+    messages: tuple[str, ...] = ()  # messages
+    dialogues: tuple[str, ...] = ()  # text with the turns of Human and Assistant, as in HH-RLHF
 
 
 def find_columns(columns: list[str], config: TrainConfig) -> Columns:
@@ -54,6 +60,17 @@ def find_columns(columns: list[str], config: TrainConfig) -> Columns:
     Raises:
         ConfigError: a column that the config names, or that the trainer needs, is missing.
     """
+    found = _find(columns, config)
+    named = {found.text, found.prompt, found.rejected, found.label, *prompt_fields(config)}
+    others = {*columns} - named
+    return replace(
+        found,
+        system="system" if "system" in others else None,
+        history="history" if found.instruction and "history" in others else None,
+    )
+
+
+def _find(columns: list[str], config: TrainConfig) -> Columns:
     for name in prompt_fields(config):
         _need(columns, name, "data.prompt_format")
     if config.prompt_text_column:
@@ -67,15 +84,19 @@ def find_columns(columns: list[str], config: TrainConfig) -> Columns:
     if asked:
         _need(columns, text, _key("text_column"))
         return Columns("completion", text, prompt)
-    if "text_column" in config.model_fields_set or config.text_column in columns:
+    alpaca = {"instruction", "output"} <= set(columns)  # tatsu-lab/alpaca has both joined in text, too
+    if "text_column" in config.model_fields_set or (config.text_column in columns and not alpaca):
         _need(columns, config.text_column, _key("text_column"))
         return Columns("text", config.text_column)
     if {"prompt", "completion"} <= set(columns):
         return Columns("completion", "completion", "prompt")
-    if {"instruction", "output"} <= set(columns):
+    if alpaca:
         return Columns("completion", "output", None, instruction=True)
-    if "messages" in columns:
-        return Columns("text", "messages")
+    for name in CONVERSATIONS:
+        if name in columns:
+            return Columns("text", name)
+    if {"user", "assistant"} <= set(columns):
+        return Columns("completion", "assistant", "user")
     if "input_ids" in columns:
         return Columns("tokens", "input_ids")
     _need(columns, config.text_column, _key("text_column"))
@@ -107,7 +128,9 @@ def completion_name(columns: list[str], config: TrainConfig) -> str:
     """
     if "text_column" in config.model_fields_set:
         return config.text_column
-    return next((name for name in ("completion", "output") if name in columns), config.text_column)
+    usual = ("completion", "output", config.text_column)
+    names = (*usual, *CONVERSATIONS) if config.kind.preference else usual
+    return next((name for name in names if name in columns), config.text_column)
 
 
 def prompt_fields(config: TrainConfig) -> list[str]:

@@ -15,19 +15,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
-from trainers.data.chat import forget_truncation
+from trainers.data.column_kinds import with_messages
 from trainers.data.columns import Columns, find_columns
 from trainers.data.encoders import Encoder
 from trainers.data.files import Split, column_names, find_split, place_of, rows
 from trainers.data.preference_rows import check_label_balance
 from trainers.data.sampler import count_packs
 from trainers.data.samples import COUNTS, RowError
+from trainers.data.tokens import forget_truncation
 from trainers.rank.library_patches import replaced
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 4  # raise it when the same input gives other samples
+CACHE_VERSION = 5  # raise it when the same input gives other samples
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 ROW = "__row__"  # a column with the number of a row in its split, so that a message can name the row
 
@@ -56,6 +58,7 @@ class Summary:
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     packs: int = 0  # packs of an epoch
+    notes: dict[str, int] = field(default_factory=dict)  # what else is said about samples -> samples
 
     @property
     def line(self) -> str:
@@ -66,6 +69,7 @@ class Summary:
             f"{count_of(self.rows, 'row')}{packed}, {count_of(self.tokens, 'token')} "
             f"({self.supervised_tokens} trained on), longest {self.longest}, "
             f"truncated {self.truncated}, dropped {reasons or 0}"
+            + "".join(f"; {count_of(count, 'sample')}: {note}" for note, count in sorted(self.notes.items()))
         )
 
 
@@ -223,11 +227,13 @@ def _cache_key(
     """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
-        CACHE_VERSION, fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
+        CACHE_VERSION, version("trl"), fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
         config.add_eos_token, config.sequence_length, config.max_prompt_length,
         config.max_completion_length, config.packed == "wrapped", part, sorted(tokenizer.all_special_ids),
+        config.chat_template_kwargs, config.history, config.unrendered, config.system_prompt,
+        config.roles_to_train,
         held_out if _split_of(config, part)[0] == "train_split" else None,
         config.data_seed if config.kind.rows == "labelled" else None,
     ]  # fmt: skip
@@ -242,7 +248,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     part: Part,
 ) -> tuple[Dataset, Summary]:
-    encoder = Encoder(columns, config, tokenizer)
+    encoder = Encoder(with_messages(columns, raw), config, tokenizer)
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():
@@ -293,7 +299,8 @@ def _features(encoder: Encoder) -> Features:
     tokens = {
         name: List(Value("int32")) if empty == [] else Value("bool") for name, empty in encoder.empty.items()
     }
-    return Features({**tokens, **{name: Value(counts[name]) for name in COUNTS}})
+    notes = {"notes": List(Value("string"))}
+    return Features({**tokens, **{name: Value(kind) for name, kind in counts.items()}, **notes})
 
 
 @contextmanager
@@ -315,7 +322,7 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
     """Return the summary of a split, and the indices of the samples that are kept."""
     import numpy as np
 
-    counts = data.select_columns(list(COUNTS)).with_format("numpy")[:]
+    counts = data.select_columns([name for name in COUNTS if name != "notes"]).with_format("numpy")[:]
     reasons = Counter(str(reason) for reason in counts["dropped"] if reason)
     kept = np.asarray([not reason for reason in counts["dropped"]], dtype=bool)
     lists = [name for name in data.column_names if name.endswith("ids")]
@@ -329,6 +336,9 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
         longest=int(counts["length"].max()),
         truncated=int(counts["truncated"].sum()),
         dropped=dict(reasons),
+        notes=dict(
+            Counter(data.with_format("arrow").data.column("notes").combine_chunks().flatten().to_pylist())
+        ),
     )
     return summary, np.flatnonzero(kept)
 

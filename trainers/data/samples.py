@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.config.errors import ConfigError
 
-COUNTS = ("length", "supervised", "truncated", "dropped")  # columns next to the tokens, for the summary
+COUNTS = (
+    "length",
+    "supervised",
+    "truncated",
+    "dropped",
+    "notes",
+)  # columns next to the tokens, for the summary
 
 
 class Dropped(Exception):
@@ -23,6 +29,7 @@ class Sample:
     supervised: int  # tokens that the loss sees
     truncated: bool = False
     dropped: str = ""
+    notes: list[str] = field(default_factory=list)  # what is counted about it, and is no reason to drop it
 
 
 class RowError(ConfigError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.config.errors import ConfigError
+from trainers.config.field_types import NAMED_TEMPLATES, TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,15 +49,38 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
 }
 
 
+def read_template(path: str) -> str:
+    """Return the template in a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: {path} cannot be read: {error}") from error
+
+
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[str]:
     """Set the template that the config names, and return the tokens that it added to the vocabulary.
 
     Raises:
         ConfigError: the config asks for the template of a tokenizer that has none.
     """
-    if name == "tokenizer" and not tokenizer.chat_template:
+    own = tokenizer.chat_template
+    if name == "tokenizer" and not own:
         raise ConfigError(f"chat_template: the tokenizer of this model has none. Use {', '.join(TEMPLATES)}.")
-    if name in TEMPLATES:
+    if name in NAMED_TEMPLATES:
+        several = own if isinstance(own, dict) else {"default": own} if own else {}
+        if name not in several:
+            raise ConfigError(
+                f"chat_template: the tokenizer of this model has no template '{name}'. It has: "
+                f"{', '.join(several) or 'none'}."
+            )
+        tokenizer.chat_template = several[name]
+    elif name is not None and name.endswith(TEMPLATE_FILE):
+        tokenizer.chat_template = read_template(name)
+    elif name in TEMPLATES:
         tokenizer.chat_template, tokens, end = TEMPLATES[name]
         gained = _add_tokens(tokenizer, list(tokens))
         if end is not None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.data.chat import forget_truncation
 from trainers.data.templates import set_template
+from trainers.data.tokens import forget_truncation
 from trainers.model.source import check_names, source_arguments
 from trainers.model.trust import why_not_loaded
 

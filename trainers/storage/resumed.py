@@ -90,8 +90,8 @@ def check_inputs(place: str, then: Inputs, now: Inputs) -> None:
     check_weights(place, then.weights, now.weights)
     if then.rows != now.rows:
         raise ConfigError(
-            f"data.path: the rows, or how they are tokenized, have changed since the training of {place}. "
-            f"Restore them, {ANEW}"
+            f"data.path: the rows, or how they are tokenized, have changed since the training of {place} "
+            f"(the files, the tokenizer, and the version of trl count). Restore them, {ANEW}"
         )
 
 

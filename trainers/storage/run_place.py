@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
+from trainers.config.field_types import TEMPLATE_FILE
 from trainers.config.hub_paths import datasets_cache, hub_cache, hub_home, token_file
 from trainers.config.names import DATA_KEYS
 from trainers.config.schema import INPUT_FIELDS, TrainConfig
@@ -92,7 +93,7 @@ def _inputs(config: TrainConfig) -> Iterator[Input]:
     run = Path(config.project_name).resolve()
     for field in INPUT_FIELDS:
         value = getattr(config, field)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (field == "chat_template" and not value.endswith(TEMPLATE_FILE)):
             continue
         path = Path(os.path.expanduser(value))
         own = path.name.startswith(CHECKPOINT_PREFIX) and path.resolve().parent == run

@@ -84,11 +84,16 @@ def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["--help"], 0),
         (["schema"], 0),  # more than a pipe holds
         (["show", "c.yaml"], 0),
-        (["status"], 0),
-        (["logs", "other"], 0),
-        (["cancel", "other"], 0),
         (["train", "missing.yaml"], 2),
-        (["train", "c.yaml", "--no-such-flag"], 2),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (
+                (["status"], 0),
+                (["logs", "other"], 0),
+                (["cancel", "other"], 0),
+                (["train", "c.yaml", "--no-such-flag"], 2),
+            )
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

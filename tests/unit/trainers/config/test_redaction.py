@@ -63,6 +63,7 @@ ORDINARY = (
 def test_a_token_of_a_known_form_is_hidden(token: str, text: str) -> None:
     assert redacted(text.format(token)) == text.format("(hidden)")
     assert has_secret(text.format(token)) and has_secret(["a", token])
+    assert has_secret({"a": {"b": token}})
 
 
 @pytest.mark.parametrize("text", ADDRESSES)

@@ -41,6 +41,7 @@ def test_outside_of_the_hub_section_an_unset_variable_is_refused(
 def test_a_variable_is_optional_only_if_the_caller_says_so() -> None:
     with pytest.raises(ConfigError, match="PX_UNSET is not set"):
         expand("${PX_UNSET}", "c.yaml:2", {})
+    assert expand({"a": ["${PX}"]}, "c.yaml:2", {"PX": "x"}) == ({"a": ["x"]}, "")
     assert expand("${PX_UNSET}", "c.yaml:2", {}, optional=True) == (None, " (${PX_UNSET}, not set)")
 
 

@@ -7,13 +7,10 @@ from copy import deepcopy
 import pytest
 from rows import EACH, GOOD, OTHER, PAIRS, SYSTEM, TEXTS, TURNS, assistant, in_format, trained_text, user
 
-from trainers.config.errors import ConfigError
-from trainers.data.chat import encode_messages, encode_text
+from trainers.data.tokens import Tokens
 
 BAD_TURNS = [
     pytest.param([{"role": "wizard", "content": "x"}, TURNS[1]], "no role 'wizard'", id="unknown-role"),
-    pytest.param([TURNS[0], {"role": "system", "content": "x"}, TURNS[1]], "a system turn must be the first",
-                 id="system-late"),
     pytest.param([{"content": "x"}, TURNS[1]], "a message must be", id="no-role"),
     pytest.param([{"role": "user"}, TURNS[1]], "a message must be", id="no-content"),
     pytest.param([user(None), TURNS[1]], "a message must be", id="null-content"),
@@ -31,11 +28,16 @@ def test_messages_that_are_not_a_conversation_are_refused(refused, tokenizer, tr
             chat_template="tokenizer", using=tokenizer)  # fmt: skip
 
 
+@pytest.mark.parametrize("trainer", TEXTS)
+def test_an_object_is_no_conversation(refused, tokenizer, trainer):
+    refused([{"messages": user("x")}], "row 1", "must hold text or messages, not dict", trainer=trainer,
+            chat_template="tokenizer", using=tokenizer)  # fmt: skip
+
+
 @pytest.mark.parametrize("trainer", (*TEXTS, *PAIRS))
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (user("x"), "must hold text or messages, not dict"),
         (5, "must hold text or messages, not int"),
         (["a", "b"], "a message must be"),
         ([None], "a message must be"),
@@ -72,12 +74,13 @@ def test_only_assistant_turns_are_trained_on_and_all_of_them(prepare, tokenizer)
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
 
 
-def test_a_template_that_rewrites_turns_is_refused(tokenizer):
+def test_a_template_that_rewrites_turns_is_refused(prepare, refused, tokenizer):
     odd = deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ConfigError, match="Set train_on: all"):
-        encode_messages(odd, TURNS, train_all=False)
-    assert encode_messages(odd, TURNS, train_all=True).labels
+    config = {"chat_template": "tokenizer", "using": odd}
+    refused([{"messages": TURNS}], "row 1: chat_template:", "Set train_on: all", **config)
+    (row,) = prepare([{"messages": TURNS}], train_on="all", **config).dataset
+    assert odd.decode(row["input_ids"]) == f"2{TURNS[0]['content']}{GOOD}"
 
 
 def test_text_ends_with_eos_once(prepare, tokenizer):
@@ -97,8 +100,10 @@ def test_bos_is_not_doubled(tokenizer):
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
-    assert encode_text(with_bos, "A rank.", eos=True).input_ids.count(bos) == 1
-    assert encode_text(with_bos, "<s>A rank.", eos=True).input_ids.count(bos) == 1
+    for text in ("A rank.", "<s>A rank."):
+        found = Tokens(with_bos).joined("", text, eos=True, everything=True)
+        assert found.input_ids.count(bos) == 1
+        assert len(found.input_ids) == len(found.labels)
 
 
 @pytest.mark.parametrize("trainer", ["default", "sft", "dpo", "orpo", "kto", "reward"])
@@ -107,3 +112,35 @@ def test_no_system_turn_is_invented(prepare, tokenizer, trainer):
     for found in prepare([row], trainer=trainer, chat_template="tokenizer").dataset:
         for name in ("input_ids", "prompt_ids", "chosen_ids"):
             assert "system" not in tokenizer.decode(found.get(name, []))
+
+
+THOUGHT = {**assistant(GOOD), "reasoning_content": "Ranks are processes."}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "kto", "reward", "mlm"])
+def test_a_field_that_the_template_does_not_render_is_named(refused, tokenizer, trainer):
+    row = (
+        {"chosen": [TURNS[0], THOUGHT], "rejected": OTHER}
+        if trainer in PAIRS
+        else {"messages": [TURNS[0], THOUGHT]}
+    )
+    words = ("row 1: chat_template: this template does not render reasoning_content", "unrendered: drop")
+    refused([row], *words, trainer=trainer, chat_template="tokenizer", using=tokenizer)
+
+
+def test_rows_with_a_field_that_is_not_rendered_can_be_dropped(dropped):
+    rows = [{"messages": TURNS}, {"messages": [TURNS[0], THOUGHT]}]
+    found = dropped(rows, chat_template="tokenizer", unrendered="drop")
+    assert found == {"not rendered by the template: reasoning_content": 1}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_an_answer_that_the_template_cuts_is_refused(refused, tokenizer, trainer):
+    odd = deepcopy(tokenizer)
+    odd.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('##')[-1]"
+    )
+    cut = [TURNS[0], assistant("## A heading, ## and more")]
+    row = {"chosen": cut, "rejected": OTHER} if trainer in PAIRS else {"messages": cut}
+    refused([row], "row 1", "does not render all of an answer", trainer=trainer, using=odd,
+            chat_template="tokenizer")  # fmt: skip

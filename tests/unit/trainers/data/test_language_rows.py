@@ -38,8 +38,8 @@ def test_train_on_all_supervises_the_prompt_too(prepare, tokenizer):
 
 
 def test_plain_completion_masks_the_prompt(prepare, tokenizer):
-    (row,) = prepare([{"prompt": Q + " ", "completion": GOOD}]).dataset
-    assert trained_text(tokenizer, row) == GOOD + "<|im_end|>"
+    (row,) = prepare([{"prompt": Q, "completion": f" {GOOD}"}]).dataset
+    assert trained_text(tokenizer, row) == f" {GOOD}<|im_end|>"
     assert tokenizer.decode(row["input_ids"]) == f"{Q} {GOOD}<|im_end|>"
 
 
@@ -65,17 +65,17 @@ def test_errors_in_rows_name_the_row(prepare):
 
 
 TRAINED = [
-    ("sft", {}, GOOD + END),
-    ("sft", {"train_on": "completion"}, GOOD + END),
+    ("sft", {}, f" {GOOD}{END}"),
+    ("sft", {"train_on": "completion"}, f" {GOOD}{END}"),
     ("sft", {"train_on": "all"}, f"{Q} {GOOD}{END}"),
     ("default", {}, f"{Q} {GOOD}{END}"),
-    ("default", {"train_on": "completion"}, GOOD + END),
+    ("default", {"train_on": "completion"}, f" {GOOD}{END}"),
 ]
 
 
 @pytest.mark.parametrize(("trainer", "config", "expected"), TRAINED)
 def test_train_on_decides_what_the_loss_sees(prepare, tokenizer, trainer, config, expected):
-    row = {"prompt": f"{Q} ", "completion": GOOD}
+    row = {"prompt": Q, "completion": f" {GOOD}"}
     (found,) = prepare([row], trainer=trainer, **config).dataset
     assert tokenizer.decode([label for label in found["labels"] if label != -100]) == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from rows import EACH, PAIR, PAIRS, TEXTS, TURNS, Q
+from rows import EACH, PAIR, PAIRS, TURNS, Q
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
@@ -79,7 +79,8 @@ def test_emoji_and_other_scripts_stay_unchanged(prepare, tokenizer, masked_token
 
 
 @pytest.mark.parametrize(
-    ("trainer", "suffix"), [*((trainer, "jsonl") for trainer in (*TEXTS, *PAIRS)), ("sft", "csv")]
+    ("trainer", "suffix"),
+    [("default", "jsonl"), ("sft", "csv"), ("mlm", "jsonl"), ("dpo", "jsonl"), ("kto", "csv")],
 )
 def test_rows_of_a_megabyte_are_cut_or_dropped(prepare, trainer, suffix):
     long = "word " * 200_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
-from rows import END, GOOD, SYSTEM, TURNS, Q, assistant, user
+from rows import END, GOOD, SYSTEM, TURNS, Q, assistant, trained_text, user
 
-from trainers.data.chat import encode_messages
+from trainers.config.errors import ConfigError
 from trainers.data.templates import set_template
 
 GAINED = {
@@ -19,14 +19,13 @@ GAINED = {
 
 
 @pytest.mark.parametrize("template", GAINED)
-def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, template):
+def test_our_templates_add_their_tokens_and_train_on_complete_answers(tokenizer, prepare, template):
     own = deepcopy(tokenizer)
     gained = set_template(own, template)
     assert gained == GAINED[template]
     assert all(len(own(token, add_special_tokens=False)["input_ids"]) == 1 for token in gained)
-    encoded = encode_messages(own, TURNS, train_all=False)
-    supervised = own.decode([label for label in encoded.labels if label != -100])
-    assert supervised == GOOD + own.eos_token
+    (row,) = prepare([{"messages": TURNS}], using=own, chat_template=template).dataset
+    assert trained_text(own, row) == GOOD + own.eos_token
 
 
 FULL = {
@@ -63,3 +62,30 @@ def test_a_system_turn_replaces_alpacas_preamble(run_tokenizer, prepare):
     row = {"messages": [SYSTEM, user(Q), assistant(GOOD)]}
     (found,) = prepare([row], using=own, chat_template="alpaca").dataset
     assert own.decode(found["input_ids"]).startswith("Be short.\n\n### Instruction:\n")
+
+
+def test_a_template_can_be_a_file(run_tokenizer, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert run_tokenizer(chat_template=str(file)).chat_template == file.read_text()
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"chat_template: .*own\.jinja cannot be read"):
+        run_tokenizer(chat_template=str(file))
+
+
+def test_one_of_several_templates_is_named(tokenizer):
+    own = deepcopy(tokenizer)
+    own.chat_template = {"default": "a", "tool_use": "b"}
+    set_template(own, "tool_use")
+    assert own.chat_template == "b"
+    with pytest.raises(ConfigError, match="has no template 'rag'"):
+        set_template(own, "rag")
+
+
+def test_a_preset_is_checked_like_any_other_template(run_tokenizer, refused):
+    called = {**assistant(""), "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    for name in FULL:
+        own = run_tokenizer(chat_template=name)
+        refused(
+            [{"messages": [user(Q), called]}], "does not render tool_calls", using=own, chat_template=name
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from saved_run import make_adapter, write_run
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.model.trust import refuse_foreign_code
+from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
 
 CODE = """
 from pathlib import Path
+from types import ModuleType
 Path(__file__).with_name("it-ran").touch()
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -295,6 +298,7 @@ def test_the_example_runs_and_fetches_nothing_either(
 # As if `kernels` were installed, on a CPU for which bitsandbytes has a kernel.
 FETCHES = """
 from pathlib import Path
+from types import ModuleType
 
 def get_kernel(name, *arguments, **named):
     with Path(__file__).with_name("fetched").open("a") as file:
@@ -318,10 +322,24 @@ for name in ("other", "transformers.integrations.hub_kernels"):
 """
 
 
-@pytest.mark.parametrize(
-    "process",
-    [pytest.param(one, marks=() if one == "a rank" else pytest.mark.slow) for one in IMPORTS],
-)
+def test_a_library_gets_no_kernel_but_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the next one, with a stand-in for the package, and without its imports."""
+    kernels = ModuleType("kernels")
+    kernels.__spec__ = importlib.machinery.ModuleSpec("kernels", None)
+    monkeypatch.setattr(kernels, "get_kernel", lambda name: name, raising=False)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
+    refuse_kernels_at_imports()
+    fetched = kernels.get_kernel
+    refuse_kernels_at_imports()
+    assert kernels.get_kernel is fetched, "a forked rank replaces nothing again"
+    own, other = {"__name__": "transformers.integrations.hub_kernels"}, {"__name__": "other"}
+    assert eval("fetch('a/kernel')", own | {"fetch": fetched}) == "a/kernel"
+    with pytest.raises(ConfigError, match="other asks for a/kernel, a kernel of the hub"):
+        eval("fetch('a/kernel')", other | {"fetch": fetched})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", IMPORTS)
 def test_only_transformers_may_fetch_a_kernel(tmp_path: Path, process: str) -> None:
     """bitsandbytes asks at its import, if the CPU has avx512_bf16. Other CPUs ask as `other` does."""
     pytest.importorskip("bitsandbytes")

@@ -21,15 +21,17 @@ project_name: {run}
 log: none
 data:
   path: {data}
+  chat_template: {chat_template}
   column_mapping: {{text_column: text, rejected_text_column: text}}
 params:
   model_ref: {model_ref}
   lr: 0.001
 """
+INPUTS = {"model": "model", "data": "data", "model_ref": "null", "chat_template": "null"}
 FLAGS = {"plain": [], "overwrite": ["--overwrite"], "resume": ["--resume"]}
 FOLDERS = ("data", "model", "model_ref", "PHALANX_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 OVERLAPS = [(kind, relation) for kind in FOLDERS for relation in ("is", "contains", "inside")]
-OVERLAPS += [("list", "contains")]  # a list of an array is a file
+OVERLAPS += [("list", "contains"), ("chat_template", "contains")]  # files
 Train = Callable[..., str]
 
 
@@ -47,7 +49,7 @@ def refused(
     """
 
     def check(run: str, *flags: str, config: str = "c.yaml", array: str | None = None, **inputs: str) -> str:
-        values = {"model": "model", "data": "data", "model_ref": "null", **inputs, "run": run}
+        values = {**INPUTS, **inputs, "run": run}
         Path(config).parent.mkdir(parents=True, exist_ok=True)
         Path(config).write_text(CONFIG.format(**values))
         commands = [
@@ -88,6 +90,9 @@ def make_input(kind: str, place: str, monkeypatch: pytest.MonkeyPatch) -> dict[s
     elif kind == "list":
         write_rows(Path(place) / "sweep.txt").write_text("--lr 1e-4\n")
         return {"array": f"{place}/sweep.txt"}
+    elif kind == "chat_template":
+        write_rows(Path(place) / "own.jinja").write_text("{{ messages }}")
+        return {kind: f"{place}/own.jinja"}
     else:
         Path(place).mkdir(parents=True)
         monkeypatch.setenv(kind, str(Path(place).absolute()))
@@ -141,7 +146,7 @@ def test_a_rank_by_hand_refuses_the_working_folder_and_its_parents(
 ) -> None:
     """The launcher refuses them too: they are not inside the working folder (test_bad_input.py)."""
     run = run.format(parent=work.parent)
-    Path("c.yaml").write_text(CONFIG.format(model="model", data="data", model_ref="null", run=run))
+    Path("c.yaml").write_text(CONFIG.format(**INPUTS, run=run))
     before = contents(work.parent)
     assert life.run("dpo", lambda context: pytest.fail("it would train"), ["c.yaml"]) == 2
     assert "or contains it. Give a folder of its own" in capsys.readouterr().err
@@ -161,7 +166,7 @@ def accepted(
 
     def check(run: str, *flags: str, config: str = "c.yaml", **inputs: str) -> None:
         Path(config).parent.mkdir(parents=True, exist_ok=True)
-        values = {"model": "model", "data": "data", "model_ref": "null", **inputs, "run": run}
+        values = {**INPUTS, **inputs, "run": run}
         Path(config).write_text(CONFIG.format(**values))
         assert run_command(["show", config, *flags], monkeypatch) == 0
 
@@ -242,7 +247,7 @@ def test_every_field_that_names_a_file_is_an_input() -> None:
 def test_submit_checks_each_run_of_an_array(
     work: Path, hardware: object, packages: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("c.yaml").write_text(CONFIG.format(model="model", data="data", model_ref="null", run="run"))
+    Path("c.yaml").write_text(CONFIG.format(**INPUTS, run="run"))
     Path("sweep.txt").write_text("--project-name one\n--project-name data/two\n")
     assert main(["submit", "c.yaml", "--array", "sweep.txt", "--dry-run"]) == 2
     assert "sweep.txt:2: " in (message := capsys.readouterr().err) and "lies inside data.path" in message
