@@ -18,6 +18,7 @@ from trainers.data.columns import check_split
 from trainers.data.files import find_split
 from trainers.rank.say import say
 from trainers.storage.manifest import checkpoint_folders
+from trainers.storage.resumed import check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
 
@@ -34,6 +35,7 @@ def preflight(run: Run, others: Sequence[Input] = ()) -> None:
     check_disk(run.folder, run.train)
     check_place(run.folder, run.train, run.config_path, others)
     check_free(run.folder, run.train, run.config_path)
+    check_resume(run.folder, run.train)
 
 
 def check_model(train: TrainConfig) -> None:

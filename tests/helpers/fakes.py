@@ -36,7 +36,9 @@ def fake_model(folder: Path, parameters: int = 1000) -> Path:
     return folder
 
 
-def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
+def fake_checkpoint(
+    run: Path, step: int, layout: Layout | None = None, config: dict[str, Any] | None = None
+) -> Path:
     """Write a checkpoint that verifies, with two small files. Default layout: two ranks of ddp."""
     folder = run / f"{CHECKPOINT_PREFIX}{step}"
     folder.mkdir(parents=True)
@@ -45,7 +47,7 @@ def fake_checkpoint(run: Path, step: int, layout: Layout | None = None) -> Path:
     files = [entry_of(folder, path) for path in sorted(folder.iterdir())]
     position = {"epoch": 0.5, "data_seed": 42, "evaluation_due": False}
     layout = layout or Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
-    Manifest(step, layout, position, {"torch": "2.10"}, "the rows", files).write(folder)
+    Manifest(step, layout, position, {"torch": "2.10"}, "the rows", files, config=config).write(folder)
     return folder
 
 

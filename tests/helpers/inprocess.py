@@ -89,6 +89,15 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
     return Built(trainer, context, settings)
 
 
+def train(built: Built, checkpoint: Path | None = None) -> Built:
+    """Train as a run does, with the callback of all runs."""
+    from trainers.loop.step_boundary import StepBoundary
+
+    built.trainer.add_callback(StepBoundary(built.trainer, checkpoint))
+    built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return built
+
+
 def logged(built: Built) -> list[dict[str, Any]]:
     """Train, and return what was logged at each step."""
     built.trainer.train()

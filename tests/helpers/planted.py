@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from places import HELPERS
 from ranks import BACKENDS, Bench, Finished
 from terminals import Terminal
@@ -111,13 +112,17 @@ class Faults:
         return self.finished[key]
 
     def same_end(self, run: Finished, backend: str, *flags: str) -> None:
-        """Check that the final weights are equal, bit for bit, and the loss of each step."""
+        """Check that the final weights are equal, bit for bit, the loss of each step, and that of the run."""
         expected = self.uninterrupted(backend, *flags)
         assert run.code == 0, run.out + run.err
         for name in ("model.safetensors", "adapter_model.safetensors"):
             if (expected.folder / name).exists():
                 assert (run.folder / name).read_bytes() == (expected.folder / name).read_bytes()
         assert run.losses == expected.losses
+        of_run, of_expected = (
+            [entry["train_loss"] for entry in end.metrics if "train_loss" in entry] for end in (run, expected)
+        )
+        assert of_run == pytest.approx(of_expected) and len(of_run) == 1
         assert [entry["step"] for entry in run.metrics if "loss" in entry] == list(range(1, STEPS + 1))
 
 

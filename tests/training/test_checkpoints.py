@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import fake_checkpoint
-from inprocess import build
+from inprocess import build, train
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, build_architecture
 
@@ -22,16 +22,8 @@ from trainers.checkpoint import saving
 from trainers.checkpoint.readable import why_unreadable
 from trainers.config.errors import ConfigError
 from trainers.loop import step_boundary
-from trainers.loop.step_boundary import StepBoundary
 from trainers.rank.signals import Stop
 from trainers.storage.manifest import Layout, checkpoint_folders, entry_of, read_manifest, why_unusable
-
-
-def train(built, checkpoint: Path | None = None):
-    """Train as a run does, with the callback of all runs."""
-    built.trainer.add_callback(StepBoundary(built.trainer, checkpoint))
-    built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return built
 
 
 def names(work: Path) -> list[str]:

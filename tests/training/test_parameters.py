@@ -28,7 +28,7 @@ from trainers.config.schema import TrainConfig, acts_for
 from trainers.config.settings import Settings
 from trainers.data.sampler import sample_lengths
 from trainers.data.templates import CHATML
-from trainers.loop import finish, life
+from trainers.loop import finish, life, record
 from trainers.loop.planned_batches import Balanced
 from trainers.loop.step_boundary import StepBoundary
 from trainers.model import attention
@@ -361,8 +361,8 @@ def facts(built: Built) -> dict[str, Any]:
             for name in ("padding_side", "pad_token", "eos_token", "chat_template", "model_max_length")
         }
         | {"length": len(tokenizer)},
-        # data_key is a hash that also depends on fields without an effect. The samples are compared above.
-        "trainer": [type(trainer).__name__, plain(vars(trainer) | {"data_key": None})],
+        # inputs has a hash that also depends on fields without an effect. The samples are compared above.
+        "trainer": [type(trainer).__name__, plain(vars(trainer) | {"inputs": None})],
         "collator": [type(trainer.data_collator).__name__, attributes(trainer.data_collator)],
     }
 
@@ -614,7 +614,7 @@ def test_merge_adapter_leaves_a_full_model(place, trainer):
         assert not idle(built.settings, "merge_adapter")
         built.trainer.train()
         ending = finish.save_final_model(built.trainer, built.context)
-        finish.finish(built.context, life._facts(built.trainer, built.context), ending)
+        finish.finish(built.context, record.facts_of(built.trainer, built.context), ending)
         left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
     assert left == [
         {"adapter_config.json": True, "model.safetensors": False},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainers.checkpoint.resuming import Resuming
 from trainers.rank.process import rank
 from trainers.rank.say import say
@@ -22,11 +24,15 @@ class BestModel(Resuming):
         """Wait for a save in progress, if there is one."""
         raise NotImplementedError
 
-    def _finalize_training(self, *arguments: Any, **named: Any) -> Any:
-        """Look for the best model in any case. transformers does not if its folder is gone at a resume."""
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Look for the best model in any case. transformers does not if its folder is gone at a resume.
+
+        The metrics of the training are those of all starts, and of all ranks.
+        """
+        self._tr_loss = torch.full_like(self._tr_loss, self.totals.mean_later_loss())
         if self.config.load_best_model_at_end and self.state.best_global_step:
             self.state.best_model_checkpoint = str(self._folder_of(self.state.best_global_step))
-        return super()._finalize_training(*arguments, **named)
+        return super()._finalize_training(trial, num_train_samples, start_time - self.totals.earlier_seconds)
 
     def _load_best_model(self) -> None:
         """Load the best model of those that verify: from a checkpoint, or keep that of the last step."""

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trainers.checkpoint import fsdp_shards
 from trainers.checkpoint.readable import why_unreadable
 from trainers.checkpoint.strict_weights import check_shards, load_weights
+from trainers.checkpoint.totals import Counting
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.rank.agreement import Agreement
@@ -28,6 +29,7 @@ from trainers.storage.manifest import (
     why_layouts_differ,
     why_unusable,
 )
+from trainers.storage.resumed import Inputs, check_checkpoint
 from trainers.storage.run_folder import INSTEAD, no_usable_checkpoint, resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
@@ -40,12 +42,13 @@ class Prepared(Exception):
 class Resuming(Trainer):
     """A mixin that finds and loads checkpoints. Durable (saving.py) adds saving."""
 
-    def __init__(self, *arguments: Any, config: TrainConfig, data_key: str, **named: Any) -> None:
-        """`data_key` is a hash of the rows and of how they are tokenized, which a resume compares."""
-        self.config, self.data_key = config, data_key
+    def __init__(self, *arguments: Any, config: TrainConfig, inputs: Inputs, **named: Any) -> None:
+        """`inputs`: what the run reads, which a resume compares."""
+        self.config, self.inputs = config, inputs
         self.only_prepares = False
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
+        self.totals = Counting(self, self.agreement)
 
     @property
     def run_folder(self) -> Path:
@@ -55,6 +58,13 @@ class Resuming(Trainer):
     @property
     def _trains_all(self) -> bool:
         return not self.config.peft
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this run's training ends."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def layout(self) -> Layout:
         """Return how this run is distributed."""
@@ -84,22 +94,22 @@ class Resuming(Trainer):
             resume_checkpoint(self.run_folder, config, content=False)
             if why := self._complaint(named):
                 raise ConfigError(f"resume: {named} cannot be used: {why}. {INSTEAD}")
-            return self._check_layout(named), self._other_rows(named)
+            return self._check_layout(named), self._unknown(named)
         skipped: list[str] = []
         for folder in reversed(checkpoint_folders(self.run_folder)):
             why = self._complaint(folder)
             if why is None:
-                return self._check_layout(folder), skipped + self._other_rows(folder)
+                return self._check_layout(folder), skipped + self._unknown(folder)
             skipped.append(f"skipped {folder}: {why}")
         if skipped:
             raise no_usable_checkpoint(self.run_folder, skipped)
         return None, []
 
-    def _other_rows(self, folder: Path) -> list[str]:
-        """Return a line if the rows are not those of the checkpoint."""
-        if read_manifest(folder).data == self.data_key:
+    def _unknown(self, folder: Path) -> list[str]:
+        """Return a line if an earlier version wrote the checkpoint, which recorded less."""
+        if read_manifest(folder).config is not None:
             return []
-        return [f"the rows, or how they are tokenized, have changed since {folder} was written"]
+        return [f"{folder} records no config, so it is not known whether this run changes it"]
 
     def _check_layout(self, folder: Path) -> Path:
         """Return the checkpoint if this run can load it.
@@ -107,8 +117,9 @@ class Resuming(Trainer):
         The launcher has already checked this. Ranks that a user starts without it have not.
 
         Raises:
-            ConfigError: the layout of this run does not fit.
+            ConfigError: the layout of this run does not fit, or its config changes what cannot change.
         """
+        check_checkpoint(folder, self.config, self.last_step, self.inputs)
         layout = self.layout()
         if why := why_layouts_differ(read_manifest(folder).layout, layout):
             raise ConfigError(f"resume: {folder}: {why}")

@@ -67,6 +67,7 @@ class Save:
     step: int
     position: dict[str, Any]  # position in the data
     part: Path  # the folder in saving/
+    totals: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     shards: Future[Any] | None = None  # FSDP's shards, which a thread writes
     failure: Exception | None = None  # set if the disk is full
@@ -100,11 +101,6 @@ class Durable(BestModel):
             # Without a checkpoint of this step (the disk is full), a resume uses the newest one.
             stop.saved = f"saved at step {step}" if self.saved_step == step and step else ""
             return None
-
-    @property
-    def last_step(self) -> int:
-        """The step at which this run's training ends."""
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         """Train an epoch. After a resume at the last step there is nothing to train.
@@ -140,7 +136,7 @@ class Durable(BestModel):
             self.conclude()
             step = self.state.global_step
             part = self.run_folder / SAVING / f"{CHECKPOINT_PREFIX}{step}"
-            self._saving = save = Save(step, self._position, part)
+            self._saving = save = Save(step, self._position, part, self.totals.now())
             if not self._has_room():
                 return
             if rank() == 0:
@@ -317,8 +313,11 @@ class Durable(BestModel):
             layout=self.layout(),
             position=self._saving.position,
             versions=versions(),
-            data=self.data_key,
+            data=self.inputs.rows,
             files=sorted(entries, key=lambda entry: entry.path),
+            config=self.config.public(),
+            weights=self.inputs.weights,
+            totals=self._saving.totals,
         )
         try:
             publish(self._saving.part, manifest)

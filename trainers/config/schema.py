@@ -445,6 +445,10 @@ class TrainConfig(BaseModel):
         False, description="A parameter of AutoTrain, without effect.", json_schema_extra=_named()
     )
 
+    def public(self) -> dict[str, Any]:
+        """Return the values as JSON types, without secrets."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in SECRET_FIELDS}
+
     @property
     def kind(self) -> TrainerKind:
         """The properties of the trainer."""

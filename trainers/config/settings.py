@@ -47,7 +47,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """Return the values as JSON types, without secrets."""
-        return {k: v for k, v in self.train.model_dump(mode="json").items() if k not in SECRET_FIELDS}
+        return self.train.public()
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

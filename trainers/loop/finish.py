@@ -20,6 +20,7 @@ from trainers.rank.process import wait_for
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
 from trainers.storage.manifest import entry_of
+from trainers.storage.resumed import INPUTS, check_weights
 
 if TYPE_CHECKING:
     from trainers.checkpoint.saving import Durable
@@ -86,6 +87,7 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     """
     import torch
 
+    from trainers.loop.ingredients import inputs
     from trainers.output.hub import push
     from trainers.output.model_card import write_card
     from trainers.storage.saved_model import check_saved
@@ -99,6 +101,8 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
         write_card(folder, config, {**facts, "model_step": ending.model_step})
 
     def merge() -> None:
+        now = inputs(context, base_model=config.model).weights  # training may have taken weeks
+        check_weights(str(folder), facts.get(INPUTS, {}).get("weights", {}), now)
         merge_saved(context, ending)
         write_checked_card()
 

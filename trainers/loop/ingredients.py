@@ -11,7 +11,11 @@ from trainers.model.cpu_head import replace_trls_head
 from trainers.model.load import load_model, load_reference
 from trainers.model.lora import lora_config
 from trainers.model.reach import freeze_unreached
+from trainers.model.source import model_folder
 from trainers.model.token_mean import divide_by_all_tokens
+from trainers.rank.agreement import digest
+from trainers.storage.base_weights import weights_key
+from trainers.storage.resumed import Inputs
 
 Built = TypeVar("Built", bound=Any)
 
@@ -27,13 +31,20 @@ def ingredients(context: Context) -> dict[str, Any]:
     divide_by_all_tokens(model)
     return {
         "config": context.config,
-        "data_key": context.data["train"].key,
+        "inputs": inputs(context, base_model=context.config.model),
         "model": model,
         "train_dataset": context.rows("train"),
         "eval_dataset": context.rows("valid"),
         "processing_class": context.tokenizer,
         "peft_config": lora_config(context.config, context.new_tokens, model, frozen),
     }
+
+
+def inputs(context: Context, **models: str) -> Inputs:
+    """Return the keys of what the run reads: its rows, and `models`, which are loaded already."""
+    rows = digest({part: prepared.key for part, prepared in context.data.items()})
+    keys = {name: weights_key(model_folder(model, context.config)) for name, model in models.items()}
+    return Inputs(rows, keys)
 
 
 def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Context) -> Built:
@@ -51,6 +62,8 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
         held_out = {part: prepared.dataset for part, prepared in context.data.items() if part != "train"}
         parts["eval_dataset"] = held_out or None
     reference = load_reference(config, context.tokenizer) if needed else None
+    if config.model_ref is not None:
+        parts["inputs"] = inputs(context, base_model=config.model, model_ref=config.model_ref)
     trainer = kind(args=arguments, ref_model=reference, **parts)
     if early:
         trainer.ref_model = None

@@ -7,36 +7,34 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import RUN_FAILED, ConfigError
 from trainers.config.file import load_settings
-from trainers.config.packages import version_of, versions
+from trainers.config.packages import version_of
 from trainers.config.requirements import check_requirements
-from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.loop.arguments import logging_steps, training_arguments
 from trainers.loop.context import Build, Context
 from trainers.loop.final_evaluation import evaluate, is_due, is_too_late
 from trainers.loop.finish import finish, leave_group, save_final_model
+from trainers.loop.record import ended_before, of_all_ranks, record_start
 from trainers.model import fsdp
 from trainers.model.place import place_of_rank
 from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
 from trainers.rank.data_workers import keep_workers
 from trainers.rank.failures import batch_memory_errors
 from trainers.rank.library_output import quieten_libraries
-from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank, world_size
+from trainers.rank.process import after_failure, live_terminal, log_folder, rank, run_rank
 from trainers.rank.say import say
 from trainers.rank.signals import stop
-from trainers.storage import run_files
-from trainers.storage.ending import Ending, damaged_model, good_copy, read_ending
+from trainers.storage.ending import Ending
 from trainers.storage.manifest import step_of
-from trainers.storage.run_folder import FINISHED, check_free, claim, lock_folder, write_record
+from trainers.storage.resumed import check_resume
+from trainers.storage.run_folder import check_free, claim, lock_folder
 from trainers.storage.run_place import check_place
 from trainers.storage.shipped import SHIPPED
 
@@ -64,6 +62,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     if log_folder() is None and rank() == 0:  # the launcher has claimed it already
         check_place(folder, config, config_file)
         check_free(folder, config, config_file)  # before the folder is made
+        check_resume(folder, config)
         lock_folder(folder)
         claim(folder, config, config_file)
     refuse_kernels_at_imports()
@@ -93,18 +92,18 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         trainer = build(context)
     del store  # the process group has it now
     complete(trainer, context)
-    check_alike(trainer.agreement, _of_all_ranks(settings, context))
-    ending, first = _ended_before(trainer, folder), trainer.is_world_process_zero()
+    check_alike(trainer.agreement, of_all_ranks(trainer, settings, context))
+    ending, first = ended_before(trainer, folder), trainer.is_world_process_zero()
     checkpoint, passed = (None, []) if ending else trainer.find_checkpoint()
-    facts = _facts(trainer, context)
     trained, stop.kept = ending is not None, ending.kept if ending else ""
     works = ending is None or is_due(context, ending)
     tracker = None
+    facts: dict[str, Any] = {}
     if first:
-        write_record(folder, settings, facts)
+        facts = record_start(trainer, context, settings, ending)
         if works:
             tracker = open_tracker(
-                config, folder, settings.public(), ending.step if ending else step_of(checkpoint)
+                config, folder, context.config.public(), ending.step if ending else step_of(checkpoint)
             )
     with _finished(tracker):
         for line in passed if first else ():
@@ -137,52 +136,11 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
 
 def _train(trainer: Durable, context: Context, checkpoint: Path | None) -> Ending | None:
     """Train, and save the final model. Return None if a signal stopped it."""
-    if trainer.is_world_process_zero():
-        run_files.remove(context.folder, FINISHED)  # an earlier training
     with batch_memory_errors():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.saved is not None:
         return None
     return save_final_model(trainer, context)
-
-
-def _ended_before(trainer: Durable, folder: Path) -> Ending | None:
-    """Return how the resumed run ended, or None if there are steps to train. All ranks get the same.
-
-    Raises:
-        ConfigError: its final model is damaged, and no checkpoint has a copy.
-    """
-    if trainer.config.resume is not True:
-        return None
-    if not trainer.agreement.from_rank_0((folder / FINISHED).exists()):
-        return None
-    first, last_step = trainer.is_world_process_zero(), trainer.last_step
-    look = _verified_ending(folder, last_step) if first else (None, "")
-    ending, why = trainer.agreement.from_rank_0(look)
-    if why:
-        raise ConfigError(why)
-    return ending
-
-
-def _verified_ending(folder: Path, last_step: int) -> tuple[Ending | None, str]:
-    """Return how the run ended, or why a resume is refused.
-
-    None: there are steps to train, or the model is saved again.
-    """
-    try:
-        ending = read_ending(folder)
-        if ending is None or ending.step < last_step:
-            return None, ""
-        why = ending.why_damaged(folder)
-        if why is None:
-            return ending, ""
-        copy = good_copy(folder, ending)
-        if copy is None:
-            raise damaged_model(folder, ending, why)
-        say("warning", f"the final model is damaged: {why}. It is saved again, from {copy}.")
-        return None, ""
-    except ConfigError as error:
-        return None, str(error)
 
 
 @contextmanager
@@ -270,37 +228,6 @@ def _master_weights(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-
-
-def _facts(trainer: Durable, context: Context) -> dict[str, Any]:
-    """Return what run.json records about this start, in addition to the config."""
-    accelerator = trainer.accelerator
-    return {
-        "trainer": type(trainer).__name__,
-        "distributed_type": str(accelerator.distributed_type.value),
-        "world_size": world_size(),
-        "device": str(accelerator.device.type),
-        "seed": trainer.args.seed,
-        **_global_batch(context.config, world_size()),
-        "command": sys.argv,
-        "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
-    }
-
-
-def _of_all_ranks(settings: Settings, context: Context) -> dict[str, str]:
-    """Return what must be the same on every rank."""
-    from trainers.rank.agreement import digest
-
-    data = {f"data ({part})": prepared.key for part, prepared in context.data.items()}
-    return {"config": digest(settings.public()), **data, **versions()}
-
-
-def _global_batch(config: TrainConfig, ranks: int) -> dict[str, int]:
-    """Return the size of a step: the packs (or samples), or the largest number of tokens."""
-    micro_batches = ranks * config.gradient_accumulation
-    if config.token_budget is not None:
-        return {"global_batch_tokens": config.token_budget * micro_batches}
-    return {"global_batch": config.batch_size * micro_batches}
 
 
 def _report(

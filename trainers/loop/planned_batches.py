@@ -77,6 +77,7 @@ class Balanced(Padding):
     def _planned(self, dataset: Any, training: bool) -> DataLoader[Any]:
         batches = self.plan_batches(sample_lengths(dataset), training)
         if training:
+            self.remove_callback(Batches)  # of an earlier loader, such as the one that last_step counts
             self.add_callback(batches)
         pieces: Any = PieceDataset(dataset, batches.pieces)
         loader: DataLoader[Any] = DataLoader(

@@ -40,8 +40,10 @@ class StepBoundary(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         stop.training()
+        manifest = read_manifest(self.checkpoint) if self.checkpoint is not None else None
+        self.trainer.totals.begin(manifest.totals if manifest is not None else {})
         self._stop_if_asked()
-        if self.checkpoint is None or not read_manifest(self.checkpoint).position["evaluation_due"]:
+        if manifest is None or not manifest.position["evaluation_due"]:
             return
         # The run was stopped during the evaluation of this step, or before it. Evaluate now, with the effect
         # on the best model.

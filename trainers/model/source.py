@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
@@ -43,6 +44,17 @@ def model_config(name: str, config: TrainConfig) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"base_model: {name} cannot be loaded: {why_not_loaded(error)}") from error
     return loaded
+
+
+def model_folder(name: str, config: TrainConfig) -> Path:
+    """Return the folder with the files of a loaded model, which may be in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    found = try_to_load_from_cache(name, "config.json", revision=source_arguments(name, config)["revision"])
+    assert isinstance(found, str)  # it is loaded already
+    return Path(found).parent
 
 
 def check_names(name: str, config: TrainConfig) -> None:

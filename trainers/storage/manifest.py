@@ -109,6 +109,9 @@ class Manifest:
     data: str  # fingerprint of the rows of the run, and of how they are tokenized
     files: list[FileEntry] = field(default_factory=list)
     format: int = FORMAT
+    config: dict[str, Any] | None = None  # the values of the run's config; earlier versions wrote none
+    weights: dict[str, str] = field(default_factory=dict)  # key of the base model, and of the reference
+    totals: dict[str, float] = field(default_factory=dict)  # sums over the steps (checkpoint/totals.py)
 
     @property
     def bytes(self) -> int:

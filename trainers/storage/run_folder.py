@@ -295,10 +295,17 @@ def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
         say("note", f"{path} is newer than {config.resume}; it is kept as set-aside-{free}-{path.name}")
 
 
-def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
-    """Write run.json: each value with its source, the versions, and the facts of this start."""
-    config = {
-        name: {"value": value, "source": settings.sources[name]} for name, value in settings.public().items()
-    }
-    record = {"config": config, "notes": settings.notes, **facts, "versions": versions()}
+def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json: each value with its source, the versions, and the facts of this start.
+
+    Returns what it records.
+    """
+    record = {"config": recorded(settings), "notes": settings.notes, **facts, "versions": versions()}
     run_files.write(folder, RECORD, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def recorded(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return the config as run.json records it: name -> value and source."""
+    values = settings.public().items()
+    return {name: {"value": value, "source": settings.sources[name]} for name, value in values}

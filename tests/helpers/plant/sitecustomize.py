@@ -237,7 +237,7 @@ PLANTS = {
     "trainers.loop.step_boundary": plant_in_boundary,
     "trainers.loop.planned_batches": plant_in_batches,
     "trainers.checkpoint.saving": plant_in_checkpoints,
-    "trainers.loop.life": plant_in_run,
+    "trainers.loop.record": plant_in_run,
 }
 
 
