@@ -109,7 +109,8 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
 
     def make(unfinished: Path) -> None:
         raw = source if source is not None else _load_files(split, unfinished / "raw")
-        data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
+        found = with_messages(columns, raw)
+        data, summary = _tokenize(_held_out(raw, config, part), split, found, config, tokenizer, part)
         data.save_to_disk(unfinished / "data")
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
@@ -248,7 +249,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     part: Part,
 ) -> tuple[Dataset, Summary]:
-    encoder = Encoder(with_messages(columns, raw), config, tokenizer)
+    encoder = Encoder(columns, config, tokenizer)
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():
