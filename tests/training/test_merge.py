@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from inprocess import PEFT, build, logged, outputs
+from saved_run import FACTS
 
 MERGES = {
     "lora": {"trainer": "sft"},
@@ -89,6 +90,18 @@ def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_is_kept(
         merge(built)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert not (folder / "model.safetensors").exists() and not (folder / "merged.part").exists()
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_the_files_of_a_finished_run_verify(tmp_path, tiny_model, merges):
+    """peft writes a README.md, which the model card replaces."""
+    from trainers.loop import finish as module
+    from trainers.storage.ending import read_ending
+
+    built, folder = finish(tmp_path, tiny_model, trainer="sft", merge_adapter=merges)
+    module.finish(built.context, FACTS, read_ending(folder))
+    assert "- phalanx" in (folder / "README.md").read_text()
+    assert read_ending(folder).why_damaged(folder) is None
 
 
 @pytest.mark.parametrize("value", [8e36, float("nan"), float("inf")])

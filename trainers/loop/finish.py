@@ -18,8 +18,7 @@ from trainers.loop.context import Context
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import wait_for
 from trainers.storage import run_files
-from trainers.storage.ending import MERGE, UPLOAD, Ending
-from trainers.storage.manifest import entry_of
+from trainers.storage.ending import MERGE, UPLOAD, Ending, entries_of_model
 from trainers.storage.resumed import INPUTS, check_weights
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def save_final_model(trainer: Durable, context: Context) -> Ending:
     if trainer.is_world_process_zero():
         context.tokenizer.save_pretrained(part)
         trainer.state.save_to_json(str(part / "trainer_state.json"))
-        files = [entry_of(part, path) for path in sorted(part.rglob("*")) if path.is_file()]
+        files = entries_of_model(part)
         # An earlier start may have left a merged model. Next to it, an adapter would count twice.
         run_files.remove_model(context.folder)
         run_files.move_in(context.folder, FINAL)

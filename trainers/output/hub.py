@@ -15,7 +15,7 @@ from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.ending import read_ending
+from trainers.storage.ending import CARD, read_ending
 from trainers.storage.run_folder import FINISHED, METRICS
 from trainers.storage.saved_model import ADAPTER, read_object
 
@@ -24,7 +24,7 @@ PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds before each further attempt of an upl
 # Files of the final folder that are not uploaded. trainer_state.json names folders of this machine.
 # training_args.bin is a pickle, which nobody should have to trust.
 LEFT_OUT = ("trainer_state.json", "training_args.bin")
-ADDED = ("README.md", METRICS)  # what is uploaded in addition to the model and its tokenizer
+ADDED = (CARD, METRICS)  # what is uploaded in addition to the model and its tokenizer
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # status codes that another attempt may change
 REFUSED = frozenset({401, 403, 404})  # the token, its permissions, or the account
 

@@ -11,7 +11,8 @@ from trainers.model.quantization import compute_dtype, keep_layout, quantization
 from trainers.model.source import model_class, model_config, source_arguments
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.manifest import FileEntry, entry_of
+from trainers.storage.ending import entries_of_model
+from trainers.storage.manifest import FileEntry
 from trainers.storage.saved_model import ADAPTER
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def merge_adapter(
     try:
         part = run_files.fresh_folder(folder, MERGED)
         _merge(config, folder, part, tokenizer, probe)
-        files = [entry_of(part, path) for path in sorted(part.rglob("*")) if path.is_file()]
+        files = entries_of_model(part)
         run_files.move_in(folder, MERGED)
     finally:
         run_files.remove(folder, MERGED)

@@ -14,11 +14,19 @@ from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.storage import run_files
-from trainers.storage.manifest import FileEntry, checkpoint_folders, damaged_files, step_of, why_unusable
+from trainers.storage.manifest import (
+    FileEntry,
+    checkpoint_folders,
+    damaged_files,
+    entry_of,
+    step_of,
+    why_unusable,
+)
 from trainers.storage.run_folder import FINISHED
 from trainers.storage.saved_model import check_saved
 from trainers.storage.state_files import damaged, read_object
 
+CARD = "README.md"
 EVALUATION, MERGE, UPLOAD = "evaluation", "merge", "upload"
 REMEDY = (
     "Restore it from a copy, or remove it: then --resume saves the model again, from the newest checkpoint."
@@ -94,6 +102,15 @@ def read_ending(folder: Path) -> Ending | None:
         if not right:
             raise damaged(path, f"{name} has another type", REMEDY)
     return ending
+
+
+def entries_of_model(part: Path) -> list[FileEntry]:
+    """Return the entries of the files in a folder that a final model was just saved to.
+
+    peft writes a README.md, which the model card replaces.
+    """
+    files = (path for path in sorted(part.rglob("*")) if path.is_file() and path.name != CARD)
+    return [entry_of(part, path) for path in files]
 
 
 def _numbers(metrics: object) -> bool:
