@@ -6,15 +6,17 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks, remember_flags
-from trainers.rank.failures import disk_is_full
+from trainers.rank.failures import disk_is_full, no_space
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, outlive_readers
 
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not disk_is_full(error):
             raise
-        say("error", f"{error.filename or 'the run folder'}: {error.strerror}. Free some space.")
+        text = no_space(error, [Path(), Path(tempfile.gettempdir())])
+        say("error", f"{text or f'{error.filename}: {error.strerror}'}. Free some space.")
         return DISK_FAILED
     except KeyboardInterrupt:  # before ranks were started, or in a command without ranks
         return 128 + signal.SIGINT

@@ -6,17 +6,20 @@ A run with push_to_hub does this at its end. This repeats only the upload, with 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trainers.config.errors import UNFINISHED, USAGE_ERROR, ConfigError
 from trainers.config.settings import Value, resolve
-from trainers.output.hub import push
+from trainers.output.hub import command, push
+from trainers.output.model_card import name_of
 from trainers.rank.say import say
-from trainers.storage.ending import UPLOAD, read_ending
+from trainers.storage.ending import UPLOAD, Ending, damaged_model, good_copy, read_ending
 from trainers.storage.run_folder import RECORD, lock_folder, unlock_folder
+from trainers.storage.state_files import damaged, read_object
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,10 +51,11 @@ def upload(folder: Path, username: str | None) -> None:
     ending = read_ending(folder)
     if ending is None:
         raise ConfigError(f"{folder}: the run has not finished. Continue it with phalanx train --resume.")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))["config"]
+    if why := ending.why_damaged(folder):
+        raise _damaged(folder, ending, why)
     values = {
-        "trainer": record["trainer"]["value"],
-        "username": username or record["username"]["value"],
+        "trainer": _recorded(folder, "trainer"),
+        "username": username or _recorded(folder, "username"),
         "push_to_hub": True,
     }
     settings = resolve({name: Value(value, str(folder / RECORD), name) for name, value in values.items()})
@@ -59,6 +63,33 @@ def upload(folder: Path, username: str | None) -> None:
     if UPLOAD not in ending.done:
         ending.done.append(UPLOAD)
         ending.write(folder)
+
+
+def _recorded(folder: Path, name: str) -> Any:
+    """Return the value that run.json records."""
+    path, remedy = (
+        folder / RECORD,
+        "Restore it from a copy, or start the run again with --resume: it writes it.",
+    )
+    try:
+        return read_object(path, remedy)["config"][name]["value"]
+    except (KeyError, TypeError):
+        raise damaged(path, f"it has no value of {name}", remedy) from None
+
+
+def _damaged(folder: Path, ending: Ending, why: str) -> ConfigError:
+    """Return the error for files that are not as the run saved them."""
+    copy = good_copy(folder, ending)
+    if copy is None:
+        return damaged_model(folder, ending, why)
+    by_hand = ""
+    with suppress(ConfigError):  # there are no weights to upload
+        by_hand = command(f"ACCOUNT/{name_of(folder)}", folder)
+    return ConfigError(
+        f"{folder}: the final model is damaged: {why}. It is not uploaded. Start the run again with "
+        f"--resume: it saves the model again, from {copy.name}."
+        + (f" If you changed the file yourself, upload it by hand: {by_hand}" if by_hand else "")
+    )
 
 
 if __name__ == "__main__":

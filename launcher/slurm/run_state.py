@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from trainers.rank.protocol import LAUNCH, attempts
 from trainers.storage.manifest import CHECKPOINT_PREFIX
 from trainers.storage.run_files import JOBS
 from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
+from trainers.storage.state_files import read_object
 
 ACTIVE_STATES = ("RUNNING", "COMPLETING")
 UNKNOWN = "UNKNOWN"  # the state of a job while SLURM does not answer
@@ -50,9 +50,10 @@ def read_status(folder: Path, job: str | None = None) -> Status:
 
 def _progress(folder: Path) -> dict[str, Any]:
     path = folder / PROGRESS
-    if not path.exists():
+    try:
+        progress = read_object(path, "A run writes it again at its next step.")
+    except FileNotFoundError:
         return {}
-    progress = json.loads(path.read_text(encoding="utf-8"))
     names = ("step", "max_steps", "loss", "tokens_per_second", "seconds_left")
     return {name: progress.get(name) for name in names}
 

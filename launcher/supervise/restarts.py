@@ -9,8 +9,8 @@ from launcher.config import Run
 from launcher.plan.batch_search import announce, with_smaller_batch
 from launcher.supervise.diagnosis import Failure
 from trainers.rank.say import say
-from trainers.storage.ending import read_ending
-from trainers.storage.manifest import newest_usable, step_of
+from trainers.storage.manifest import checkpoint_folders, newest_usable, step_of
+from trainers.storage.run_folder import FINISHED
 
 WITHOUT_PROGRESS = 3  # attempts in a row that made no progress
 PAUSES = (0.0, 5.0)  # seconds before the next attempt: after one, and after two without progress
@@ -61,8 +61,12 @@ class Restarts:
         return smaller, 0.0
 
     def resumed(self, run: Run) -> Run:
-        """Return the run that continues from the newest checkpoint, or the same run if there is none."""
-        trained = self.newest is not None or read_ending(self.folder) is not None
+        """Return the run that continues from the newest checkpoint, or the same run if there is none.
+
+        If there are checkpoints, but none verifies, the ranks refuse it: a start from the first step would
+        replace them.
+        """
+        trained = bool(checkpoint_folders(self.folder)) or (self.folder / FINISHED).exists()
         return resumed(run) if trained else run
 
 

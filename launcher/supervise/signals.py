@@ -22,6 +22,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.twice = False
+        self.running = False  # whether there are ranks that can save
         self.passed: set[int] = set()  # pids
 
     def __enter__(self) -> Signals:
@@ -36,7 +37,8 @@ class Signals:
         ends = (signal.SIGINT, signal.SIGTERM)
         if self.received is None:
             name = signal.Signals(number).name
-            line = f"{name}: the ranks save at the end of this step, then stop\n"
+            what = "the ranks save at the end of this step, then stop" if self.running else "the run stops"
+            line = f"{name}: {what}\n"
             terminal.write(terminal.STDERR, line.encode())  # print() could not be called within itself
             self.received = number
         elif number in ends and self.received in ends:

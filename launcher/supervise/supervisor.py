@@ -140,7 +140,8 @@ class Supervisor:
         except StoppedWaiting:
             received = self.signals.received or signal.SIGTERM
             self._decide_requeue(received)
-            say(f"stopped by {signal.Signals(received).name}", "nothing was saved")
+            self.restarts.look()
+            say(f"stopped by {signal.Signals(received).name}", self._kept)
             return 128 + received
         except MachineLost:
             say("error", "machine 0 sends no heartbeat; it decides what is next, so this machine ends too")
@@ -225,7 +226,7 @@ class Supervisor:
             deepspeed = self.backend.name == "deepspeed"
             folder = self.run.folder.resolve()
             log = f"{LAUNCH}/{WARM_LOG.format(self.topology.machine_rank)}"
-            run_files.open_to_append(folder, log).close()
+            run_files.append(folder, log, "")
             self.parent = WarmParent(module, deepspeed, environ, folder / log, self.lock)
         return self.parent
 
@@ -267,8 +268,15 @@ class Supervisor:
         if saved:
             say(f"stopped by {name}", f"{saved}; `phalanx train` with --resume continues")
             return SAVED
-        say(f"stopped by {name}", f"nothing was saved; logs: {stopped[0].folder}")
+        say(f"stopped by {name}", f"{self._kept}; logs: {stopped[0].folder}")
         return 128 + stopped[0].stopped
+
+    @property
+    def _kept(self) -> str:
+        """What a signal leaves if the ranks saved nothing, and how to continue."""
+        if self.restarts.newest is None:
+            return "nothing was saved"
+        return f"`phalanx train` with --resume continues from the newest checkpoint, {self.restarts.newest}"
 
     def _decide_requeue(self, received: int) -> None:
         """Decide whether the job is requeued after a signal.
@@ -303,7 +311,7 @@ class Supervisor:
             lines = [f"{WITHOUT_PROGRESS} attempts in a row made no progress; the run is not restarted."]
         if (received := self.signals.received) is not None:
             self._decide_requeue(received)
-            say(f"stopped by {signal.Signals(received).name}", "between two attempts")
+            say(f"stopped by {signal.Signals(received).name}", f"between two attempts; {self._kept}")
         shown = first_rank(self.topology) if where.machine == self.topology.machine_rank else -1
         code = report(failure, AttemptFiles(Path(where.folder)), shown, lines)
         return code if received is None else 128 + received

@@ -67,11 +67,14 @@ class Watcher:
                 if self._stopped_early() or cut:
                     # Another rank may wait in C++ for data from this one, where it cannot handle a signal.
                     deadline = min(deadline, now + GRACE_SECONDS)
-                self.signals.pass_on(launch.ranks())
+                ranks = launch.ranks()
+                self.signals.running = bool(ranks) and now < deadline
+                self.signals.pass_on(ranks)
                 if hang is None and now < deadline:
                     hang = finder.find(launch.ranks(), since)
                 if hang is not None or self.signals.twice or now >= deadline:
                     launch.kill()
+            self.signals.running = False
             tail.show()
         if hang is None and not self.signals.twice and time.monotonic() < deadline:
             exits = launch.exits()

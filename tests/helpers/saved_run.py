@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 from trainers.storage import run_files
+from trainers.storage.ending import Ending
+from trainers.storage.manifest import entry_of
 
 FACTS = {
     "trainer": "SFTTrainer",
@@ -64,7 +66,17 @@ def write_run(folder: Path, model: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("left here\n")
     run_files.begin(folder, of_earlier_version=True)
+    finish_run(folder)
     return folder
+
+
+def finish_run(folder: Path) -> Ending:
+    """Write finished.json for the model that is in the folder, as a run does after it has saved it."""
+    ending = Ending(step=4, metrics={"train_loss": 5.9}, model_step=4)
+    names = [name for name in run_files.final_names(folder) if (folder / name).is_file()]
+    ending.files = [entry_of(folder, folder / name) for name in names]
+    ending.write(folder)
+    return ending
 
 
 def make_adapter(folder: Path) -> Path:
@@ -75,4 +87,5 @@ def make_adapter(folder: Path) -> Path:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     base = {"base_model_name_or_path": str(folder.parent / "base"), "peft_type": "LORA", "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(base))
+    finish_run(folder)
     return folder

@@ -223,8 +223,8 @@ def test_a_file_that_cannot_be_read_is_named_though_its_hash_is_right(
     assert str(found).startswith("cannot be read: ") and len(str(found).splitlines()) == 1
     assert not (tmp_path / "poisoned").exists()
     trainer = build(tmp_path, tiny_model, trainer="sft", resume=True, **SAVES).trainer
-    checkpoint, skipped = trainer.find_checkpoint()
-    assert checkpoint is None and f"skipped {folder}: {name} cannot be read" in skipped[0]
+    with pytest.raises(ConfigError, match=re.escape(f"skipped {folder}: {name} cannot be read")):
+        trainer.find_checkpoint()
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -45,7 +45,9 @@ def test_it_gives_the_same_loss_as_after_training(tmp_path, tiny_model, tiny_mas
     assert ended is not None and not is_due(again.context, ended)
     ended.done.clear()
     assert is_due(again.context, ended)
-    again.trainer.load_final_model(folder)
+    for name in ("other.safetensors", "model-mine.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_text("a file of the user")
+    again.trainer.load_final_model(folder, ended.names(folder))
     assert again.trainer.state.global_step == 3 and not again.trainer.is_in_train
     evaluate(again.trainer, again.context, ended)
     assert ended.metrics["test_loss"] == ending.metrics["test_loss"]

@@ -35,11 +35,14 @@ def finish(tmp_path: Path, model: Path, **config):
 
 
 def merge(built) -> None:
-    from trainers.data.preview import first_tokens
-    from trainers.output.merge import merge_adapter
+    from trainers.loop.finish import merge_saved
+    from trainers.storage.ending import read_ending
 
-    context = built.context
-    merge_adapter(context.config, context.folder, context.tokenizer, first_tokens(context.rows("train")[0]))
+    folder = built.context.folder
+    merge_saved(built.context, read_ending(folder))
+    ended = read_ending(folder)
+    assert ended.why_damaged(folder) is None, "it lists the merged files"
+    assert not any("adapter" in name for name in ended.names(folder))
 
 
 @pytest.mark.parametrize("name", MERGES)
@@ -86,3 +89,39 @@ def test_a_merge_that_changes_the_outputs_is_refused_and_the_adapter_is_kept(
         merge(built)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert not (folder / "model.safetensors").exists() and not (folder / "merged.part").exists()
+
+
+@pytest.mark.parametrize("value", [8e36, float("nan"), float("inf")])
+def test_an_adapter_with_an_absurd_weight_is_not_merged(tmp_path, tiny_model, value):
+    """A model normalises what it computes, so the outputs before and after a merge may be equal."""
+    from safetensors.torch import load_file, save_file
+
+    from trainers.output.merge import MergeRefused
+
+    built, folder = finish(tmp_path, tiny_model, trainer="sft")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name].view(-1)[0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(MergeRefused, match=r"of the adapter has the value .*, so it is damaged"):
+        merge(built)
+    assert file.exists() and not (folder / "model.safetensors").exists()
+
+
+def test_a_merge_that_stopped_after_its_files_were_listed_only_removes_the_adapter(
+    tmp_path, tiny_model, monkeypatch
+):
+    from trainers.output import merge as module
+    from trainers.storage.ending import read_ending
+
+    built, folder = finish(tmp_path, tiny_model, trainer="sft")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "remove_adapter", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge(built)
+    assert (folder / "adapter_config.json").exists() and read_ending(folder).why_damaged(folder) is None
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    merge(built)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert not list(folder.glob("adapter*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trainers.storage.manifest import (
     why_unusable,
 )
 from trainers.storage.resumed import Inputs, check_checkpoint
-from trainers.storage.run_folder import INSTEAD, resume_checkpoint
+from trainers.storage.run_folder import INSTEAD, no_usable_checkpoint, resume_checkpoint
 
 SCHEDULER = "scheduler.pt"
 
@@ -82,7 +83,8 @@ class Resuming(Trainer):
         Each rank reads a share of the files.
 
         Raises:
-            ConfigError: the named checkpoint cannot be used, or the layout of this run does not fit.
+            ConfigError: the named checkpoint cannot be used, or none of the run's; or the layout of this run
+                does not fit.
         """
         config = self.config
         if not config.resume:
@@ -99,7 +101,9 @@ class Resuming(Trainer):
             if why is None:
                 return self._check_layout(folder), skipped + self._unknown(folder)
             skipped.append(f"skipped {folder}: {why}")
-        return None, [*skipped, "no checkpoint can be used; the run starts from the beginning"]
+        if skipped:
+            raise no_usable_checkpoint(self.run_folder, skipped)
+        return None, []
 
     def _unknown(self, folder: Path) -> list[str]:
         """Return a line if an earlier version wrote the checkpoint, which recorded less."""
@@ -145,14 +149,16 @@ class Resuming(Trainer):
             found += [f"{e.path} {why}" for e in share if (why := why_unreadable(folder / e.path))]
         return next((fault for part in self.agreement.gather(found) for fault in part), None)
 
-    def load_final_model(self, folder: Path) -> None:
+    def load_final_model(self, folder: Path, names: Collection[str]) -> None:
         """Load the final model of a finished run, for an evaluation, and wrap it as training does.
+
+        `names` are its files; the user may have others in the folder.
 
         Raises:
             ConfigError: a weight is missing, unknown, or has another shape.
         """
         with heart.during("load"):
-            load_weights(self.model, folder)
+            load_weights(self.model, folder, names)
             self.only_prepares = True
             with suppress(Prepared):
                 super().train()

@@ -10,7 +10,9 @@ compares them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import fnmatch
+import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,27 @@ from trainers.config.errors import ConfigError
 from trainers.storage.saved_model import ADAPTER
 
 
-def load_weights(model: Any, folder: Path) -> None:
+def load_weights(model: Any, folder: Path, names: Collection[str] | None = None) -> None:
     """Load the weights of `folder` into a model, or into its adapter if it has one.
+
+    `names` are the files that belong to it. None: all that are there.
 
     Raises:
         ConfigError: a weight is missing, unknown, or has another shape.
     """
-    load = _load_adapter if (folder / ADAPTER).exists() else _load_model
+    files = os.listdir(folder) if names is None else names
     try:
-        load(model, folder)
+        if ADAPTER in files:
+            _load_adapter(model, folder)
+        else:
+            _load_model(model, folder, files)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}") from error
 
 
-def _load_model(model: Any, folder: Path) -> None:
+def _load_model(model: Any, folder: Path, files: Collection[str]) -> None:
     """Load all weights by the mapping of names and shapes of the model's own class."""
-    stored, expected = set(_stored(folder)), set(_names_in_files(model))
+    stored, expected = set(_stored(folder, files)), set(_names_in_files(model))
     _check(sorted(expected - stored), sorted(stored - expected), type(model).__name__)
     # A second model for a moment. Its weights are as wide as the widest here, so that none is rounded.
     widest = max(
@@ -61,11 +68,11 @@ def _names_in_files(model: Any) -> Iterable[str]:
     return names
 
 
-def _stored(folder: Path) -> Iterable[str]:
+def _stored(folder: Path, files: Collection[str]) -> Iterable[str]:
     from safetensors import safe_open
 
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
+    for file in fnmatch.filter(files, "model*.safetensors"):
+        with safe_open(folder / file, framework="pt") as weights:
             yield from weights.keys()
 
 

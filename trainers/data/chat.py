@@ -221,13 +221,15 @@ class Renderer:
             marked, blocks = template.marked(twin)
             if marked.startswith(text):
                 text = marked
-            if turn.is_assistant and not every:
+            if turn.is_assistant and (not every or number == len(given.messages) - 1):
                 earlier = any(message["role"] == "assistant" for message in twin.messages[:number])
                 shared = common(template.text(twin.until(number), twin=True), marked) if earlier else 0
                 moved = len(text) - len(marked)
                 spans = [(first + moved, end + moved) for first, end in blocks if end > shared]
                 if spans and text[spans[0][0] :] == marked[spans[0][0] - moved :]:
-                    return Rendered(text, spans, [prompt]), lost
+                    text, spans = turn.as_asked(text, spans, prompt)
+                    if not every:
+                        return Rendered(text, spans, [prompt]), lost
         notes: set[str] = set()
         if template.training is None:
             text, notes = ended(turn, text, self.tokenizer.eos_token)

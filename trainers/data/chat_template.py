@@ -31,11 +31,13 @@ class Form:
     content: Literal["given", "text", "parts"] = "given"
     arguments: Literal["given", "object", "text"] = "given"
     empty: bool = False  # "" where there is no content
+    wrapped: bool = False  # each tool as {"type": "function", "function": tool}
 
 
 # The forms are tried in this order; the first in which nothing is lost is taken.
 FORMS = tuple(
-    Form(content, arguments, empty)
+    Form(content, arguments, empty, wrapped)
+    for wrapped in (False, True)
     for content in ("given", "text", "parts")
     for empty in (False, True)
     for arguments in ("given", "object", "text")
@@ -80,9 +82,7 @@ class ChatTemplate:
 
     def fitted(self, chat: Chat, twin: bool = False) -> Chat:
         """Return the conversation in the form that the template (or the training template) renders."""
-        form = self.reading(chat, twin).form
-        messages = [_in_form(message, form) for message in chat.messages]
-        return Chat(messages, chat.tools, chat.options, chat.ignored)
+        return _fitted(chat, self.reading(chat, twin).form)
 
     def reading(self, chat: Chat, twin: bool = False) -> Reading:
         """Return what the template (or the training template) does with conversations of this shape."""
@@ -94,12 +94,12 @@ class ChatTemplate:
 
     def _read(self, probe: Probe, twin: bool) -> Reading:
         best: Reading | None = None
-        tried: list[list[Message]] = []
+        tried: list[Chat] = []
         for form in FORMS:
-            messages = [_in_form(message, form) for message in probe.chat.messages]
-            if messages in tried:
+            chat = _fitted(probe.chat, form)
+            if chat in tried:
                 continue
-            tried.append(messages)
+            tried.append(chat)
             found, text = self._try(probe, form, twin)
             if not found.error and not found.lost:
                 # A template may take text and mean an object: it then writes an object in another way.
@@ -112,9 +112,8 @@ class ChatTemplate:
         return best
 
     def _try(self, probe: Probe, form: Form, twin: bool) -> tuple[Reading, str]:
-        messages = [_in_form(message, form) for message in probe.chat.messages]
         try:
-            text, _ = self._render(Chat(messages, probe.chat.tools, probe.chat.options), False, twin, False)
+            text, _ = self._render(_fitted(probe.chat, form), False, twin, False)
         except RowError as error:
             return Reading(form, error=str(error)), ""
         return Reading(form, probe.lost(text, self.source)), text
@@ -153,6 +152,14 @@ def _training(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
     except Exception:
         # TRL has no twin, or its probes make the template raise an exception.
         return None
+
+
+def _fitted(chat: Chat, form: Form) -> Chat:
+    messages = [_in_form(message, form) for message in chat.messages]
+    tools = chat.tools
+    if tools and form.wrapped:
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return Chat(messages, tools, chat.options, chat.ignored)
 
 
 def _in_form(message: Message, form: Form) -> Message:

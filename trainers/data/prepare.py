@@ -109,12 +109,13 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
 
     def make(unfinished: Path) -> None:
         raw = source if source is not None else _load_files(split, unfinished / "raw")
-        data, summary = _tokenize(_held_out(raw, config, part), split, columns, config, tokenizer, part)
+        found = with_messages(columns, raw)
+        data, summary = _tokenize(_held_out(raw, config, part), split, found, config, tokenizer, part)
         data.save_to_disk(unfinished / "data")
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
-    make_once(folder, make)
+    make_once(folder, make, needed=sum(file.stat().st_size for file in split.files))
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
@@ -248,7 +249,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     part: Part,
 ) -> tuple[Dataset, Summary]:
-    encoder = Encoder(with_messages(columns, raw), config, tokenizer)
+    encoder = Encoder(columns, config, tokenizer)
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():

@@ -44,7 +44,11 @@ class Probe:
 def shape_of(chat: Chat) -> Shape:
     """Return what decides how a template treats a conversation, apart from the words in it."""
     options = tuple((key, repr(value)) for key, value in sorted(chat.options.items()))
-    return (bool(chat.tools), options, *(_shape(message) for message in chat.messages))
+    return (
+        is_flat(chat.tools) if chat.tools else None,
+        options,
+        *(_shape(message) for message in chat.messages),
+    )
 
 
 def _shape(message: Message) -> Shape:
@@ -93,7 +97,7 @@ def probe_of(chat: Chat) -> Probe:
     """Return a conversation of the same shape, made of words that appear nowhere else."""
     words = _Words()
     messages = [_probe(message, number, words) for number, message in enumerate(chat.messages)]
-    tools = [_tool(words)] if chat.tools else None
+    tools = [_tool(words, is_flat(chat.tools))] if chat.tools else None
     return Probe(Chat(messages, tools, chat.options), words.found)
 
 
@@ -150,20 +154,23 @@ def _call(call: dict[str, Any], number: int, words: _Words) -> dict[str, Any]:
     return {**call, "function": {**function, "name": words.new(number, "tool_calls"), "arguments": probed}}
 
 
-def _tool(words: _Words) -> dict[str, Any]:
+def is_flat(tools: list[dict[str, Any]]) -> bool:
+    """Return whether a tool is only the inner part of OpenAI's form."""
+    return any("function" not in tool for tool in tools)
+
+
+def _tool(words: _Words, flat: bool) -> dict[str, Any]:
     argument = words.new(TOOLS, "tools")
-    return {
-        "type": "function",
-        "function": {
-            "name": words.new(TOOLS, "tools"),
-            "description": words.new(TOOLS, "tools"),
-            "parameters": {
-                "type": "object",
-                "properties": {argument: {"type": "string", "description": words.new(TOOLS, "tools")}},
-                "required": [argument],
-            },
+    function = {
+        "name": words.new(TOOLS, "tools"),
+        "description": words.new(TOOLS, "tools"),
+        "parameters": {
+            "type": "object",
+            "properties": {argument: {"type": "string", "description": words.new(TOOLS, "tools")}},
+            "required": [argument],
         },
     }
+    return function if flat else {"type": "function", "function": function}
 
 
 def is_reasoning(name: str) -> bool:

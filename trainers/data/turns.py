@@ -32,6 +32,20 @@ class Turn:
         """Return what the model is given before it writes the turn."""
         return self.template.text(self.chat.until(self.number), prompt=True) if self.number else ""
 
+    def as_asked(self, text: str, spans: list[Span], prompt: str) -> tuple[str, list[Span]]:
+        """Return the text with what the model is given at inference in front of its last turn, and the spans.
+
+        gpt-oss shows the reasoning of a call until the answer is there, and leaves it out afterwards.
+        """
+        before = self.template.text(self.chat.until(self.number)) if self.number else ""
+        if text.startswith(prompt) or not prompt.startswith(before):
+            return text, spans
+        header, start = prompt[len(before) :], spans[0][0]
+        if not header or not text.startswith(header, start):
+            return text, spans
+        moved = len(before) - start
+        return before + text[start:], [(first + moved, end + moved) for first, end in spans]
+
     def span(self, text: str, prompt: str, alone: str) -> list[Span]:
         """Return the span of the turn in the text, or [] if it does not read as in `alone`.
 

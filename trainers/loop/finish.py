@@ -19,6 +19,7 @@ from trainers.rank.heartbeat import heart
 from trainers.rank.process import wait_for
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, UPLOAD, Ending
+from trainers.storage.manifest import entry_of
 from trainers.storage.resumed import INPUTS, check_weights
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ def save_final_model(trainer: Durable, context: Context) -> Ending:
     if trainer.is_world_process_zero():
         context.tokenizer.save_pretrained(part)
         trainer.state.save_to_json(str(part / "trainer_state.json"))
+        files = [entry_of(part, path) for path in sorted(part.rglob("*")) if path.is_file()]
         # An earlier start may have left a merged model. Next to it, an adapter would count twice.
         run_files.remove_model(context.folder)
         run_files.move_in(context.folder, FINAL)
     step = trainer.state.global_step
     ending = Ending(step, _last_metrics(trainer.state.log_history), trainer.model_step or step)
     if trainer.is_world_process_zero():
+        ending.files = files
         ending.write(context.folder)
     return ending
 
@@ -84,10 +87,8 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     """
     import torch
 
-    from trainers.data.preview import first_tokens
     from trainers.loop.ingredients import inputs
     from trainers.output.hub import push
-    from trainers.output.merge import merge_adapter
     from trainers.output.model_card import write_card
     from trainers.storage.saved_model import check_saved
 
@@ -96,13 +97,13 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     torch.cuda.empty_cache()
 
     def write_checked_card() -> None:
-        check_saved(folder)
+        check_saved(folder, ending.names(folder))
         write_card(folder, config, {**facts, "model_step": ending.model_step})
 
     def merge() -> None:
         now = inputs(context, base_model=config.model).weights  # training may have taken weeks
         check_weights(str(folder), facts.get(INPUTS, {}).get("weights", {}), now)
-        merge_adapter(config, folder, context.tokenizer, first_tokens(context.data["train"].dataset[0]))
+        merge_saved(context, ending)
         write_checked_card()
 
     actions: list[tuple[str, Callable[[], object]]] = []
@@ -117,6 +118,25 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
             with _reported(name), heart.during(name):
                 action()
             record(ending, name, folder)
+
+
+def merge_saved(context: Context, ending: Ending) -> None:
+    """Replace the saved adapter by the merged model, and list its files.
+
+    A merge that was stopped can be repeated: the adapter is removed after the merged files are listed.
+    """
+    from trainers.data.preview import first_tokens
+    from trainers.output.merge import ADAPTER_FILES, merge_adapter, remove_adapter
+    from trainers.storage.saved_model import ADAPTER
+
+    config, folder = context.config, context.folder
+    if ADAPTER in ending.names(folder):
+        probe = first_tokens(context.data["train"].dataset[0])
+        merged = merge_adapter(config, folder, context.tokenizer, probe)
+        if ending.files:
+            ending.replace(ADAPTER_FILES, merged)
+            ending.write(folder)
+    remove_adapter(folder)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
         if ending is not None and is_due(context, ending):
             if trained:
                 stop.training()  # all ranks stop together
-                trainer.load_final_model(folder)
+                trainer.load_final_model(folder, ending.names(folder))
             evaluate(trainer, context, ending)
         ended = ending if stop.saved is None else None
         if ended is not None:

@@ -16,7 +16,7 @@ from trainers.loop.context import Context
 from trainers.rank.process import world_size
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.ending import MERGE, Ending, read_ending
+from trainers.storage.ending import MERGE, Ending, damaged_model, good_copy, read_ending
 from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
 from trainers.storage.run_folder import FINISHED, RECORD, write_record
 
@@ -28,22 +28,53 @@ def ended_before(trainer: Durable, folder: Path) -> Ending | None:
     """Return how the resumed run ended, or None if there are steps to train. All ranks get the same.
 
     Raises:
-        ConfigError: the config changes what a resume cannot change.
+        ConfigError: the config changes what a resume cannot change, or the final model is damaged and no
+            checkpoint has a copy.
     """
-    config = trainer.config
+    config, agreement = trainer.config, trainer.agreement
     if config.resume is not True:
         return None
-    found = (read_ending(folder), read_record(folder)) if trainer.is_world_process_zero() else (None, None)
-    ending, record = trainer.agreement.from_rank_0(found)
+    first = trainer.is_world_process_zero()
+    ending, record, why = agreement.from_rank_0(_read_end(folder) if first else (None, None, ""))
+    if why:
+        raise ConfigError(why)
     if ending is None:
         return None
     if record is not None:
         check_finished(folder, record, config, trainer.inputs)
-        if same_length(trained_config(record), config):
-            return ending  # also if a step has another size now
-    if why := why_too_short(str(folder), ending.step, config, trainer.last_step):
+    # With the same length it has ended, also if a step has another size now.
+    if record is None or not same_length(trained_config(record), config):
+        if short := why_too_short(str(folder), ending.step, config, trainer.last_step):
+            raise ConfigError(short)
+        if ending.step != trainer.last_step:
+            return None
+    verifies, why = agreement.from_rank_0(_verify(folder, ending) if first else (True, ""))
+    if why:
         raise ConfigError(why)
-    return ending if ending.step == trainer.last_step else None
+    return ending if verifies else None
+
+
+def _read_end(folder: Path) -> tuple[Ending | None, dict[str, Any] | None, str]:
+    """Return what finished.json and run.json say, or why a resume is refused."""
+    try:
+        return read_ending(folder), read_record(folder), ""
+    except ConfigError as error:
+        return None, None, str(error)
+
+
+def _verify(folder: Path, ending: Ending) -> tuple[bool, str]:
+    """Return whether the final model verifies, or why a resume is refused.
+
+    A damaged one is saved again, without training, if the checkpoint of its step verifies.
+    """
+    why = ending.why_damaged(folder)
+    if why is None:
+        return True, ""
+    copy = good_copy(folder, ending)
+    if copy is None:
+        return False, str(damaged_model(folder, ending, why))
+    say("warning", f"the final model is damaged: {why}. It is saved again, from {copy}.")
+    return False, ""
 
 
 def record_start(

@@ -15,26 +15,16 @@ from trainers.data.files import is_hub_id
 from trainers.output.model_card import last_part, name_of
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.run_folder import FINISHED, RECORD, TRACKER
+from trainers.storage.ending import read_ending
+from trainers.storage.run_folder import FINISHED, METRICS
 from trainers.storage.saved_model import ADAPTER, read_object
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ADAPTER)
 PAUSES = (1.0, 5.0, 20.0, 60.0)  # seconds before each further attempt of an upload
-CHAT_TEMPLATES = "additional_chat_templates"  # the only folder that belongs to a saved model
-# Files of the final folder that are not uploaded. run.json and trainer_state.json name folders of this
-# machine (the card has what others need from them). training_args.bin is a pickle, which nobody should have
-# to trust.
-LEFT_OUT = (
-    RECORD,
-    "trainer_state.json",
-    "training_args.bin",
-    FINISHED,
-    TRACKER,
-    "*.part",
-    "*.lock",
-    "*.log",
-    ".*",
-)
+# Files of the final folder that are not uploaded. trainer_state.json names folders of this machine.
+# training_args.bin is a pickle, which nobody should have to trust.
+LEFT_OUT = ("trainer_state.json", "training_args.bin")
+ADDED = ("README.md", METRICS)  # what is uploaded in addition to the model and its tokenizer
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # status codes that another attempt may change
 REFUSED = frozenset({401, 403, 404})  # the token, its permissions, or the account
 
@@ -50,9 +40,11 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
     seconds between attempts.
 
     Raises:
-        ConfigError: the hub refuses the token or the name, or the hub is switched off here.
+        ConfigError: the hub refuses the token or the name, or the hub is switched off here; or there is no
+            finished model to upload.
         UploadFailed: the hub does not accept the upload, or not within the attempts.
     """
+    published(folder)  # before anything is sent
     repo, token = f"{config.username}/{name_of(folder)}", (config.token or "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
         # An HTTP library prints a header that it cannot send.
@@ -89,7 +81,7 @@ def _upload(repo: str, folder: Path, token: str) -> tuple[str, bool]:
     api = HfApi(token=token)  # the address is the library's setting HF_ENDPOINT
     api.create_repo(repo, private=True, exist_ok=True)
     info = api.model_info(repo)
-    new = {str(path.relative_to(folder)): path for path in _published(folder)}
+    new = {name: folder / name for name in published(folder)}
     # An adapter or shards of an earlier push would be loaded with this model, or instead of it.
     old = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(WEIGHTS)]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -101,21 +93,28 @@ def _upload(repo: str, folder: Path, token: str) -> tuple[str, bool]:
     return f"{api.endpoint}/{repo}", public
 
 
-def _published(folder: Path) -> list[Path]:
-    """Return the files to upload.
+def published(folder: Path) -> list[str]:
+    """Return the files to upload: those that the run wrote for it. Links and the user's files are not.
 
-    They are directly in the folder: no checkpoints, logs, tracker files or data from folders below it.
+    Raises:
+        ConfigError: the folder has no finished run, or not all files of its model.
     """
-    found = [*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*")]
-    return sorted(
-        p for p in found if p.is_file() and not any(p.match(pattern) for pattern in _left_out(folder))
-    )
+    ending = read_ending(folder)
+    if ending is None:
+        raise ConfigError(f"{folder} has no {FINISHED}, so it is not known which files are the run's.")
+    listed = [name for name in ending.names(folder) if name not in LEFT_OUT]
+    if lost := [name for name in listed if not _is_plain(folder, name)]:
+        raise ConfigError(f"{folder / lost[0]} is missing or a link, so the model is not uploaded.")
+    if not run_files.has_weights(listed):
+        raise ConfigError(f"{folder}: there are no weights to upload.")
+    return sorted([*listed, *(name for name in ADDED if _is_plain(folder, name))])
 
 
-def _left_out(folder: Path) -> list[str]:
-    """Return the patterns of what is not uploaded. What the run did not write, such as its config, is not."""
-    others = run_files.foreign(folder) if run_files.recorded(folder) is not None else []
-    return [*LEFT_OUT, *(glob.escape(name) for name in others)]
+def _is_plain(folder: Path, name: str) -> bool:
+    """Return whether this is a file of the folder, and neither it nor a folder above it is a link."""
+    path = folder / name
+    links = (part.is_symlink() for part in (path, *path.parents[: name.count("/")]))
+    return path.is_file() and not any(links)
 
 
 def _content(path: Path) -> str | bytes:
@@ -163,6 +162,10 @@ def _reason(error: Exception) -> str:
 
 def _by_hand(repo: str, folder: Path) -> str:
     """Return where the model is, and the command that uploads the same files."""
-    patterns = [word for pattern in ("*/*", *_left_out(folder)) for word in ("--exclude", pattern)]
-    command = ["hf", "upload", repo, str(folder.resolve()), ".", "--private", *patterns]
-    return f"The model is safe in {folder}. Upload it by hand: {shlex.join(command)}"
+    return f"The model is safe in {folder}. Upload it by hand: {command(repo, folder)}"
+
+
+def command(repo: str, folder: Path) -> str:
+    """Return the command that uploads the same files without Phalanx."""
+    patterns = [word for name in published(folder) for word in ("--include", glob.escape(name))]
+    return shlex.join(["hf", "upload", repo, str(folder.resolve()), ".", "--private", *patterns])

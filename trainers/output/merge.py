@@ -11,6 +11,7 @@ from trainers.model.quantization import compute_dtype, keep_layout, quantization
 from trainers.model.source import model_class, model_config, source_arguments
 from trainers.rank.say import say
 from trainers.storage import run_files
+from trainers.storage.manifest import FileEntry, entry_of
 from trainers.storage.saved_model import ADAPTER
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # LLM.int8 also rounds the activations to 8 bits (arXiv 2208.07339); a merged model does not.
 INT8_TOLERANCE = 5e-2
+ABSURD = 1e5  # no trained weight of an adapter is as large
 PROBE_TOKENS = 128
+ADAPTER_FILES = (ADAPTER, "adapter_model.safetensors")
 MERGED = "merged.part"  # in the run's folder, until it is known to be right
 
 
@@ -32,10 +35,8 @@ class MergeRefused(RuntimeError):
 
 def merge_adapter(
     config: TrainConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, probe: list[int]
-) -> None:
-    """Replace the adapter in `folder` by the full model, as AutoTrain does, from the saved files.
-
-    A merge that was stopped can be repeated: the adapter is removed last, its config before its weights.
+) -> list[FileEntry]:
+    """Write the full model next to the adapter in `folder`, from the saved files. Return the new files.
 
     The base of a quantised run is quantised again and then dequantised, because the adapter has learnt to
     correct its rounding. The merged model is written to a folder of its own, loaded again, and compared on
@@ -44,14 +45,20 @@ def merge_adapter(
     Raises:
         MergeRefused: the outputs differ by more than the rounding of the saved type; the adapter is kept.
     """
-    if (folder / ADAPTER).exists():
-        try:
-            _merge(config, folder, run_files.fresh_folder(folder, MERGED), tokenizer, probe)
-            run_files.move_in(folder, MERGED)
-        finally:
-            run_files.remove(folder, MERGED)
-        run_files.remove(folder, ADAPTER)
-    run_files.remove(folder, "adapter_model.safetensors")
+    try:
+        part = run_files.fresh_folder(folder, MERGED)
+        _merge(config, folder, part, tokenizer, probe)
+        files = [entry_of(part, path) for path in sorted(part.rglob("*")) if path.is_file()]
+        run_files.move_in(folder, MERGED)
+    finally:
+        run_files.remove(folder, MERGED)
+    return files
+
+
+def remove_adapter(folder: Path) -> None:
+    """Remove the adapter of a run, its config before its weights: AutoTrain leaves only the merged model."""
+    for name in ADAPTER_FILES:
+        run_files.remove(folder, name)
 
 
 def _merge(
@@ -64,6 +71,7 @@ def _merge(
     ids = torch.tensor([probe[:PROBE_TOKENS]])
     base = _base(config, tokenizer)
     adapted = PeftModel.from_pretrained(base, folder).eval()
+    _refuse_absurd(adapted)
     expected = _outputs(adapted, ids)
     if config.quantization is not None:
         adapted.unload()
@@ -105,6 +113,21 @@ def _outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
     return logits.float().cpu()
+
+
+def _refuse_absurd(adapted: Any) -> None:
+    """Refuse an adapter with a weight that no training gives.
+
+    A model normalises what it computes, so that its outputs may look right, and equal, with any weights.
+    """
+    for name, weight in adapted.named_parameters():
+        if ".lora_" in name or "modules_to_save" in name:
+            largest = float(weight.abs().max()) if weight.numel() else 0.0
+            if not largest <= ABSURD:  # true for NaN
+                raise MergeRefused(
+                    f"merge_adapter: {name} of the adapter has the value {largest:.0e}, so it is damaged. It "
+                    "was not merged; the adapter is in the run's folder, unchanged."
+                )
 
 
 def _compare(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> None:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trainers.output.trackers import Tracker
 from trainers.storage import run_files
+from trainers.storage.metrics_log import read_metrics
 from trainers.storage.run_folder import METRICS, PROGRESS
 
 
@@ -49,16 +50,14 @@ class Report(TrainerCallback):
         if not path.exists():
             return 0
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # the run was killed while it wrote this line
-            entry = json.loads(line)
+        for entry in read_metrics(self.folder):
             # This start logs these again.
             ended = "test_loss" in entry or ("train_runtime" in entry and not self.trained)
             if step and entry["step"] <= step and not ended:
                 kept.append(entry)
         run_files.write(self.folder, METRICS, "".join(_json_line(entry) for entry in kept))
-        return max((entry.get("tokens", 0) for entry in kept), default=0)
+        counts = [entry.get("tokens") for entry in kept]
+        return max((count for count in counts if isinstance(count, int)), default=0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,8 +95,7 @@ class Report(TrainerCallback):
             self.tokens, self.logged_seconds = total, self.step_seconds
         values = {"epoch": values.pop("epoch", state.epoch), **values}
         record = {"step": state.global_step, **values}
-        with run_files.open_to_append(self.folder, METRICS) as file:
-            file.write(_json_line(record))
+        run_files.append(self.folder, METRICS, _json_line(record))
         self._note_progress(state, record)
         if self.tracker is not None:
             self.tracker.log(state.global_step, values)

@@ -5,7 +5,6 @@ The card has only values that the run measured and recorded.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.config.text import count_of
 from trainers.data.files import is_hub_id
 from trainers.storage import run_files
-from trainers.storage.run_folder import METRICS
+from trainers.storage.metrics_log import read_metrics
 from trainers.storage.saved_model import ADAPTER
 
 HEADINGS = {
@@ -42,7 +41,7 @@ def write_card(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None
     run.json records about the run; `facts["data"]` has the counts of each split, and `facts["model_step"]` is
     the step whose weights the model has.
     """
-    entries = _logged(folder)
+    entries = read_metrics(folder)
     data: dict[str, dict[str, Any]] = facts.get("data") or {}
     best = _best(config, entries, facts.get("model_step"))
     parts = [
@@ -198,12 +197,6 @@ def _snippet(folder: Path, config: TrainConfig) -> str:
         "    base.resize_token_embeddings(len(tokenizer))\n"
         "model = PeftModel.from_pretrained(base, name)\n"
     )
-
-
-def _logged(folder: Path) -> list[dict[str, Any]]:
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 def _best(config: TrainConfig, entries: list[dict[str, Any]], step: int | None) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from trainers.config.text import first_line
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.run_folder import TRACKER
+from trainers.storage.state_files import damaged, read_object
 
 if TYPE_CHECKING:
     import wandb
@@ -131,7 +132,11 @@ def _run_id(folder: Path, wanted: str | None) -> str:
     """Return the run id that an earlier start wrote to the folder. Otherwise write a new one there."""
     path = folder / TRACKER
     if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
+        remedy = "Restore it from a copy, or remove it: then the tracker begins a new run."
+        found = read_object(path, remedy).get("wandb")
+        if not isinstance(found, str):
+            raise damaged(path, "it has no id of a run", remedy)
+        return found
     run_id = wanted or secrets.token_hex(8)  # not from `random`, whose state the training uses
     run_files.write(folder, TRACKER, json.dumps({"wandb": run_id}) + "\n")
     return run_id

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from trainers.config.errors import (
@@ -21,12 +24,15 @@ from trainers.config.errors import (
     ConfigError,
     Unfinished,
 )
+from trainers.config.text import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
-# Messages of safetensors and of torch's zip writer for a full disk. Neither raises an OSError.
-_FULL_SIGNS = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)", re.I)
+# Messages for a full disk without its error number: of safetensors, of datasets, and of torch's zip writer.
+_FULL_SIGNS = re.compile(
+    r"No space left on device|Disk quota exceeded|\(os error (28|122)\)|Not enough disk space", re.I
+)
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
 # Errors of the other ranks when one rank dies: the consequence, not the cause.
 _PEER_LOST = re.compile(
@@ -84,6 +90,35 @@ def disk_is_full(error: BaseException) -> bool:
         if _FULL_SIGNS.search(str(link)) or _TORCH_WRITER.search(str(link)):
             return True
     return False
+
+
+def no_space(error: BaseException, folders: Sequence[Path]) -> str | None:
+    """Return what a full disk kept from being written, which disk it is, and how much it has, in one line.
+
+    Returns None if the error is another one, or says so itself. Libraries do not always name the file: then
+    it is in one of `folders`, in that which has the least space left.
+    """
+    if not disk_is_full(error):
+        return None
+    own = [link for link in _chain(error) if isinstance(link, OSError)]
+    if any(link.errno in _FULL and link.strerror != os.strerror(link.errno) for link in own):
+        return None
+    named = [Path(os.fsdecode(link.filename)) for link in own if isinstance(link.filename, (str, bytes))]
+    files = [path for path in named if path.parent != Path()] or named
+    place = files[0] if files else min(folders, key=_free)
+    disk = next(part for part in (_existing(place), *_existing(place).parents) if part.is_mount())
+    return (
+        f"there is no space left to write {'' if files else 'in '}{place}: the disk {disk} has "
+        f"{format_bytes(_free(place))} free"
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
 
 
 def has_no_locks(error: OSError) -> bool:

@@ -71,12 +71,22 @@ def write(root: Path, path: Path, text: str) -> None:
     A link of this name is replaced, not followed.
     """
     part = Path(part_of(str(path)))
-    with _parent(root, path, make=True) as folder:
+    with naming(path), _parent(root, path, make=True) as folder:
         if _is_link(part.name, folder):
             os.unlink(part.name, dir_fd=folder)
         with open_file(root, part, "w") as file:
             file.write(text)
         os.replace(part.name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to an OSError of the block: a write names no file, an open only the last part."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def make_folder(root: Path, path: Path) -> Path:

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,7 +23,7 @@ from pathlib import Path
 from trainers.config.errors import SAVED, USAGE_ERROR, ConfigError, Unfinished
 from trainers.config.redaction import redacted
 from trainers.rank import no_links
-from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer
+from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer, no_space
 from trainers.rank.heartbeat import heart
 from trainers.rank.proc_stat import pids, read_stat
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, run_of, write_note
@@ -194,7 +195,8 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
         return
-    message, kind = redacted(str(error))[:LONGEST_MESSAGE], type(error).__name__
+    text = no_space(error, [run_of(folder), Path(tempfile.gettempdir()), Path.home()]) or str(error)
+    message, kind = redacted(text)[:LONGEST_MESSAGE], type(error).__name__
     note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error))
     with contextlib.suppress(OSError):  # the exit code still has the kind of failure
         write_note(folder, note)

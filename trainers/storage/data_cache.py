@@ -10,6 +10,7 @@ its ranks wait for those of machine 0.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from trainers.config.errors import ConfigError
+from trainers.config.text import format_bytes
 from trainers.rank import no_links
-from trainers.rank.failures import has_no_locks
+from trainers.rank.failures import disk_is_full, has_no_locks
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import log_folder, rank
 from trainers.rank.protocol import CACHE, WAITS, prepared_mark, run_of
@@ -46,6 +48,8 @@ def cache_root() -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if disk_is_full(error):
+            raise _full(next(part for part in root.parents if part.is_dir()), 0) from error
         raise ConfigError(
             f"{CACHE}: the cache folder {root} cannot be created: {error.strerror}. Set {CACHE} to a "
             "folder that you can write to."
@@ -53,11 +57,14 @@ def cache_root() -> Path:
     return root
 
 
-def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> None:
     """Create a folder of the cache unless it exists. `make` creates the folder at the path that it gets.
+
+    `needed` is about how many bytes it takes at least, for the message if the disk is full.
 
     Raises:
         ConfigError: the cache is not writable.
+        OSError: the disk of the cache is full.
     """
     if folder.exists():
         return
@@ -75,13 +82,30 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
                     shutil.rmtree(left, ignore_errors=True)
         part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
-        make(part)
+        try:
+            make(part)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            shutil.rmtree(part, ignore_errors=True)
+            raise _full(folder.parent, needed) from error
         try:
             part.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
             shutil.rmtree(part)  # another node was faster
+
+
+def _full(root: Path, needed: int) -> OSError:
+    size = f"about {format_bytes(needed)} or more" if needed else "more space"
+    return OSError(
+        errno.ENOSPC,
+        f"the prepared data needs {size}, and the disk of the cache has "
+        f"{format_bytes(shutil.disk_usage(root).free)} left. Free some space, or set {CACHE} to a folder on "
+        "another disk",
+        str(root),
+    )
 
 
 def _is_abandoned(part: Path) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 from trainers.rank import no_links
 from trainers.rank.protocol import LAUNCH
 from trainers.rank.say import say
 from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.state_files import read_text
 
 WRITTEN = ".written"
 LOCK = ".lock"
@@ -29,12 +30,21 @@ SHARED = (WRITTEN, LOCK, MACHINES, JOBS)
 # Folders that a tracker's library writes in.
 WANDB, TENSORBOARD = "wandb", "runs"
 
-_MODEL = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_)?config\.json"
+_WEIGHTS = r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"
+_REMEDY = (
+    "Restore it from a copy, or remove it: then the files with the names that every run writes count as "
+    "written by this one."
+)
+_MODEL = rf"{_WEIGHTS}(\.index\.json)?|(adapter_)?config\.json"
+_TOKENIZER = (
+    r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+)
+_FINAL = rf"{_MODEL}|generation_config\.json|{_TOKENIZER}"
 # The names that every run may write. Runs of earlier versions have no record, so these are used instead.
 _NAMES = re.compile(
-    rf"{_MODEL}|generation_config\.json|README\.md|run\.json|metrics\.jsonl|tracker\.json|finished\.json"
-    r"|trainer_state\.json|training_args\.bin|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja|additional_chat_templates"
+    rf"{_FINAL}|README\.md|run\.json|metrics\.jsonl|tracker\.json|finished\.json"
+    r"|trainer_state\.json|training_args\.bin|additional_chat_templates"
     rf"|saving|merged\.part|final\.part|(set-aside-\d+-)?{CHECKPOINT_PREFIX}\d+"
     rf"|not-finite-step-\d+-rank-\d+\.json|{LAUNCH}/(attempt-\d+|progress\.json|warm-\d+\.log)"
 )
@@ -52,16 +62,39 @@ def is_model(name: str) -> bool:
     return re.fullmatch(_MODEL, name) is not None
 
 
+def has_weights(names: Iterable[str]) -> bool:
+    """Return whether one of these files has weights: of a model or of an adapter."""
+    return any(re.fullmatch(_WEIGHTS, name) for name in names)
+
+
+def final_names(folder: Path) -> list[str]:
+    """Return the files of a final model and tokenizer, by the names that every run writes.
+
+    A name that the record does not list is not of the run, unless the record is gone or has no weights.
+    """
+    files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    names = sorted(path.name for path in files if re.fullmatch(_FINAL, path.name))
+    owned = [name for name in names if owns(folder, name)]
+    return owned if has_weights(owned) else names
+
+
 def recorded(folder: Path) -> list[str] | None:
-    """Return the names that the run's record lists, or None if there is no record."""
+    """Return the names that the run's record lists, or None if there is no record.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = folder / WRITTEN
+    if path.is_symlink():
+        raise no_links.LinkFound(path)
     try:
-        with no_links.open_file(folder, folder / WRITTEN) as file:
-            return [line for line in file.read().splitlines() if _is_name(line)]
+        return [line for line in read_text(path, _REMEDY).splitlines() if is_inside(line)]
     except FileNotFoundError:
         return None
 
 
-def _is_name(line: str) -> bool:
+def is_inside(line: str) -> bool:
+    """Return whether this is the name of something in a run's folder, and leads nowhere else."""
     return bool(line) and not {"", ".", ".."} & set(line.removesuffix("/").split("/"))
 
 
@@ -125,7 +158,7 @@ def own(folder: Path, name: str) -> None:
         kept = next(p for n in count(1) if not os.path.lexists(p := folder / f"{path.name}.kept-{n}"))
         no_links.rename(folder, path, kept)
         say("note", f"{path} is not of this run, which writes there now; it is kept as {kept.name}")
-    with no_links.open_file(folder, folder / WRITTEN, "a") as file:
+    with no_links.naming(folder / WRITTEN), no_links.open_file(folder, folder / WRITTEN, "a") as file:
         file.write(f"{name}\n")
 
 
@@ -135,14 +168,15 @@ def write(folder: Path, name: str, text: str) -> None:
     no_links.write(folder, folder / name, text)
 
 
-def open_to_append(folder: Path, name: str) -> IO[str]:
-    """Open a file of the run to append to it.
+def append(folder: Path, name: str, text: str) -> None:
+    """Append to a file of the run. It is created if it is missing.
 
     Raises:
         LinkFound: it is a link.
     """
     own(folder, name)
-    return no_links.open_file(folder, folder / name, "a")
+    with no_links.naming(folder / name), no_links.open_file(folder, folder / name, "a") as file:
+        file.write(text)
 
 
 def make_folder(folder: Path, name: str) -> Path:

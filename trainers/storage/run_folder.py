@@ -33,6 +33,7 @@ from trainers.storage.manifest import (
     step_of,
     why_unusable,
 )
+from trainers.storage.places import Place
 from trainers.storage.run_files import LOCK
 
 RECORD = "run.json"
@@ -93,10 +94,12 @@ def check_free(folder: Path, config: TrainConfig, config_file: Path | None = Non
             f"project_name: {folder} already contains a run. Resume it with --resume, delete it and start "
             "again with --overwrite, or give another project_name."
         )
-    if config.resume:
+    if isinstance(config.resume, str) or (config.resume and not holds_run(folder)):
         resume_checkpoint(folder, config, content=False)
     _refuse_links(folder)
     _refuse_other_files(folder, config_file)
+    if config.resume is True:
+        resume_checkpoint(folder, config, content=False)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -219,6 +222,8 @@ def claim(folder: Path, config: TrainConfig, config_file: Path | None = None) ->
     With overwrite, remove what the record of the earlier run lists, and name what is left.
     """
     check_free(folder, config, config_file)
+    if newer_checkpoints(folder, config):
+        resume_checkpoint(folder, config)  # reads the named one: if it is damaged, nothing is renamed
     run_files.begin(folder, _is_of_earlier_version(folder))
     if config.overwrite and (left := run_files.clear(folder)):
         say("note", f"overwrite: {folder} keeps {', '.join(left)}, which the earlier run did not write")
@@ -234,7 +239,8 @@ def resume_checkpoint(
     Without `content`, check only the names and sizes of the files, and do not read them.
 
     Raises:
-        ConfigError: resume is true and the folder has no run, or the named checkpoint does not verify.
+        ConfigError: resume is true and the folder has no run, or has checkpoints of which none verifies; or
+            the named checkpoint does not verify.
     """
     if not config.resume:
         return None, []
@@ -249,7 +255,32 @@ def resume_checkpoint(
         return path, []
     if not holds_run(folder):
         raise ConfigError(f"resume: there is no run in {folder}. Start without --resume.")
-    return newest_usable(folder, content)
+    found, skipped = newest_usable(folder, content)
+    if found is None and skipped and not (folder / FINISHED).exists():
+        raise no_usable_checkpoint(folder, skipped)
+    return found, skipped
+
+
+def no_usable_checkpoint(folder: Path, skipped: list[str]) -> ConfigError:
+    """Return the error for a resume of a run that has checkpoints, but none that verifies.
+
+    A start from the first step would replace them, and delete them in the end.
+    """
+    return ConfigError(
+        f"resume: no checkpoint in {folder} can be used: {'; '.join(skipped)}. Nothing was changed. Restore "
+        "one of them from a copy, or resume from a checkpoint of another folder (resume: PATH). Or start "
+        "from the first step: give another project_name, or --overwrite, which deletes them."
+    )
+
+
+def newer_checkpoints(folder: Path, config: TrainConfig) -> list[Path]:
+    """Return the checkpoints that are newer than the one of this folder that `resume` names."""
+    if not isinstance(config.resume, str):
+        return []
+    start = Path(config.resume)
+    if not Place.of(start.parent).is_same(Place.of(folder)):
+        return []
+    return [path for path in checkpoint_folders(folder) if step_of(path) > step_of(start)]
 
 
 def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
@@ -258,15 +289,10 @@ def set_aside_newer_checkpoints(folder: Path, config: TrainConfig) -> None:
     After `resume: checkpoint-5`, checkpoint-10 does not belong to the run any more. Without another name, a
     restart would use it as the newest.
     """
-    if not isinstance(config.resume, str):
-        return
-    start = Path(config.resume)
-    if start.resolve().parent != folder.resolve():
-        return
-    for path in checkpoint_folders(folder):
-        if step_of(path) > step_of(start):
-            free = next(n for n in count(1) if not (folder / f"set-aside-{n}-{path.name}").exists())
-            run_files.rename(folder, path.name, f"set-aside-{free}-{path.name}")
+    for path in newer_checkpoints(folder, config):
+        free = next(n for n in count(1) if not (folder / f"set-aside-{n}-{path.name}").exists())
+        run_files.rename(folder, path.name, f"set-aside-{free}-{path.name}")
+        say("note", f"{path} is newer than {config.resume}; it is kept as set-aside-{free}-{path.name}")
 
 
 def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from trainers.config.schema import INPUT_FIELDS, TrainConfig
 from trainers.rank.protocol import CACHE
 from trainers.storage.data_cache import cache_folder
 from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.places import Place
 from trainers.storage.run_files import is_name_of_run
 
 _KEYS = {field: f"data.{key}" for key, field in DATA_KEYS.items()} | {"model": "base_model"}
@@ -34,18 +35,19 @@ def check_place(
 ) -> None:
     """Refuse a run's folder that is, contains, or lies inside something that the run reads.
 
-    Links are resolved. The config file may be in the folder, under a name that no run writes. A run may
-    resume from its own checkpoint. `others` are inputs that the config does not name.
+    Links are resolved, and bind mounts are known. The config file may be in the folder, under a name that no
+    run writes. A run may resume from its own checkpoint. `others` are inputs that the config does not name.
 
     Raises:
         ConfigError: the folder is refused; the message names what it would destroy.
     """
-    run = folder.resolve()
+    run = Place.of(folder)
     own = {"working": Path.cwd(), "home": Path(os.path.expanduser("~"))}
-    for name, place in own.items():
-        if run == place.resolve() or run in place.resolve().parents:
+    for name, path in own.items():
+        place = Place.of(path)
+        if run.is_same(place) or run.contains(place):
             raise ConfigError(
-                f"project_name: {folder} is the {name} folder {place}, or contains it. Give a folder of its "
+                f"project_name: {folder} is the {name} folder {path}, or contains it. Give a folder of its "
                 "own, for example my-run."
             )
     for read in (*_inputs(config), *others):
@@ -54,35 +56,35 @@ def check_place(
                 f"project_name: {folder} {relation} {read.name} ({read.path}), which this run reads. The run "
                 "would write over it or delete it. Give another project_name."
             )
-    for path in _where(config_file) if config_file else ():
-        if run in path.parents and is_name_of_run(path.relative_to(run).as_posix()):
+    for place in _where(config_file) if config_file else ():
+        if (inside := run.name_inside(place)) and is_name_of_run(inside):
             raise ConfigError(
                 f"project_name: {folder} contains the config file {config_file}, under a name that runs "
                 "write. Rename the config file, for example to config.yaml, or give another project_name."
             )
 
 
-def _relation(run: Path, read: Input) -> str | None:
+def _relation(run: Place, read: Input) -> str | None:
     """Return how a run's folder overlaps with an input, or None if they are apart."""
-    here = Path.cwd()
-    for path in _where(read.path):
-        if run == path:
+    here = Place(Path.cwd())
+    for place in _where(read.path):
+        if run.is_same(place):
             return "is"
-        if run in path.parents:
+        if run.contains(place):
             return "contains"
-        if path in run.parents and not (read.may_contain and path in (here, *here.parents)):
+        if place.contains(run) and not (read.may_contain and (place.is_same(here) or place.contains(here))):
             return "lies inside"
     if read.path.is_dir():
         with os.scandir(read.path) as entries:
-            leads_to = [Path(entry.path).resolve() for entry in entries if entry.is_symlink()]
-        if any(run in (path, *path.parents) for path in leads_to):
+            leads_to = [Place.of(Path(entry.path)) for entry in entries if entry.is_symlink()]
+        if any(run.is_same(place) or run.contains(place) for place in leads_to):
             return "contains files of"
     return None
 
 
-def _where(path: Path) -> tuple[Path, Path]:
+def _where(path: Path) -> tuple[Place, Place]:
     """Return where a path is, and where it leads to if it is a link."""
-    return path.absolute().parent.resolve() / path.name, path.resolve()
+    return Place(path.absolute().parent.resolve() / path.name), Place.of(path)
 
 
 def _inputs(config: TrainConfig) -> Iterator[Input]:
@@ -90,16 +92,16 @@ def _inputs(config: TrainConfig) -> Iterator[Input]:
 
     Libraries look for a folder before they ask the hub. So the run's folder would be taken for that model.
     """
-    run = Path(config.project_name).resolve()
+    run = Place.of(Path(config.project_name))
     for field in INPUT_FIELDS:
         value = getattr(config, field)
         if not isinstance(value, str) or (field == "chat_template" and not value.endswith(TEMPLATE_FILE)):
             continue
         path = Path(os.path.expanduser(value))
-        own = path.name.startswith(CHECKPOINT_PREFIX) and path.resolve().parent == run
+        own = path.name.startswith(CHECKPOINT_PREFIX) and run.is_same(Place.of(path.parent))
         if field == "resume" and own:
             continue
-        if path.exists() or path.resolve() == run:
+        if path.exists() or run.is_same(Place.of(path)):
             yield Input(_KEYS.get(field, field), path)
     yield Input(f"the cache of prepared data, {CACHE}", cache_folder(), may_contain=True)
     yield Input(f"the cache of prepared data, {CACHE}", cache_folder() / "data")

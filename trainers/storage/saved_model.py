@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,20 @@ ADAPTER = "adapter_config.json"
 VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.spm", "added_tokens.json")
 
 
-def check_saved(folder: Path) -> None:
+def check_saved(folder: Path, listed: Collection[str] | None = None) -> None:
     """Check that the final model in a folder opens: config, headers of the weight files, tokenizer.
+
+    `listed` are its files. What else is in the folder is not looked at. None: all that is there.
 
     Raises:
         RuntimeError: a file is missing, truncated or empty; the message names it.
     """
-    adapter = (folder / ADAPTER).is_file()
+    files = os.listdir(folder) if listed is None else listed
+    adapter = ADAPTER in files
     read_object(folder / (ADAPTER if adapter else "config.json"))
     stem = "adapter_model" if adapter else "model"
-    index = folder / f"{stem}.safetensors.index.json"
-    placed: dict[str, str] = read_object(index).get("weight_map", {}) if index.is_file() else {}
+    index = f"{stem}.safetensors.index.json"
+    placed: dict[str, str] = read_object(folder / index).get("weight_map", {}) if index in files else {}
     names = set(placed.values()) or {f"{stem}.safetensors"}
     held = {name: _tensors(folder / name) for name in sorted(names)}
     for tensor, name in placed.items():
@@ -29,13 +35,14 @@ def check_saved(folder: Path) -> None:
             raise RuntimeError(
                 f"the saved model is broken: {folder / name} lacks {tensor}, which the index lists."
             )
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in held:
-            _tensors(path)
+    for name in sorted(files):
+        if name.endswith(".safetensors") and name not in held:
+            _tensors(folder / name)
     read_object(folder / "tokenizer_config.json")
-    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern)):
+    vocabularies = (name for name in files if any(fnmatch(name, pattern) for pattern in VOCABULARIES))
+    if not any((folder / name).is_file() for name in vocabularies):
         raise RuntimeError(f"the saved model is broken: {folder} has no vocabulary for the tokenizer.")
-    if (folder / "tokenizer.json").is_file():
+    if "tokenizer.json" in files:
         read_object(folder / "tokenizer.json")
 
 

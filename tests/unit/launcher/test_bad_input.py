@@ -504,12 +504,16 @@ def test_resume_from_a_folder_that_is_not_a_checkpoint(refuse: Refuse) -> None:
     )
 
 
-def test_resume_of_a_run_whose_only_checkpoint_is_unfinished_is_allowed(
-    work: Path, hardware: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_of_a_run_none_of_whose_checkpoints_verifies(refuse: Refuse) -> None:
     (fake_run("run") / "checkpoint-5").mkdir()
-    (work / "c.yaml").write_text(GOOD)
-    assert run_command(["show", "c.yaml", "--resume"], monkeypatch) == 0
+    refuse(
+        GOOD,
+        "no checkpoint in run can be used",
+        "run/checkpoint-5: it has no manifest.json",
+        "another project_name",
+        "--overwrite",
+        flags=("--resume",),
+    )
 
 
 def test_model_path_that_does_not_exist(refuse: Refuse) -> None:

@@ -34,3 +34,14 @@ def test_one_signal_after_another(numbers: tuple[int, ...], received: int, twice
             signal.raise_signal(number)
     signal.signal(signal.SIGHUP, before)
     assert (signals.received, signals.twice) == (received, twice)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_line_of_a_signal_promises_a_save_only_if_ranks_run(
+    running: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Signals() as signals:
+        signals.running = running
+        signal.raise_signal(signal.SIGTERM)
+    expected = "the ranks save at the end of this step, then stop" if running else "the run stops"
+    assert capfd.readouterr().err == f"SIGTERM: {expected}\n"

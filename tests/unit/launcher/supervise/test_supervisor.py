@@ -324,6 +324,24 @@ def test_a_run_that_was_stopped_before_it_saved_exits_with_128_plus_the_signal(
     assert done.err[0].startswith(f"stopped by {signal.Signals(number).name}: nothing was saved; logs: ")
 
 
+@pytest.mark.parametrize("when", ["in an attempt", "between two attempts", "before the first one"])
+def test_a_signal_without_a_save_names_the_checkpoint_that_a_resume_continues_from(
+    life: Life, when: str
+) -> None:
+    fake_checkpoint(Path("run"), 4)
+    if when == "in an attempt":
+        done = life(Ends(0, stopped="", received=signal.SIGTERM))
+    elif when == "between two attempts":
+        life.after_pause = lambda: setattr(life.signals, "received", signal.SIGTERM)
+        done = life(killed())
+    else:
+        life.signals.received = signal.SIGTERM
+        done = life()
+    [line] = [line for line in done.err if line.startswith("stopped by SIGTERM")]
+    assert "--resume continues from the newest checkpoint, run/checkpoint-4" in line
+    assert "nothing was saved" not in line and done.code == 128 + signal.SIGTERM
+
+
 def test_ranks_that_a_second_signal_killed_are_not_restarted(life: Life) -> None:
     done = life(replace(killed(saves=4), code=-signal.SIGKILL, received=signal.SIGINT))
     assert (done.code, done.attempts) == (128 + signal.SIGINT, 1)

@@ -8,7 +8,9 @@ import pytest
 from chats import A1, A2, CHATS, Q1, R1, R2, TOOLS, byte_level, trl_templates
 from rows import assistant, trained_text, user
 
-TEMPLATES = {name: text for name, text in trl_templates().items() if name in ("qwen3", "deepseek_r1_distill")}
+TEMPLATES = {
+    name: text for name, text in trl_templates().items() if name in ("qwen3", "deepseek_r1_distill", "gptoss")
+}
 HISTORY, _ = CHATS["history"]
 END = "<|im_end|>\n"
 
@@ -129,3 +131,22 @@ def test_a_system_prompt_is_for_conversations_without_one(read):
     assert read({"messages": turns, "system": "Ours."}, system_prompt="Not this.")[0] == expected
     with_own = {"messages": [theirs, *turns]}
     assert read(with_own, system_prompt="Ours.")[0] == read(with_own)[0]
+
+
+def test_the_reasoning_of_a_call_is_in_the_prompt_of_the_answer_as_at_inference(prepare, qwen):
+    """gpt-oss leaves this reasoning out when the answer is there."""
+    oss = copy.copy(qwen)
+    oss.chat_template = TEMPLATES["gptoss"]
+    messages, _ = copy.deepcopy(CHATS["tool call"])
+    messages[1]["thinking"], messages[3]["thinking"] = R1, R2
+    rows = [{"messages": messages}]
+    prepared = prepare(rows, using=oss, chat_template="tokenizer", block_size=512)
+    prompt = oss.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    _, second = (oss.decode(row["input_ids"]) for row in prepared.dataset)
+    assert R1 in prompt and second.startswith(prompt)
+    assert R2 in trained_text(oss, prepared.dataset[1]) and R1 in trained_text(oss, prepared.dataset[0])
+    assert "the prompt has other tokens at inference" not in prepared.summary.notes
+    pair = {"chosen": messages, "rejected": [*messages[:3], assistant("No")]}
+    (row,) = prepare([pair], trainer="dpo", using=oss, chat_template="tokenizer", max_prompt_length=400,
+                     block_size=512).dataset  # fmt: skip
+    assert oss.decode(row["prompt_ids"]) == prompt

@@ -7,8 +7,9 @@ import json
 import pytest
 from rows import EACH, PAIR, PAIRS, TURNS, Q
 
-from trainers.config.errors import ConfigError
+from trainers.config.errors import DISK_FAILED, ConfigError
 from trainers.config.schema import TrainConfig
+from trainers.rank.failures import code_of
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
@@ -289,3 +290,17 @@ def test_mismatched_answers_of_an_evaluation_are_from_other_prompts(prepare):
     same = sum(tuple(row["KL_completion_ids"]) in own[tuple(row["prompt_ids"])] for row in held_out)
     assert same <= 4, "only by chance, not for every second sample"
     assert sorted(map(tuple, held_out["KL_completion_ids"])) == sorted(map(tuple, held_out["completion_ids"]))
+
+
+def test_a_full_disk_of_the_cache_is_a_disk_error_that_says_so(prepare, monkeypatch, tmp_path):
+    """datasets raises an OSError without a number: it looks at the space before it writes."""
+    from datasets import builder
+
+    monkeypatch.setattr(builder, "has_sufficient_disk_space", lambda *arguments, **named: False)
+    with pytest.raises(
+        OSError, match=r"the prepared data needs about .* or more, and the disk of the"
+    ) as raised:
+        prepare([{"text": "one"}] * 9)
+    assert code_of(raised.value) == DISK_FAILED
+    assert raised.value.filename == str(tmp_path / "cache" / "data") and "PHALANX_CACHE" in str(raised.value)
+    assert not list((tmp_path / "cache" / "data").glob("*.part"))

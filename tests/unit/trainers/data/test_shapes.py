@@ -247,6 +247,15 @@ def test_a_text_column_with_one_row_of_json_is_text(prepare, tokenizer):
     assert [tokenizer.decode(row["input_ids"]) for row in dataset] == [text + END for text in texts]
 
 
+def test_a_held_out_part_reads_its_columns_as_the_split_does(prepare, tokenizer):
+    rows = [{"text": text} for text in ("A rank.", "Another rank.", json.dumps(TURNS))]
+    for part in ("train", "valid"):
+        for seed in range(3):  # one of the seeds holds out the row that looks like messages
+            dataset = prepare(rows, part=part, valid_fraction=0.34, split_seed=seed).dataset
+            texts = {tokenizer.decode(row["input_ids"]) for row in dataset}
+            assert texts <= {row["text"] + END for row in rows}
+
+
 def test_a_column_that_a_plain_text_cannot_use_is_counted(prepare):
     summary = prepare([{"prompt": Q, "completion": f" {GOOD}", "system": "Be short."}]).summary
     assert summary.notes == {"the column system is not used without a template": 1}

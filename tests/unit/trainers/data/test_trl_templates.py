@@ -170,6 +170,21 @@ def test_a_call_with_text_is_trained_completely(load, name, unknown):
         assert words_in(seen[0]) == {"Description0", "look", "town", "Paris"}
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_tool_without_its_wrapper_is_rendered_completely(load, name):
+    tokenizer = load(name)
+    renderer = Renderer(tokenizer, Tokens(tokenizer))
+    messages, tools = CHATS["tools column"]
+    flat = [tool["function"] for tool in tools]
+    texts = []
+    for given in (tools, flat):
+        try:
+            texts.append("".join(sample.text for sample in renderer.trained(Chat(messages, given), [1, 3])))
+        except RowError:
+            texts.append("")
+    assert words_in(texts[0]) == words_in(texts[1])
+
+
 def plain(text):
     """Return a text without spaces, and without what some of TRL's marks have of the prompt."""
     bar, space = "\uff5c", "\u2581"

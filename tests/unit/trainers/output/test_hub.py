@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, CREATE, FakeHub, fake_hub
-from saved_run import FACTS
+from fakes import fake_checkpoint
+from saved_run import FACTS, finish_run
 
+import trainers.push
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.output.hub import UploadFailed, push
+from trainers.output.hub import UploadFailed, command, push
 from trainers.output.model_card import write_card
+from trainers.storage import run_files
+from trainers.storage.ending import Ending
+from trainers.storage.manifest import entry_of
 
 CANARY = "hf_canaryCanaryCanaryCanaryCanary"
 AT_ONCE = (0.0, 0.0)
@@ -71,11 +78,92 @@ def test_a_file_that_the_run_did_not_write_is_not_uploaded(saved_run, hub: FakeH
     assert "README.md" in hub.repositories["me/my-run"].files
 
 
-def test_additional_chat_templates_are_uploaded(saved_run, hub: FakeHub):
-    (saved_run / "additional_chat_templates").mkdir()
-    (saved_run / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+def test_additional_chat_templates_of_the_run_are_uploaded(saved_run, hub: FakeHub):
+    folder = run_files.make_folder(saved_run, "additional_chat_templates")
+    for name in ("tools.jinja", "mine.jinja"):
+        (folder / name).write_text("{{ messages }}")
+    ending = finish_run(saved_run)
+    ending.replace([], [entry_of(saved_run, folder / "tools.jinja")])
+    ending.write(saved_run)
     push(pushing(), saved_run)
-    assert "additional_chat_templates/tools.jinja" in hub.repositories["me/my-run"].files
+    files = hub.repositories["me/my-run"].files
+    assert "additional_chat_templates/tools.jinja" in files
+    assert "additional_chat_templates/mine.jinja" not in files
+
+
+THEIRS = (
+    "config.yaml",
+    "secret.txt",
+    "log",
+    "train.log",
+    "other.safetensors",
+    "README.md.kept-1",
+    "vocab.bak",
+)
+RECORDS = {
+    "recorded": lambda path: None,
+    "without a record": lambda path: path.unlink(),
+    "with an empty record": lambda path: path.write_text(""),
+    "with a cut record": lambda path: path.write_text(path.read_text()[:40]),
+}
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "of an earlier version"])
+@pytest.mark.parametrize("record", RECORDS)
+def test_no_file_of_the_user_is_uploaded_and_the_model_is(saved_run, hub: FakeHub, tmp_path, record, listed):
+    """`cp -r run/* new/` leaves the record behind, because its name begins with a dot."""
+    if not listed:
+        Ending(step=4, metrics={}, model_step=4).write(saved_run)
+    RECORDS[record](saved_run / run_files.WRITTEN)
+    for name in THEIRS:
+        (saved_run / name).write_text("theirs")
+    (tmp_path / "outside.json").write_text("theirs")
+    for name in ("merges.txt", "added_tokens.json", "link.safetensors"):
+        (saved_run / name).symlink_to(tmp_path / "outside.json")
+    push(pushing(), saved_run)
+    files = hub.repositories["me/my-run"].files
+    assert b"theirs" not in files.values()
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.jsonl"} <= set(files)
+    words = shlex.split(command("me/my-run", saved_run))
+    by_hand = {word for option, word in pairwise(words) if option == "--include"}
+    assert by_hand == set(files) and "--exclude" not in words
+
+
+@pytest.mark.parametrize("way", ["gone", "links", "of no finished run", "of an earlier version"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_without_the_files_of_the_model_nothing_is_sent(saved_run, hub: FakeHub, tmp_path, way, name):
+    weights = saved_run / name
+    if way == "of an earlier version":
+        Ending(step=4, metrics={}, model_step=4).write(saved_run)
+        weights = saved_run / "model.safetensors"
+    if way == "of no finished run":
+        (saved_run / "finished.json").unlink()
+    else:
+        weights.rename(tmp_path / "moved")
+    if way == "links":
+        weights.symlink_to(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match=rf"no weights to upload|has no finished\.json|{name} is missing or a link"
+    ):
+        push(pushing(), saved_run)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("copy", [True, False], ids=["with a checkpoint of its step", "without"])
+def test_a_damaged_model_is_not_uploaded(saved_run, hub: FakeHub, capsys, copy):
+    config = {"trainer": {"value": "sft"}, "username": {"value": "me"}}
+    (saved_run / "run.json").write_text(json.dumps({"config": config, "versions": {}}))
+    if copy:
+        fake_checkpoint(saved_run, 4)
+    weights = saved_run / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    assert trainers.push.main([str(saved_run)]) == 2
+    message = capsys.readouterr().err
+    assert "the final model is damaged: model.safetensors has changed since it was written" in message
+    assert ("it saves the model again, from checkpoint-4" if copy else "Restore the file") in message
+    assert hub.requests == []
 
 
 def test_an_existing_repository_gets_another_commit(saved_run, hub: FakeHub, capsys):
@@ -94,6 +182,7 @@ def test_weights_of_an_earlier_push_are_deleted(saved_adapter, tiny_model, hub: 
         (saved_adapter / name).unlink()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model / name, saved_adapter)
+    finish_run(saved_adapter)
     push(pushing(), saved_adapter)
     files = hub.repositories["me/my-run"].files
     assert "model.safetensors" in files and not any("adapter" in name for name in files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from trainers.rank.failures import (
     code_of,
     disk_is_full,
     is_lost_peer,
+    no_space,
     ran_out_of_memory,
 )
 
@@ -66,6 +68,7 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/saving/checkpoin
         (NotFinite("the loss or the gradient norm is NaN or infinite at step 3"), NOT_FINITE),
         (NO_ROOM, DISK_FAILED),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), DISK_FAILED),
+        (OSError("Not enough disk space. Needed: Unknown size (download: Unknown size"), DISK_FAILED),
         (OSError(errno.EIO, os.strerror(errno.EIO)), DISK_FAILED),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), DISK_FAILED),
         (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), DISK_FAILED),
@@ -231,3 +234,15 @@ def test_only_errors_while_batches_are_taken_are_batch_too_large() -> None:
 def test_errors_are_classified_without_torch() -> None:
     script = "import sys; from trainers.rank import failures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_message_of_a_full_disk_names_file_disk_and_what_is_free(tmp_path: Path) -> None:
+    free = "the disk .* has [0-9.]+ [MG]B free$"
+    file = tmp_path / "run" / "metrics.jsonl"
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    assert re.match(rf"there is no space left to write {file}: {free}", str(no_space(error, [tmp_path])))
+    for unnamed in (RuntimeError("No space left on device"), OSError("Not enough disk space. Needed: 1")):
+        found = str(no_space(unnamed, [tmp_path]))
+        assert re.match(rf"there is no space left to write in {tmp_path}: {free}", found), found
+    assert no_space(OSError(errno.ENOSPC, "the model needs 3 GB", "run"), [tmp_path]) is None
+    assert no_space(OSError(errno.EIO, os.strerror(errno.EIO)), [tmp_path]) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -186,6 +187,32 @@ def test_a_line_of_the_record_that_leads_out_of_the_folder_is_ignored(tmp_path: 
     assert (tmp_path / "outside").exists() and (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("damage", ["a folder", "not text"])
+@pytest.mark.parametrize("config", [OVERWRITE, TrainConfig(resume=True)], ids=["overwrite", "resume"])
+def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, damage: str, config: TrainConfig) -> None:
+    run = make_run(tmp_path / "run")
+    path = run / run_files.WRITTEN
+    path.unlink()
+    path.mkdir() if damage == "a folder" else path.write_bytes(b"run.json\n\xff\n")
+    before = contents(run)
+    with pytest.raises(ConfigError) as raised:
+        claim(run, config)
+    why = "Is a directory" if damage == "a folder" else "line 2 is not UTF-8"
+    assert str(raised.value).startswith(f"{path} is damaged: {why}. Restore it from a copy, or remove it")
+    assert contents(run) == before
+
+
+def test_a_full_disk_names_the_file_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write to an open file names none."""
+    monkeypatch.setattr(run_files, "own", lambda *_: None)
+    full = partial(open, "/dev/full", "a")
+    monkeypatch.setattr(run_files.no_links, "open_file", lambda *_: full())
+    for act in (run_files.append, run_files.write):
+        with pytest.raises(OSError) as raised:
+            act(tmp_path, "metrics.jsonl", "a line\n")
+        assert raised.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def write(run: Path, name: str) -> None:
     """Write a name as a run does: the functions for its kind, one after the other."""
     if name.endswith("/"):
@@ -194,7 +221,7 @@ def write(run: Path, name: str) -> None:
     elif name == run_files.LOCK:
         lock_folder(run)
     else:
-        run_files.open_to_append(run, name).close()
+        run_files.append(run, name, "")
 
 
 def replace(run: Path, name: str) -> None:
@@ -259,8 +286,7 @@ def test_a_copy_of_hard_links_continues_a_file_that_is_appended(tmp_path: Path) 
     fill(run, "metrics.jsonl", "one\n")
     (tmp_path / "metrics.jsonl").hardlink_to(run / "metrics.jsonl")
     for line in ("two\n", "three\n"):
-        with run_files.open_to_append(run, "metrics.jsonl") as file:
-            file.write(line)
+        run_files.append(run, "metrics.jsonl", line)
     assert (run / "metrics.jsonl").read_text() == "one\ntwo\nthree\n"
     assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
 

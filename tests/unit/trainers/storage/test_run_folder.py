@@ -20,6 +20,7 @@ from trainers.storage import run_folder
 from trainers.storage.manifest import why_unusable
 from trainers.storage.run_files import WRITTEN
 from trainers.storage.run_folder import (
+    claim,
     lock_folder,
     lock_owner,
     resume_checkpoint,
@@ -53,6 +54,51 @@ def test_resume_uses_the_newest_that_verifies(checkpoint: Path) -> None:
     found, skipped = resume_checkpoint(checkpoint.parent, resuming(True))
     assert found == checkpoint
     assert skipped == [f"skipped {newer}: model.safetensors has changed since it was written"]
+
+
+@pytest.mark.parametrize("content", [True, False])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
+    checkpoint: Path, content: bool
+) -> None:
+    """It would replace them, and rotation would delete them."""
+    newer = fake_checkpoint(checkpoint.parent, 6)
+    for folder in (checkpoint, newer):
+        (folder / WEIGHTS).write_bytes(b"cut")
+    with pytest.raises(ConfigError) as raised:
+        resume_checkpoint(checkpoint.parent, resuming(True), content)
+    message = str(raised.value)
+    for folder in (checkpoint, newer):
+        assert f"{folder}: model.safetensors has 3 bytes instead of 11" in message
+    for way in ("Restore one", "resume: PATH", "another project_name", "--overwrite"):
+        assert way in message
+    (checkpoint.parent / "finished.json").write_text("{}")
+    assert resume_checkpoint(checkpoint.parent, resuming(True), content)[0] is None, "the ranks read it"
+
+
+def test_a_damaged_named_checkpoint_is_refused_before_newer_ones_are_renamed(checkpoint: Path) -> None:
+    run = checkpoint.parent
+    claim(run, resuming(True))
+    fake_checkpoint(run, 10)
+    (checkpoint / WEIGHTS).write_bytes(b"THE WEIGHTS")
+    before = names(run)
+    with pytest.raises(ConfigError, match="has changed since it was written"):
+        claim(run, resuming(str(checkpoint)))
+    assert names(run) == before
+
+
+def test_a_set_aside_checkpoint_can_be_renamed_back(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/checkpoints.md says so. It is still of the run: --overwrite removes it."""
+    run = checkpoint.parent
+    newer = fake_checkpoint(run, 10)
+    claim(run, resuming(str(checkpoint)))
+    aside = run / "set-aside-1-checkpoint-10"
+    assert f"{newer} is newer than {checkpoint}; it is kept as {aside.name}" in capsys.readouterr().out
+    aside.rename(newer)
+    assert resume_checkpoint(run, resuming(True)) == (newer, [])
+    claim(run, TrainConfig(overwrite=True))
+    assert not newer.exists()
 
 
 def test_a_named_checkpoint_may_belong_to_another_folder(checkpoint: Path, tmp_path: Path) -> None:

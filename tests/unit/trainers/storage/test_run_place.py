@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,59 @@ def test_a_folder_that_overlaps_with_an_input_is_refused(
     words = {"is": "is", "contains": "contains", "inside": "lies inside"}[relation]
     assert re.match(rf"(sweep\S+: )?.*project_name: {run} {words} ", message), message
     assert "Give another project_name" in message
+
+
+@pytest.fixture
+def bind() -> Iterator[Callable[[str, str], None]]:
+    """`bind("model", "other")` mounts a folder at a second place until the test ends."""
+    mounted: list[str] = []
+
+    def mount(folder: str, place: str) -> None:
+        Path(place).mkdir(parents=True)
+        done = subprocess.run(["mount", "--bind", folder, place], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"bind mounts need root: {done.stderr.strip()}")
+        mounted.append(str(Path(place).absolute()))
+
+    yield mount
+    for place in reversed(mounted):
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize(
+    ("bound", "run", "relation"),
+    [
+        ("outer/input", "bound", "is"),
+        ("outer/input", "bound/run", "lies inside"),
+        ("outer/input/inner", "bound", "lies inside"),
+        ("outer/input/inner", "bound/run", "lies inside"),
+        ("outer", "bound", "contains"),
+        ("outer", "bound/input", "is"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "data"])
+def test_an_input_under_a_second_name_is_refused(
+    refused: Train,
+    bind: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    bound: str,
+    run: str,
+    relation: str,
+) -> None:
+    asked = make_input(kind, "outer/input", monkeypatch)
+    Path("outer/input/inner").mkdir()
+    bind(bound, "bound")
+    if run == "bound/run":
+        claim(Path(run), TrainConfig())
+    assert f"project_name: {run} {relation} " in refused(run, "--overwrite", **asked)
+
+
+def test_a_folder_next_to_a_bind_mount_is_accepted(
+    accepted: Callable[..., None], bind: Callable[[str, str], None]
+) -> None:
+    bind("model", "bound")
+    accepted("my", model="bound")
 
 
 @pytest.mark.parametrize("kind", ["model", "data"])
