@@ -58,7 +58,7 @@ demo: $(DEMO_READY)
 
 # No ranks, no training.
 test-fast: $(READY)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow" tests/unit
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow" tests/unit
 
 test: $(READY)
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not slurm"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 Key = tuple[object, ...]
@@ -63,21 +64,29 @@ def _inode(path: Path) -> Key:
 
 def _in_file_system(path: Path) -> tuple[str, Path]:
     """Return the device of the mount that has a path, and the path in that file system."""
-    device, root, mounted = "", Path("/"), Path("/")
-    for line in _mounts():
-        _, _, number, source, target, *_ = line.split(" ")
-        point = Path(_plain(target))
-        # A later mount at the same point covers the earlier one.
-        if point in (path, *path.parents) and len(point.parts) >= len(mounted.parts):
-            device, root, mounted = number, Path(_plain(source)), point
-    return device, root / path.relative_to(mounted)
+    mounts = _mounts(_read_mounts())
+    for point in (path, *path.parents):
+        if point in mounts:
+            device, root = mounts[point]
+            return device, root / path.relative_to(point)
+    return "", path
 
 
-def _mounts() -> list[str]:
+def _read_mounts() -> str:
     try:
-        return _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+        return _MOUNTS.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
+        return ""
+
+
+@lru_cache(maxsize=1)
+def _mounts(text: str) -> dict[Path, tuple[str, Path]]:
+    """Return where what is mounted: its device, and the folder of its file system."""
+    found = {}
+    for line in text.splitlines():
+        _, _, device, root, point, *_ = line.split(" ")
+        found[Path(_plain(point))] = device, Path(_plain(root))  # a later mount covers an earlier one
+    return found
 
 
 def _plain(text: str) -> str:
