@@ -105,6 +105,7 @@ def test_resume_ends_with_the_weights_of_an_uninterrupted_run(trained, bench, ba
     shutil.copytree(uninterrupted.folder, target)
     shutil.rmtree(target / "checkpoint-6")
     (target / "model.safetensors").unlink()
+    (target / "finished.json").unlink()  # else nothing is trained again
     run = bench.train(name, *BACKENDS[backend], "--resume")
     assert run.code == 0, run.err
     assert "resume: " in run.out and "checkpoint-3" in run.out

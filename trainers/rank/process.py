@@ -195,7 +195,9 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
         return
-    text = no_space(error, [run_of(folder), Path(tempfile.gettempdir()), Path.home()]) or str(error)
+    space = no_space(error, [run_of(folder), Path(tempfile.gettempdir()), Path.home()])
+    # Unfinished says what is done and what failed, which must stay.
+    text = f"{error}; {space}" if space and isinstance(error, Unfinished) else space or str(error)
     message, kind = redacted(text)[:LONGEST_MESSAGE], type(error).__name__
     note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error))
     with contextlib.suppress(OSError):  # the exit code still has the kind of failure
