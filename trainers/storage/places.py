@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 Key = tuple[object, ...]
+Mounts = dict[Path, tuple[str, Path]]  # where -> device, and folder of its file system
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -19,10 +20,12 @@ class Place:
     """
 
     def __init__(self, path: Path) -> None:
+        mounts = _mounts(_read_mounts())
         self.path = path
-        self.own = _keys(path)
-        self.above = {key for parent in path.parents for key in _keys(parent)}
-        device, inside = _in_file_system(path)
+        self.own = _keys(path, mounts)
+        self.keys_above = [(parent, _keys(parent, mounts)) for parent in path.parents]
+        self.above = {key for _, keys in self.keys_above for key in keys}
+        device, inside = _in_file_system(path, mounts)
         self.above |= {("mounted", device, parent) for parent in inside.parents}
 
     @classmethod
@@ -40,15 +43,15 @@ class Place:
 
     def name_inside(self, other: Place) -> str | None:
         """Return the name of the other one in this folder, or None if it is not inside."""
-        for parent in other.path.parents:
-            if self.own & _keys(parent):
+        for parent, keys in other.keys_above:
+            if self.own & keys:
                 return other.path.relative_to(parent).as_posix()
         return None
 
 
-def _keys(path: Path) -> set[Key]:
+def _keys(path: Path, mounts: Mounts) -> set[Key]:
     """Return what identifies a path: its name, its inode, and its path in its file system."""
-    return {("name", path), _inode(path), ("mounted", *_in_file_system(path))}
+    return {("name", path), _inode(path), ("mounted", *_in_file_system(path, mounts))}
 
 
 def _inode(path: Path) -> Key:
@@ -62,9 +65,8 @@ def _inode(path: Path) -> Key:
     return ("inode", path)
 
 
-def _in_file_system(path: Path) -> tuple[str, Path]:
+def _in_file_system(path: Path, mounts: Mounts) -> tuple[str, Path]:
     """Return the device of the mount that has a path, and the path in that file system."""
-    mounts = _mounts(_read_mounts())
     for point in (path, *path.parents):
         if point in mounts:
             device, root = mounts[point]
@@ -80,9 +82,9 @@ def _read_mounts() -> str:
 
 
 @lru_cache(maxsize=1)
-def _mounts(text: str) -> dict[Path, tuple[str, Path]]:
-    """Return where what is mounted: its device, and the folder of its file system."""
-    found = {}
+def _mounts(text: str) -> Mounts:
+    """Return what is mounted where."""
+    found: Mounts = {}
     for line in text.splitlines():
         _, _, device, root, point, *_ = line.split(" ")
         found[Path(_plain(point))] = device, Path(_plain(root))  # a later mount covers an earlier one
