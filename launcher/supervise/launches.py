@@ -16,6 +16,7 @@ from typing import Protocol
 from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
 from trainers.rank import no_links
+from trainers.rank.proc_stat import watch
 from trainers.rank.process import die_with_parent, kill_session
 from trainers.rank.protocol import AttemptFiles, run_of
 
@@ -121,7 +122,7 @@ class WarmLaunch:
         self.parent = parent
         self.pids = parent.start(argv, environ, not_needed)
         self.codes: dict[int, int] = {}
-        self.watched = [descriptor for pid in self.pids.values() for descriptor in _watch(pid)]
+        self.watched = [found for pid in self.pids.values() if (found := watch(pid)) is not None]
 
     def ranks(self) -> dict[int, int]:
         return {rank: pid for rank, pid in self.pids.items() if rank not in self.codes}
@@ -148,14 +149,6 @@ class WarmLaunch:
         for pid in self.ranks().values():
             _kill(pid)
             kill_session(pid)
-
-
-def _watch(pid: int) -> list[int]:
-    """Return a descriptor that becomes readable when a process ends, or nothing if it has ended."""
-    try:
-        return [os.pidfd_open(pid)]
-    except ProcessLookupError:
-        return []
 
 
 def _kill(pid: int) -> None:

@@ -21,7 +21,7 @@ from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
 from trainers.rank.private_socket import connect
-from trainers.rank.proc_stat import read_stat
+from trainers.rank.proc_stat import read_stat, watch
 from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
 from trainers.rank.say import say
@@ -41,11 +41,7 @@ class Spare:
     """A fork of the process that forks the ranks. It waits to take over, and ends with this launcher."""
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
-        self.connection, self.pid = connection, pid
-        try:
-            self.watched: int | None = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self.watched = None  # it has ended
+        self.connection, self.pid, self.watched = connection, pid, watch(pid)
 
     @property
     def lives(self) -> bool:

@@ -1,7 +1,7 @@
 """Render conversations with a chat template, and find out what it does with each field of a message.
 
 A template is a program written by the author of a model. Which fields it reads, in which form it wants them,
-and which it drops without a word is found by rendering words that appear nowhere else (probes.py), once for
+and which it drops without a word is found by rendering words that are unique (probes.py), once for
 each shape of a conversation.
 """
 

@@ -1,4 +1,4 @@
-"""Find the fields of a message that a template does not render, with words that appear nowhere else."""
+"""Find the fields of a message that a template does not render, with words that are unique."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THOUGHT = "the reasoning in content (before </think>)"
 
 @dataclass
 class Probe:
-    """A conversation of a given shape, made of words that appear nowhere else."""
+    """A conversation of a given shape, made of unique words."""
 
     chat: Chat
     words: list[tuple[str, int, str]]  # word, number of its message, its field
@@ -82,7 +82,7 @@ def _kind(content: Any) -> Any:
 
 
 class _Words:
-    """A source of words that appear nowhere else."""
+    """A source of unique words."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, int, str]] = []
@@ -94,7 +94,7 @@ class _Words:
 
 
 def probe_of(chat: Chat) -> Probe:
-    """Return a conversation of the same shape, made of words that appear nowhere else."""
+    """Return a conversation of the same shape, made of unique words."""
     words = _Words()
     messages = [_probe(message, number, words) for number, message in enumerate(chat.messages)]
     tools = [_tool(words, is_flat(chat.tools))] if chat.tools else None

@@ -86,7 +86,7 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
     """
     import torch
 
-    from trainers.loop.ingredients import inputs
+    from trainers.loop.ingredients import weights_keys
     from trainers.output.hub import push
     from trainers.output.model_card import write_card
     from trainers.storage.saved_model import check_saved
@@ -100,7 +100,7 @@ def finish(context: Context, facts: dict[str, Any], ending: Ending) -> None:
         write_card(folder, config, {**facts, "model_step": ending.model_step})
 
     def merge() -> None:
-        now = inputs(context, base_model=config.model).weights  # training may have taken weeks
+        now = weights_keys(config, base_model=config.model)  # training may have taken weeks
         check_weights(str(folder), facts.get(INPUTS, {}).get("weights", {}), now)
         merge_saved(context, ending)
         write_checked_card()

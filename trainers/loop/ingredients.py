@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from trainers.config.schema import TrainConfig
 from trainers.loop.context import Context
 from trainers.model import fsdp
 from trainers.model.cpu_head import replace_trls_head
@@ -31,7 +33,7 @@ def ingredients(context: Context) -> dict[str, Any]:
     divide_by_all_tokens(model)
     return {
         "config": context.config,
-        "inputs": inputs(context, base_model=context.config.model),
+        "inputs": Inputs(rows_key(context), weights_keys(context.config, base_model=context.config.model)),
         "model": model,
         "train_dataset": context.rows("train"),
         "eval_dataset": context.rows("valid"),
@@ -40,11 +42,14 @@ def ingredients(context: Context) -> dict[str, Any]:
     }
 
 
-def inputs(context: Context, **models: str) -> Inputs:
-    """Return the keys of what the run reads: its rows, and `models`, which are loaded already."""
-    rows = digest({part: prepared.key for part, prepared in context.data.items()})
-    keys = {name: weights_key(model_folder(model, context.config)) for name, model in models.items()}
-    return Inputs(rows, keys)
+def rows_key(context: Context) -> str:
+    """Return the key of the rows of all parts."""
+    return digest({part: prepared.key for part, prepared in context.data.items()})
+
+
+def weights_keys(config: TrainConfig, **models: str) -> dict[str, str]:
+    """Return the keys of the weights of these models, which are loaded already."""
+    return {name: weights_key(model_folder(model, config)) for name, model in models.items()}
 
 
 def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Context) -> Built:
@@ -63,7 +68,8 @@ def build_with_reference(kind: Callable[..., Built], arguments: Any, context: Co
         parts["eval_dataset"] = held_out or None
     reference = load_reference(config, context.tokenizer) if needed else None
     if config.model_ref is not None:
-        parts["inputs"] = inputs(context, base_model=config.model, model_ref=config.model_ref)
+        keys = parts["inputs"].weights | weights_keys(config, model_ref=config.model_ref)
+        parts["inputs"] = replace(parts["inputs"], weights=keys)
     trainer = kind(args=arguments, ref_model=reference, **parts)
     if early:
         trainer.ref_model = None

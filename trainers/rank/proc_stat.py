@@ -1,7 +1,8 @@
-"""What the kernel says about a process in /proc/PID/stat."""
+"""What the kernel says about a process: in /proc/PID/stat, and when it ends."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def read_stat(pid: int) -> ProcessStat:
     return ProcessStat(
         fields[0], int(fields[1]), int(fields[3]), sum(map(int, fields[11:15])), int(fields[19])
     )
+
+
+def watch(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when a process ends, or None if it has ended."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def pids() -> list[int]:

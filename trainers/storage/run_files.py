@@ -94,7 +94,7 @@ def recorded(folder: Path) -> list[str] | None:
 
 
 def is_inside(line: str) -> bool:
-    """Return whether this is the name of something in a run's folder, and leads nowhere else."""
+    """Return whether this is the name of something in a run's folder, and does not lead out of it."""
     return bool(line) and not {"", ".", ".."} & set(line.removesuffix("/").split("/"))
 
 

@@ -1,7 +1,7 @@
 """Every chat template that the installed TRL ships, with conversations of every kind.
 
-Ground truth: the text of apply_chat_template, the mask of TRL's training template, and words that appear
-nowhere else: each of them must be in the text, and those of the assistant in the loss.
+Ground truth: the text of apply_chat_template, the mask of TRL's training template, and unique words: each of
+them must be in the text, and those of the assistant in the loss.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def test_the_table_of_templates_in_the_docs_is_current():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_arguments_as_text_are_rendered_like_the_object(load, name):
-    """Where a template writes text as it is, the row's own text stays; nowhere is it escaped twice."""
+    """Where a template writes text as it is, the row's own text stays, and no template escapes it twice."""
     tokenizer = load(name)
     renderer = Renderer(tokenizer, Tokens(tokenizer))
     messages, _ = CHATS["call as last turn"]
