@@ -1,4 +1,4 @@
-"""Load the rows of a split and encode them, before the process group exists, into a cache keyed by content.
+"""Encode the rows of a part, before the process group exists, into a cache keyed by content.
 
 One rank per node encodes them, or one rank per job if the nodes share the cache (storage/data_cache.py). The
 other ranks wait, and then map the same files. No collective is open during that time, so a long preparation
@@ -17,20 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
-from trainers.data.column_kinds import with_messages
-from trainers.data.columns import Columns, find_columns
 from trainers.data.encoders import Encoder
-from trainers.data.files import Split, column_names, find_split, place_of, rows
+from trainers.data.files import place_of
+from trainers.data.loading import ROW, Part, Source, open_source
 from trainers.data.preference_rows import check_label_balance
 from trainers.data.sampler import count_packs
 from trainers.data.samples import COUNTS, RowError
 from trainers.data.tokens import forget_truncation
-from trainers.rank.library_patches import replaced
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
 
@@ -41,9 +39,6 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 5  # raise it when the same input gives other samples
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
-ROW = "__row__"  # a column with the number of a row in its split, so that a message can name the row
-
-Part = Literal["train", "valid", "test"]
 
 
 @dataclass
@@ -97,31 +92,23 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     """
     from datasets import Dataset, load_from_disk
 
-    key, name = _split_of(config, part)
-    split = find_split(config.data_path, name, key)
-    source = None if split.files else _from_hub(split, config)
-    names = column_names(split) if source is None else source.column_names
-    if not names or (source is not None and len(source) == 0):
-        raise ConfigError(f"data.{key}: the split '{name}' is empty. It needs at least one row.")
-    columns = find_columns(names, config)
-    fingerprint = _files_digest(split) if source is None else source._fingerprint
-    folder = cache_root() / _cache_key(config, tokenizer, fingerprint, columns, part)
+    source = open_source(config, part)
+    folder = cache_root() / _cache_key(config, tokenizer, source)
 
     def make(unfinished: Path) -> None:
-        raw = source if source is not None else _load_files(split, unfinished / "raw")
-        found = with_messages(columns, raw)
-        data, summary = _tokenize(_held_out(raw, config, part), split, found, config, tokenizer, part)
+        raw, columns = source.load(config, unfinished / "raw")
+        data, summary = _tokenize(raw, source, Encoder(columns, config, tokenizer), config, tokenizer)
         data.save_to_disk(unfinished / "data")
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
-    make_once(folder, make, needed=sum(file.stat().st_size for file in split.files))
+    make_once(folder, make, needed=source.bytes)
     summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
         raise ConfigError(
-            f"data.{key}: no row of '{name}' has a token to train on ({reasons}; block_size "
-            f"{config.sequence_length}). Raise block_size, shorten the prompts, or check the rows."
+            f"data.{source.key}: no row of '{source.split.name}' has a token to train on ({reasons}; "
+            f"block_size {config.sequence_length}). Raise block_size, shorten the prompts, or check the rows."
         )
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
@@ -129,127 +116,27 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     return Prepared(dataset, summary, folder.name)
 
 
-def _split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
-    """Return the config key that a part comes from, and the name of its split."""
-    named = {"valid": config.valid_split, "test": config.test_split}.get(part)
-    return (f"{part}_split", named) if named is not None else ("train_split", config.train_split)
-
-
-def _held_out(raw: Dataset, config: TrainConfig, part: Part) -> Dataset:
-    """Return the rows of a part, in their order. A seeded draw holds out valid_fraction and test_fraction.
-
-    Raises:
-        ConfigError: a part would be empty.
-    """
-    import numpy as np
-
-    raw = raw.add_column(ROW, np.arange(len(raw)))
-    if _split_of(config, part)[0] != "train_split":
-        return raw
-    sizes = {"valid": config.valid_fraction, "test": config.test_fraction}
-    counts = {name: round(share * len(raw)) for name, share in sizes.items()}
-    counts["train"] = len(raw) - sum(counts.values())
-    for name, share in (*sizes.items(), ("train", 1.0)):
-        if share and counts[name] < 1:
-            raise ConfigError(
-                f"data.{'valid_fraction' if name == 'train' else name + '_fraction'}: it leaves none of the "
-                f"{count_of(len(raw), 'row')} for {name}. Give more rows, or set another fraction."
-            )
-    if counts["train"] == len(raw):
-        return raw
-    order = np.random.default_rng(config.split_seed).permutation(len(raw))
-    ends = np.cumsum([counts["test"], counts["valid"]])
-    chosen = dict(zip(("test", "valid", "train"), np.split(order, ends), strict=True))[part]
-    return raw.select(np.sort(chosen))
-
-
-def _from_hub(split: Split, config: TrainConfig) -> Dataset:
-    """Load a split of a dataset on the hub. The name `config:split` selects a configuration too."""
-    from datasets import Dataset, load_dataset
-
-    name, _, part = split.name.rpartition(":")
-    try:
-        data = load_dataset(split.path, name=name or None, split=part, token=config.token)
-    except Exception as error:
-        # The hub raises errors of many classes. All of them mean that the rows cannot be loaded.
-        raise ConfigError(
-            f"data.path: {split.path} ({split.name}) cannot be loaded from the hub: {error}"
-        ) from error
-    assert isinstance(data, Dataset)
-    return data
-
-
-def _load_files(split: Split, cache: Path) -> Dataset:
-    import datasets
-    from datasets import Dataset, Features, Value, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    files = [str(file) for file in split.files]
-    options: dict[str, Any] = {}
-    if split.format == "csv":
-        # Read every column as text: numbers must not be parsed, and "NA" must not become an empty value.
-        text = Features({name: Value("string") for name in column_names(split)})
-        options = {"features": text, "keep_default_na": False}
-    try:
-        # datasets would report the load of local files to the hub, and wait for it where there is no network.
-        with replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False):
-            data = load_dataset(
-                split.format, data_files=files, split="train", cache_dir=str(cache), **options
-            )
-    except DatasetGenerationError as error:
-        for _ in rows(split):  # raises an error with file and line if a row is malformed
-            pass
-        reason = error.__cause__ or error
-        raise ConfigError(
-            f"data.path: the rows of {', '.join(files)} have different types: {reason}. The values of a "
-            "column must have one type."
-        ) from error
-    assert isinstance(data, Dataset)
-    return data
-
-
-def _files_digest(split: Split) -> str:
-    digest = hashlib.blake2b()
-    for file in split.files:
-        digest.update(file.suffix.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _cache_key(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str,
-    columns: Columns,
-    part: Part,
-) -> str:
+def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
     """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
-        CACHE_VERSION, version("trl"), fingerprint, asdict(columns), tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, config.trainer,
+        CACHE_VERSION, version("trl"), source.fingerprint, asdict(source.columns), source.part,
+        tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.all_special_ids), tokenizer.chat_template,
+        tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
         config.add_eos_token, config.sequence_length, config.max_prompt_length,
-        config.max_completion_length, config.packed == "wrapped", part, sorted(tokenizer.all_special_ids),
+        config.max_completion_length, config.packed == "wrapped",
         config.chat_template_kwargs, config.history, config.unrendered, config.system_prompt,
         config.roles_to_train,
-        held_out if _split_of(config, part)[0] == "train_split" else None,
+        held_out if source.key == "train_split" else None,
         config.data_seed if config.kind.rows == "labelled" else None,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _tokenize(
-    raw: Dataset,
-    split: Split,
-    columns: Columns,
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    part: Part,
+    raw: Dataset, source: Source, encoder: Encoder, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, Summary]:
-    encoder = Encoder(columns, config, tokenizer)
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():
@@ -263,7 +150,7 @@ def _tokenize(
             )
     except RowError as error:
         text, number = error.args
-        raise ConfigError(f"{place_of(split, number)}: {text}") from error
+        raise ConfigError(f"{place_of(source.split, number)}: {text}") from error
     finally:
         forget_truncation(tokenizer)
     summary, kept = _count(data, len(raw))
@@ -274,9 +161,9 @@ def _tokenize(
     if not len(data):
         return data, summary
     if config.kind.rows == "labelled":
-        data = _mismatched(data, config, part)
+        data = _mismatched(data, config, source.part)
     if config.kind.rows == "masked":
-        numbers = range(len(data)) if part == "train" else range(-1, -1 - len(data), -1)
+        numbers = range(len(data)) if source.part == "train" else range(-1, -1 - len(data), -1)
         data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
     return data, summary
 

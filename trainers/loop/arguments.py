@@ -12,7 +12,8 @@ from trainers.config.text import first_line
 from trainers.model import fsdp
 
 if TYPE_CHECKING:
-    from trainers.data.prepare import Part, Prepared
+    from trainers.data.loading import Part
+    from trainers.data.prepare import Prepared
 
 Arguments = TypeVar("Arguments")
 

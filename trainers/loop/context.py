@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainers.checkpoint.saving import Durable
-    from trainers.data.prepare import Part, Prepared
+    from trainers.data.loading import Part
+    from trainers.data.prepare import Prepared
 
 
 @dataclass
