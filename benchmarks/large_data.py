@@ -6,8 +6,8 @@
 number of rows. One process prepares the file as rank 0 of a run does, with its workers, from an empty cache,
 then opens it again as the other ranks do, and plans an epoch of packs.
 
-Memory is that of all processes together, sampled: what they hold (anonymous pages, shared ones counted once
-for each process), without the pages of mapped files, which the system can take back.
+Memory is that of all processes together, sampled: what they hold, without the pages of mapped files, which
+the system can take back (Pss_Anon).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def child(options: Namespace) -> None:
 
 
 def own_memory(pid: int) -> int:
-    """Return the bytes of a process that are no pages of files; 0 if it has ended."""
+    """Return the bytes of a process that are no pages of files, with its share of shared ones."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon")), 0)
 
 
 def highest_memory(mark: Path, process: subprocess.Popen[str]) -> int:

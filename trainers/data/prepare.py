@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE_VERSION = 5  # raise it when the same input gives other samples
+BATCH_ROWS = 1000  # rows that a worker encodes at a time, if they are short
+BATCH_BYTES = 4 * 2**20  # and about how many bytes of them; their samples take ten times that in Python
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 
 
@@ -143,6 +145,7 @@ def _tokenize(
             data = raw.map(
                 _Numbered(encoder),
                 batched=True,
+                batch_size=_batch_size(raw),
                 remove_columns=raw.column_names,
                 num_proc=processes,
                 features=_features(encoder),
@@ -166,6 +169,12 @@ def _tokenize(
         numbers = range(len(data)) if source.part == "train" else range(-1, -1 - len(data), -1)
         data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
     return data, summary
+
+
+def _batch_size(raw: Dataset) -> int:
+    """Return how many rows a worker encodes at a time, so that its memory does not grow with their length."""
+    mean = raw.data.nbytes / len(raw.data)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / mean)))
 
 
 class _Numbered:

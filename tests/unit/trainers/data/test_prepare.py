@@ -304,3 +304,17 @@ def test_a_full_disk_of_the_cache_is_a_disk_error_that_says_so(prepare, monkeypa
     assert code_of(raised.value) == DISK_FAILED
     assert raised.value.filename == str(tmp_path / "cache" / "data") and "PHALANX_CACHE" in str(raised.value)
     assert not list((tmp_path / "cache" / "data").glob("*.part"))
+
+
+def test_a_worker_holds_few_rows_at_a_time_if_they_are_long(prepare, monkeypatch):
+    from trainers.data import encoders
+
+    sizes, encode = [], encoders.Encoder.__call__
+    monkeypatch.setattr(
+        encoders.Encoder,
+        "__call__",
+        lambda self, batch, numbers: sizes.append(len(numbers)) or encode(self, batch, numbers),
+    )
+    prepare([{"text": "one"}] * 1200)
+    prepare([{"text": "a" * 2**20}] * 5)
+    assert sizes == [1000, 200, 3, 2]
