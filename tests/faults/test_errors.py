@@ -40,6 +40,8 @@ def test_a_mistake_in_the_code_is_shown_and_not_restarted(faults):
     assert run.code == 1
     assert "error: rank 1 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
     assert "in mistake" in run.err and "rank-1.log" in run.err  # the traceback, and the file that has it
+    assert "Traceback" not in run.out and "Connection" not in run.err  # rank 0 only lost its peer
+    assert "Traceback" in (run.folder / "launch" / "attempt-1" / "rank-0.log").read_text()
     assert alive(run.folder) == []
 
 

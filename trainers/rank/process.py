@@ -191,6 +191,15 @@ def kill_session(leader: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+def _logged(folder: Path) -> int:
+    """Return how many bytes this rank's log has."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return RankFiles(folder, rank()).log.stat().st_size
+    return 0
+
+
 def _note(folder: Path | None, error: Exception, code: int) -> None:
     """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
@@ -199,6 +208,6 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     # Unfinished says what is done and what failed, which must stay.
     text = f"{error}; {space}" if space and isinstance(error, Unfinished) else space or str(error)
     message, kind = redacted(text)[:LONGEST_MESSAGE], type(error).__name__
-    note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error))
+    note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error), _logged(folder))
     with contextlib.suppress(OSError):  # the exit code still has the kind of failure
         write_note(folder, note)

@@ -144,6 +144,7 @@ class ErrorNote:
     type: str  # name of the error's class
     message: str
     peer_lost: bool  # the error only means that another rank is gone
+    logged: int = 0  # bytes of the rank's log before the traceback
 
 
 @dataclass(frozen=True)
