@@ -100,7 +100,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     tracker = None
     facts: dict[str, Any] = {}
     if first:
-        facts = record_start(trainer, context, settings, ending)
+        facts = record_start(trainer, context, settings, ending, checkpoint)
         if works:
             tracker = open_tracker(
                 config, folder, context.config.public(), ending.step if ending else step_of(checkpoint)

@@ -17,8 +17,9 @@ from trainers.config.on_resume import ANEW, FIXED, settled, why_refused, why_too
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.storage import run_files
+from trainers.storage.identity import RECORD
 from trainers.storage.manifest import read_manifest
-from trainers.storage.run_folder import FINISHED, RECORD, recorded, resume_checkpoint
+from trainers.storage.run_folder import FINISHED, recorded, resume_checkpoint
 
 INPUTS = "inputs"  # the key of run.json that has Inputs
 

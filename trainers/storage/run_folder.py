@@ -25,6 +25,7 @@ from trainers.rank.failures import has_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage import run_files
+from trainers.storage.identity import RECORD
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
@@ -36,7 +37,6 @@ from trainers.storage.manifest import (
 from trainers.storage.places import Place
 from trainers.storage.run_files import LOCK
 
-RECORD = "run.json"
 METRICS = "metrics.jsonl"
 PROGRESS = f"{LAUNCH}/progress.json"  # the progress of the run, for `phalanx status`
 INSTEAD = "resume: true uses the newest checkpoint that verifies."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -54,6 +55,23 @@ def test_resume_uses_the_newest_that_verifies(checkpoint: Path) -> None:
     found, skipped = resume_checkpoint(checkpoint.parent, resuming(True))
     assert found == checkpoint
     assert skipped == [f"skipped {newer}: model.safetensors has changed since it was written"]
+
+
+def test_a_checkpoint_that_was_copied_from_another_run_is_passed_over(tmp_path: Path) -> None:
+    """`cp -r other/checkpoint-9 my-run/`. Checkpoints of earlier versions have no id, and are taken."""
+    run, other = tmp_path / "my-run", tmp_path / "other"
+    own = fake_checkpoint(run, 6, run_id="mine")
+    fake_checkpoint(other, 9, run_id="another")
+    fake_checkpoint(run, 3)
+    copy = Path(shutil.copytree(other / "checkpoint-9", run / "checkpoint-9"))
+    why = "another run wrote it, and it was copied here"
+    assert resume_checkpoint(run, resuming(True)) == (own, [f"skipped {copy}: {why}"])
+    with pytest.raises(ConfigError, match=f"^resume: {copy} cannot be used: {why}"):
+        resume_checkpoint(run, resuming(str(copy)))
+    shutil.rmtree(own)
+    assert resume_checkpoint(run, resuming(True))[0] == run / "checkpoint-3"
+    (run / "run.json").unlink()  # then nothing is known
+    assert resume_checkpoint(run, resuming(True)) == (copy, [])
 
 
 @pytest.mark.parametrize("content", [True, False])
