@@ -77,7 +77,8 @@ def _cancel_process(folder: Path) -> str:
         return "it is not running"
     pid, host = held
     if host != socket.gethostname():
-        return f"it runs on {host or 'an unknown machine (it has just started, or its .lock was removed)'}; cancel it there"
+        unknown = "an unknown machine (it has just started, or its .lock was removed)"
+        return f"it runs on {host or unknown}; cancel it there"
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:

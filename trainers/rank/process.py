@@ -79,6 +79,7 @@ def run_rank(main: Callable[[], int]) -> int:
     if folder is not None:
         files = RankFiles(folder, rank())
         _redirect(run_of(folder), files.log)
+        no_links.hold(run_of(folder))
         _dump_stack_on_signal(run_of(folder), files.stack)
         heart.start(rank())
         no_links.write(run_of(folder), files.pid, str(os.getpid()))
@@ -209,5 +210,5 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     text = f"{error}; {space}" if space and isinstance(error, Unfinished) else space or str(error)
     message, kind = redacted(text)[:LONGEST_MESSAGE], type(error).__name__
     note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error), _logged(folder))
-    with contextlib.suppress(OSError):  # the exit code still has the kind of failure
+    with contextlib.suppress(OSError, ConfigError):  # the exit code still has the kind of failure
         write_note(folder, note)

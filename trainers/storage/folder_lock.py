@@ -68,6 +68,7 @@ def lock_folder(folder: Path) -> Lock:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    no_links.hold(folder)
     _held.append(Lock(whole, file))
     return _held[-1]
 
@@ -146,5 +147,6 @@ def _folder_is_locked(folder: Path) -> bool:
 
 def unlock_folder() -> None:
     """Release all locks that this process holds."""
+    no_links.release()
     while _held:
         _held.pop().close()
