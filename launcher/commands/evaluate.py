@@ -14,6 +14,7 @@ from typing import NoReturn
 from launcher.plan.topology import detect_hardware, free_port
 from trainers.config.errors import ConfigError
 from trainers.rank.no_links import LinkFound
+from trainers.storage.run_place import check_output
 from trainers.storage.saved_model import ADAPTER
 
 RESULTS = "evaluation"  # in the run's folder
@@ -51,6 +52,7 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
     if (folder / RESULTS).is_symlink():
         raise LinkFound(folder / RESULTS)
     given, rest = parser.parse_known_args(arguments)
+    check_output(Path(given.output_path))
     if any(word.startswith("{") for word in given.model_args):
         raise ConfigError(
             "--model_args: JSON cannot be joined with the model's own arguments. Write name=value."

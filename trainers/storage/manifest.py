@@ -236,6 +236,11 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether this is a checkpoint, under any name. It may be damaged."""
+    return (folder / MANIFEST).is_file() and "checkpoint-" in folder.name
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Return all folders checkpoint-N of a run, lowest step first, whether they verify or not."""
     found = [

@@ -58,6 +58,9 @@ def test_a_missing_model_or_a_wrong_argument_is_refused(
     Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a,trust=1"}))
     with pytest.raises(ConfigError, match="cannot load a path with a comma"):
         command(Path("run"), [], 0)
+    Path("run/run.json").touch()
+    with pytest.raises(ConfigError, match=r"^run/launch belongs to the run in"):
+        command(Path("run"), ["-o", "run/launch"], 0)
     with pytest.raises(ConfigError, match=r"JSON cannot be joined .* Write name=value"):
         command(Path("run"), ["--model_args", '{"dtype": "float32"}'], 0)
 
