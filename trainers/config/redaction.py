@@ -133,7 +133,7 @@ class _Hiding:
 
 def hide_in_output() -> None:
     """Hide secrets in all that libraries print in this process, also in tracebacks."""
-    sys.stdout, sys.stderr = _Hiding(sys.stdout), _Hiding(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Hiding(sys.stdout), _Hiding(sys.stderr)
 
 
 def _without_certain(text: str) -> str:
