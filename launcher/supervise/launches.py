@@ -17,8 +17,9 @@ from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.proc_stat import watch
-from trainers.rank.process import die_with_parent, kill_session
+from trainers.rank.process import kill_session
 from trainers.rank.protocol import AttemptFiles, run_of
 
 POLL_SECONDS = 0.1

@@ -20,9 +20,9 @@ from launcher.supervise.progress import Progress
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.private_socket import connect
 from trainers.rank.proc_stat import read_stat, watch
-from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
 from trainers.rank.say import say
 

@@ -6,7 +6,6 @@ The launcher sets the folder (protocol.py). A rank without the launcher writes t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import io
 import os
@@ -25,13 +24,13 @@ from trainers.config.redaction import redacted
 from trainers.rank import no_links
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer, no_space
 from trainers.rank.heartbeat import heart
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.proc_stat import pids, read_stat
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, run_of, write_note
 from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 from trainers.rank.terminal import outlive_readers
 
-_PR_SET_PDEATHSIG = 1
 LONGEST_MESSAGE = 2000  # maximum length of an error's message in its note, in characters
 # Only the launcher can start ranks again. This message is for ranks that a user started without it.
 BY_HAND = (
@@ -174,11 +173,6 @@ def _redirect(run: Path, path: Path) -> None:
             os.dup2(target.fileno(), stream.fileno())
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_session(leader: int) -> None:
