@@ -20,7 +20,7 @@ def die_with_parent() -> None:
 
 
 def wake_for(channel: socket.socket) -> None:
-    """Let the kernel continue a stopped process (this one) when the other end of a socket writes or closes."""
+    """Let the kernel continue this process, if stopped, when the other end of a socket writes or closes."""
     fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(channel, fcntl.F_SETSIG, signal.SIGCONT)
     fcntl.fcntl(channel, fcntl.F_SETFL, fcntl.fcntl(channel, fcntl.F_GETFL) | os.O_ASYNC)
