@@ -92,7 +92,8 @@ def check_inputs(place: str, then: Inputs, now: Inputs) -> None:
     if then.rows != now.rows:
         raise ConfigError(
             f"data.path: the rows, or how they are tokenized, have changed since the training of {place} "
-            f"(the files, the tokenizer, and the version of trl count). Restore them, {ANEW}"
+            "(the files, the tokenizer and the template count, also TRL's training template). Restore them, "
+            f"{ANEW}"
         )
 
 
