@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
+from trainers.data.chat_template import training_templates
 from trainers.data.encoders import Encoder
 from trainers.data.files import place_of
 from trainers.data.loading import ROW, Part, Source, open_source
@@ -119,10 +119,15 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
 
 
 def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
-    """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
+    """Return a hash of the content, the tokenizer, the templates and the config values that change samples.
+
+    A resume compares it too. So the version of a library is not in it, but what a library gives: TRL's
+    training templates.
+    """
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
+    twins = training_templates(tokenizer) if config.chat_template is not None else None
     parts = [
-        CACHE_VERSION, version("trl"), source.fingerprint, asdict(source.columns), source.part,
+        CACHE_VERSION, twins, source.fingerprint, asdict(source.columns), source.part,
         tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.all_special_ids), tokenizer.chat_template,
         tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
