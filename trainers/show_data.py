@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not disk_is_full(error):
             raise
         text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        say("error", f"{text or f'{error.filename}: {error.strerror}'}. Free some space.")
+        say("error", f"{text}. Free some space." if text else f"{error.strerror}.")
         return DISK_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     quieten_libraries()  # before the other imports: some libraries warn when they are imported
+    from trainers.data.loading import open_source
     from trainers.model.tokenizer import load_tokenizer
     from trainers.report.gather import check_part, count, look, open_part
     from trainers.report.shown_rows import first_rows
@@ -80,15 +81,16 @@ def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     refuse_foreign_code(config.use_kernels)
     tokenizer, new_tokens = load_tokenizer(config)
     shown = wrong = 0
-    with scratch("rows") as folder:
-        opened = open_part(config, tokenizer, part, folder)
+    source = open_source(config, part)
+    with scratch("rows", source.bytes) as folder:
+        opened = open_part(source, config, tokenizer, folder)
         view.head(look(opened, config, settings.sources, tokenizer, new_tokens))
         limit = None if options.rows == ALL else options.rows
         for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
             view.row(row, tokenizer)
             shown, wrong = shown + 1, wrong + bool(row.error)
             if options.html is None and is_unread():
-                break
+                return USAGE_ERROR if wrong else 0
     problems = [wrong_rows(wrong, shown)] if wrong else []
     if view.counts and not problems:
         counts = count(config, tokenizer, part)
@@ -106,7 +108,7 @@ def _view(options: argparse.Namespace, stdout: TextIO) -> View:
     from trainers.report.as_text import TextView
 
     if options.html is not None:
-        return PageView(options.html)
+        return PageView(stdout, options.html)
     return JsonView(stdout) if options.json else TextView(stdout)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from trainers.config.errors import ConfigError
 from trainers.config.redaction import redacted
 from trainers.config.text import count_of, printable
 from trainers.data.preview import shown_texts
 from trainers.rank import no_links
-from trainers.rank.say import say
 from trainers.report.facts import Bar
 from trainers.report.gather import Counts, Look
 from trainers.report.shown_rows import ShownRow
@@ -80,8 +78,8 @@ def _is_page(path: Path) -> bool:
 class PageView(View):
     """Collects the page, and writes it at the end."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(StringIO())
+    def __init__(self, stdout: TextIO, path: Path) -> None:
+        super().__init__(stdout)
         check_output(path)
         self.path = path
         self.top = ""
@@ -110,8 +108,9 @@ class PageView(View):
             several = f"sample {number} of {len(row.samples)}, " if len(row.samples) > 1 else ""
             for text in shown_texts(sample, tokenizer):
                 label = f"{several}{text.name + ', ' if text.name else ''}{count_of(text.tokens, 'token')}"
+                # A page leaves out the first line break of <pre>, so there is one more.
                 parts = "".join(_part(part, trained) for part, trained in text.parts)
-                self.rows.append(f'<div>{_text(label)}</div>\n<pre dir="auto">{parts}</pre>')
+                self.rows.append(f'<div>{_text(label)}</div>\n<pre dir="auto">\n{parts}</pre>')
 
     def tail(self, counts: Counts) -> None:
         self.facts.append(f"<h2>Counts</h2>\n{_list(count_sentences(counts))}")
@@ -140,7 +139,7 @@ class PageView(View):
             "</html>\n",
         ]
         no_links.write(self.path.absolute().parent, self.path.absolute(), "\n".join(parts))
-        say("page", str(self.path))
+        print(redacted(f"page: {self.path}"), file=self.stdout)
 
 
 def _text(text: str) -> str:

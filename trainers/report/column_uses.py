@@ -23,28 +23,31 @@ class Use:
 
 
 def column_uses(
-    names: Iterable[str], columns: Columns, config: TrainConfig, sources: Mapping[str, str]
+    names: Iterable[str], columns: Columns, config: TrainConfig, sources: Mapping[str, str], given: int
 ) -> tuple[list[Use], list[str]]:
     """Return how the columns of a split are used, and which of `names` are not.
 
-    `columns` are complete (column_kinds.py), and `sources` says where each value of the config is from.
+    `columns` are complete (column_kinds.py), `sources` says where each value of the config is from, and
+    `given` is the number of rows.
     """
     names = list(names)
-    uses = [use for use in _uses(columns, config, sources) if use.column in names]
+    uses = [use for use in _uses(columns, config, sources, given) if use.column in names]
     used = {use.column for use in uses}
     return uses, [name for name in names if name not in used]
 
 
-def _uses(columns: Columns, config: TrainConfig, sources: Mapping[str, str]) -> Iterator[Use]:
+def _uses(columns: Columns, config: TrainConfig, sources: Mapping[str, str], given: int) -> Iterator[Use]:
+    read = "as in most rows" if given <= ROWS_READ else f"as in most of the first {ROWS_READ} rows"
+
     def found(field: str, column: str | None) -> str:
         named = field in config.model_fields_set and getattr(config, field) == column
         return f"{field} ({sources.get(field, 'config')})" if named else USUAL
 
     def use(column: str, what: str, field: str) -> Use:
         if column in columns.messages:
-            holds = f"messages, as in most of the first {ROWS_READ} rows"
+            holds = f"messages, {read}"
         elif column in columns.dialogues:
-            holds = f"turns of Human and Assistant, as in most of the first {ROWS_READ} rows"
+            holds = f"turns of Human and Assistant, {read}"
         else:
             holds = "text"
         return Use(column, what, found(field, column), holds)

@@ -16,7 +16,7 @@ from trainers.config.schema import TrainConfig
 from trainers.data.columns import Columns
 from trainers.data.encoders import Encoder
 from trainers.data.files import RowPlaces, find_split
-from trainers.data.loading import ROW, Part, Source, open_source, split_of
+from trainers.data.loading import ROW, Part, Source, split_of
 from trainers.data.prepare import Prepared, Summary, parts, prepare
 from trainers.data.sampler import sample_lengths
 from trainers.report.column_uses import Use, column_uses
@@ -62,13 +62,14 @@ def check_part(config: TrainConfig, part: Part) -> None:
         )
 
 
-def open_part(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part, folder: Path) -> OpenPart:
+def open_part(
+    source: Source, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> OpenPart:
     """Load the rows of a part. `folder` is for the Arrow files, and must stay while they are used.
 
     Raises:
-        ConfigError: the split or a column is missing, or a row cannot be read.
+        ConfigError: a row cannot be read, or the part would be empty.
     """
-    source = open_source(config, part)
     raw, columns = source.load(config, folder)
     return OpenPart(source, raw, columns, Encoder(columns, config, tokenizer), RowPlaces(source.split))
 
@@ -96,7 +97,7 @@ def look(
     split = opened.source.split
     files = [str(file) for file in split.files] or [f"{split.path} ({split.name})"]
     names = [name for name in opened.raw.column_names if name != ROW]
-    uses, unused = column_uses(names, opened.columns, config, sources)
+    uses, unused = column_uses(names, opened.columns, config, sources, len(opened.raw))
     facts = template_facts(config, sources, tokenizer, new_tokens, opened.columns)
     return Look(opened.source.part, files, len(opened.raw), uses, unused, facts)
 
