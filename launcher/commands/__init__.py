@@ -6,6 +6,6 @@ run() takes the parsed arguments by name and returns the exit code. Importing a 
 
 # In the order of --help: the most used commands first.
 COMMANDS = (
-    "train", "show", "submit", "status", "logs", "cancel", "evaluate", "consolidate", "push", "llm", "schema",
-    "completion",
+    "train", "show", "data", "submit", "status", "logs", "cancel", "evaluate", "consolidate", "push", "llm",
+    "schema", "completion",
 )  # fmt: skip

@@ -28,6 +28,7 @@ ELSEWHERE = {
     ("trainers/storage/data_cache.py", "open"): "the same",
     ("trainers/data/prepare.py", "save_to_disk"): "the same",
     ("trainers/data/prepare.py", "write_text"): "the same",
+    ("trainers/data/prepare.py", "save"): "the same",
     ("trainers/data/prepare.py", "rmtree"): "the same",
     ("trainers/rank/private_socket.py", "unlink"): "the socket of --keep",
     ("trainers/rank/private_socket.py", "chmod"): "the same",

@@ -13,7 +13,7 @@ from trainers.config.schema import TrainConfig
 from trainers.data.columns import Columns
 from trainers.data.language_rows import LanguageRows
 from trainers.data.preference_rows import PreferenceRows
-from trainers.data.samples import COUNTS, Dropped, RowError, Sample
+from trainers.data.samples import COUNTS, NUMBER, Dropped, RowError, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,13 +37,26 @@ class Encoder:
     def __call__(self, batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         names = list(batch)
         samples: list[Sample] = []
+        rows: list[int] = []
         for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
             try:
-                samples += self.encode(dict(zip(names, values, strict=True)))
-            except Dropped as reason:
-                samples.append(Sample(self.empty, 0, 0, dropped=str(reason)))
+                found = self.samples(dict(zip(names, values, strict=True)))
             except RowError as error:
                 error.args = (str(error), number)
                 raise
+            samples += found
+            rows += [number] * len(found)
         out = {name: [sample.tokens[name] for sample in samples] for name in self.empty}
-        return out | {name: [getattr(sample, name) for sample in samples] for name in COUNTS}
+        counts = {name: [getattr(sample, name) for sample in samples] for name in COUNTS}
+        return {**out, **counts, NUMBER: rows}
+
+    def samples(self, row: dict[str, Any]) -> list[Sample]:
+        """Return the samples of a row. A row that is dropped gives a sample without tokens, with the reason.
+
+        Raises:
+            RowError: the row is malformed.
+        """
+        try:
+            return self.encode(row)
+        except Dropped as reason:
+            return [Sample(self.empty, 0, 0, dropped=str(reason))]

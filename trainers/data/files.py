@@ -220,12 +220,32 @@ def _parquet_rows(path: Path) -> int:
         raise ConfigError(f"{path}: not a Parquet file, or an incomplete one. Download it again.") from None
 
 
+class RowPlaces:
+    """The places of the rows of a split: files, and numbers in them. Reads a file at most once."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self._counts: list[int] = []  # rows of the files that were read
+
+    def find(self, number: int) -> tuple[Path | None, int]:
+        """Return the file of row `number` of the split, and the number of the row in it.
+
+        `number` counts from 0 over all files, and the result from 1. A dataset on the hub has no file.
+        """
+        for index, path in enumerate(self.split.files):
+            if index == len(self.split.files) - 1:
+                return path, number + 1
+            if index == len(self._counts):
+                one = Split(self.split.path, self.split.name, (path,))
+                parquet = path.suffix == ".parquet"
+                self._counts.append(_parquet_rows(path) if parquet else sum(1 for _ in rows(one)))
+            if number < self._counts[index]:
+                return path, number + 1
+            number -= self._counts[index]
+        return None, number + 1
+
+
 def place_of(split: Split, number: int) -> str:
     """Return `file: row N` for row `number` of the split, which counts from 0 over all files."""
-    for path in split.files:
-        one = Split(split.path, split.name, (path,))
-        count = _parquet_rows(path) if path.suffix == ".parquet" else sum(1 for _ in rows(one))
-        if number < count:
-            return f"{path}: row {number + 1}"
-        number -= count
-    return f"{split.path} ({split.name}): row {number + 1}"
+    path, row = RowPlaces(split).find(number)
+    return f"{path or f'{split.path} ({split.name})'}: row {row}"

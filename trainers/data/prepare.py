@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
@@ -27,7 +29,7 @@ from trainers.data.files import place_of
 from trainers.data.loading import ROW, Part, Source, open_source
 from trainers.data.preference_rows import check_label_balance
 from trainers.data.sampler import count_packs
-from trainers.data.samples import COUNTS, RowError
+from trainers.data.samples import COUNTS, NUMBER, RowError
 from trainers.data.tokens import forget_truncation
 from trainers.rank.process import live_terminal, rank
 from trainers.storage.data_cache import cache_root, make_once
@@ -37,9 +39,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 5  # raise it when the same input gives other samples
+CACHE_VERSION = 6  # raise it when the same input gives another entry
 BATCH_ROWS = 1000  # rows that a worker encodes at a time, if they are short
 BATCH_BYTES = 4 * 2**20  # and about how many bytes of them; their samples take ten times that in Python
+ROWS = "rows.npy"  # in an entry: the row of each sample
+FIRST = 5  # rows that are named of those that are dropped for a reason
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 
 
@@ -56,6 +60,7 @@ class Summary:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     packs: int = 0  # packs of an epoch
     notes: dict[str, int] = field(default_factory=dict)  # what else is said about samples -> samples
+    first_dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> its first rows, from 1
 
     @property
     def line(self) -> str:
@@ -77,6 +82,7 @@ class Prepared:
     dataset: Dataset
     summary: Summary
     key: str  # a hash of all that decides what the samples are
+    rows: NDArray[np.int64]  # the row of each sample: its number in the split, from 0
 
 
 def parts(config: TrainConfig) -> list[Part]:
@@ -100,7 +106,9 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     def make(unfinished: Path) -> None:
         raw, columns = source.load(config, unfinished / "raw")
         data, summary = _tokenize(raw, source, Encoder(columns, config, tokenizer), config, tokenizer)
-        data.save_to_disk(unfinished / "data")
+        numbers = np.asarray(data[NUMBER][:], dtype=np.int64)
+        data.remove_columns(NUMBER).save_to_disk(unfinished / "data")
+        np.save(unfinished / ROWS, numbers)
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
@@ -115,7 +123,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
     summary.packs = count_packs(config, dataset)
-    return Prepared(dataset, summary, folder.name)
+    return Prepared(dataset, summary, folder.name, np.load(folder / ROWS, mmap_mode="r"))
 
 
 def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
@@ -198,6 +206,7 @@ def _features(encoder: Encoder) -> Features:
     from datasets import Features, List, Value
 
     counts = {"length": "int32", "supervised": "int32", "truncated": "bool", "dropped": "string"}
+    counts[NUMBER] = "int64"
     tokens = {
         name: List(Value("int32")) if empty == [] else Value("bool") for name, empty in encoder.empty.items()
     }
@@ -222,11 +231,12 @@ def _progress() -> Iterator[None]:
 
 def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
     """Return the summary of a split, and the indices of the samples that are kept."""
-    import numpy as np
-
-    counts = data.select_columns([name for name in COUNTS if name != "notes"]).with_format("numpy")[:]
-    reasons = Counter(str(reason) for reason in counts["dropped"] if reason)
+    names = [*(name for name in COUNTS if name != "notes"), NUMBER]
+    counts = data.select_columns(names).with_format("numpy")[:]
     kept = np.asarray([not reason for reason in counts["dropped"]], dtype=bool)
+    reasons: dict[str, list[int]] = {}
+    for index in np.flatnonzero(~kept):
+        reasons.setdefault(str(counts["dropped"][index]), []).append(int(counts[NUMBER][index]) + 1)
     lists = [name for name in data.column_names if name.endswith("ids")]
     tokens = 0
     for name in lists:
@@ -237,7 +247,8 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
         supervised_tokens=int(counts["supervised"][kept].sum()),
         longest=int(counts["length"].max()),
         truncated=int(counts["truncated"].sum()),
-        dropped=dict(reasons),
+        dropped={reason: len(rows) for reason, rows in reasons.items()},
+        first_dropped={reason: list(dict.fromkeys(rows))[:FIRST] for reason, rows in reasons.items()},
         notes=dict(
             Counter(data.with_format("arrow").data.column("notes").combine_chunks().flatten().to_pylist())
         ),
@@ -252,7 +263,6 @@ def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
     inside groups of batch_size samples, so they would change with the batch size. Here they are built over
     the full split. TRL reads the samples in this order in each epoch, so they are shuffled here, once.
     """
-    import numpy as np
     from datasets import concatenate_datasets
 
     if part == "train":

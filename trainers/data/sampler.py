@@ -150,7 +150,7 @@ def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Int
     """Return the micro-batches of a split, as the config asks for them."""
     budget = config.token_budget
     packs = config.batch_size if training else config.per_device_eval_batch_size or config.batch_size
-    pieces, offsets, capacity = whole_samples(lengths), None, _capacity(config)
+    pieces, offsets, capacity = whole_samples(lengths), None, pack_capacity(config)
     if not training and not config.evaluates_packed:
         capacity = None
     elif config.packed == "wrapped":
@@ -175,7 +175,7 @@ def count_packs(config: TrainConfig, dataset: Dataset) -> int:
     Raises:
         ConfigError: a sample does not fit in tokens_per_batch.
     """
-    capacity, lengths = _capacity(config), sample_lengths(dataset)
+    capacity, lengths = pack_capacity(config), sample_lengths(dataset)
     if capacity is None or not len(lengths):
         return len(lengths)
     if config.packed == "wrapped":
@@ -189,7 +189,7 @@ def count_packs(config: TrainConfig, dataset: Dataset) -> int:
     return len(plan_packs(lengths, capacity)[1]) - 1
 
 
-def _capacity(config: TrainConfig) -> int | None:
+def pack_capacity(config: TrainConfig) -> int | None:
     """Return the tokens of a pack, or None if each sample is a pack."""
     if config.packed == "wrapped":
         return config.sequence_length

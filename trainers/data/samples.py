@@ -7,13 +7,9 @@ from typing import Any
 
 from trainers.config.errors import ConfigError
 
-COUNTS = (
-    "length",
-    "supervised",
-    "truncated",
-    "dropped",
-    "notes",
-)  # columns next to the tokens, for the summary
+# Columns next to the tokens, for the summary.
+COUNTS = ("length", "supervised", "truncated", "dropped", "notes")
+NUMBER = "row"  # another one: the number of the sample's row in its split, from 0
 
 
 class Dropped(Exception):

@@ -68,20 +68,11 @@ def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> No
     """
     if folder.exists():
         return
-    if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(
-            f"{CACHE}: the cache folder {folder.parent} is not writable. Set {CACHE} to a folder that you "
-            "can write to."
-        )
+    _check_writable(folder.parent)
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
-        for left in folder.parent.glob(f"{folder.name}.*.part"):
-            with contextlib.suppress(FileNotFoundError):  # another node has just removed or renamed it
-                if _is_abandoned(left):
-                    shutil.rmtree(left, ignore_errors=True)
-        part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        part = _part(folder)
         try:
             make(part)
         except Exception as error:
@@ -95,6 +86,46 @@ def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> No
             if not folder.exists():
                 raise
             shutil.rmtree(part)  # another node was faster
+
+
+@contextlib.contextmanager
+def scratch(name: str, needed: int = 0) -> Iterator[Path]:
+    """Yield the path of a folder of the cache, which is removed after the block. `needed`: see make_once().
+
+    Raises:
+        ConfigError: the cache is not writable.
+        OSError: the disk of the cache is full.
+    """
+    root = cache_root()
+    _check_writable(root)
+    part = _part(root / name)
+    try:
+        yield part
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise _full(root, needed) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_writable(root: Path) -> None:
+    if not os.access(root, os.W_OK):
+        raise ConfigError(
+            f"{CACHE}: the cache folder {root} is not writable. Set {CACHE} to a folder that you can "
+            "write to."
+        )
+
+
+def _part(folder: Path) -> Path:
+    """Return the path where this process makes a folder. What killed processes left is removed."""
+    for left in folder.parent.glob(f"{folder.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another node has just removed or renamed it
+            if _is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    return part
 
 
 def _full(root: Path, needed: int) -> OSError:

@@ -29,7 +29,7 @@ GOOD = {
     "slurm": "{nodes: 1}",
 }
 SECTIONS = ("data", "params", "hub", "launch", "slurm")
-COMMANDS = (["train"], ["show"], ["show", "--json"], ["submit"], ["submit", "--dry-run"])
+COMMANDS = (["train"], ["show"], ["show", "--json"], ["data"], ["submit"], ["submit", "--dry-run"])
 
 
 def config(**changes: str) -> str:
@@ -141,7 +141,7 @@ def test_a_secret_in_a_line_of_an_array_is_not_shown(line: list[str], check: Che
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("command", ["train", "show", "submit", "consolidate", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "show", "data", "submit", "consolidate", "evaluate"])
 def test_a_secret_in_a_path_is_not_shown(command: str, path: str, check: Check) -> None:
     check([command, path])
 

@@ -17,7 +17,13 @@ import pytest
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import WAITS
 from trainers.storage import data_cache
-from trainers.storage.data_cache import cache_root, make_once, mark_prepared, wait_for_machine_0
+from trainers.storage.data_cache import (
+    cache_root,
+    make_once,
+    mark_prepared,
+    scratch,
+    wait_for_machine_0,
+)
 
 
 def fill(folder: Path) -> None:
@@ -121,3 +127,24 @@ def test_an_entry_is_created_on_a_file_system_without_locks(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     make_once(tmp_path / "key", fill)
     assert (tmp_path / "key" / "data").exists()
+
+
+def test_a_scratch_folder_goes_with_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHALANX_CACHE", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / "data" / f"rows.{socket.gethostname()}.{ended.pid}.part"
+    left.mkdir(parents=True)
+    with scratch("rows") as folder:
+        folder.mkdir()
+        (folder / "a").touch()
+        assert not left.exists(), "a killed process has left it"
+    with pytest.raises(ValueError), scratch("rows") as folder:
+        folder.mkdir()
+        raise ValueError
+    with (
+        pytest.raises(OSError, match=r"the prepared data needs about 5\.0 GB"),
+        scratch("rows", 5 * 10**9),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / "data").iterdir()) == []
