@@ -175,12 +175,14 @@ def _prepare(settings: Settings, folder: Path) -> Context:
     from trainers.data.prepare import parts, prepare
     from trainers.data.preview import show_example
     from trainers.model.attention import choose_attention
+    from trainers.model.hub_access import use_cache_if_silent
     from trainers.model.source import model_config
     from trainers.model.tokenizer import load_tokenizer
     from trainers.storage.data_cache import mark_prepared, wait_for_machine_0
 
     config = settings.train
     check_requirements(config, place_of_rank())
+    use_cache_if_silent(config)
     tokenizer, new_tokens = load_tokenizer(config)
     wait_for_machine_0()
     data = {part: prepare(config, tokenizer, part) for part in parts(config)}
