@@ -42,7 +42,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; }
 td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; }
 tr { border-bottom: 1px solid var(--line); }
-p, li, td, h1, h3 { overflow-wrap: anywhere; }
+p, li, h1, h3 { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .3rem;
       padding: .6rem; margin: .3rem 0; max-height: 30rem; overflow-y: auto; color: var(--faint);
       font: .85rem/1.5 ui-monospace, monospace; }

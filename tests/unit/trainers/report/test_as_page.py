@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def test_a_hostile_row_stays_text(page_of):
-    text = page_of([{"text": HOSTILE, "<img src=x onerror=alert(4)>": "1"}], block_size=1024)
+    text = page_of([{"text": HOSTILE, "<img src=x onerror=alert(4)>\x1b": "1"}], block_size=1024)
     page = Page(text)
     assert page.open == [], "every element is closed"
     assert not {"script", "img", "link", "iframe", "object", "a", "base"} & set(page.tags)
@@ -55,7 +55,7 @@ def test_a_hostile_row_stays_text(page_of):
     assert not names & {*LOADS} and not [name for name in names if name.startswith("on")]
     shown = HOSTILE.replace("\x00", r"\x00").replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
     assert page.texts["mark"][-1].removesuffix(END) == shown
-    assert "<img src=x onerror=alert(4)>" in page.texts["p"][0]
+    assert r"<img src=x onerror=alert(4)>\x1b" in page.texts["p"][0]
 
 
 def test_the_page_may_load_nothing(page_of):
@@ -116,3 +116,10 @@ def test_a_page_is_written_over_and_nothing_else_is(page_of, tmp_path):
         check_output(tmp_path / "link.html")
     with pytest.raises(ConfigError, match=r"is a folder\. Give a file in it"):
         check_output(tmp_path)
+
+
+def test_facts_have_no_secrets_and_rows_are_as_they_are(page_of):
+    secret = "hf_canaryCanaryCanaryCanaryCanary"
+    page = Page(page_of([{"text": f"My key is {secret}.", secret: "1"}]))
+    assert page.texts["p"][0] == "Not used: (hidden)"
+    assert page.texts["mark"][-1] == f"My key is {secret}.{END}"

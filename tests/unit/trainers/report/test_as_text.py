@@ -31,6 +31,15 @@ def test_each_section_has_its_facts(text_of):
     ]
 
 
+def test_only_the_first_rows_are_named(text_of):
+    rows = [{"text": ""}] * 6 + [{"text": "one"}] * 7
+    text = text_of(rows)
+    named = "row 1, row 2, row 3, row 4, row 5, ..."
+    assert section(text, "counts")[1] == f"train: dropped (empty text): {named}"
+    assert section(text, "rows that repeat others")[0].endswith("row 12 (as row 7), ...")
+    assert "..." not in "".join(section(text_of(rows[:5] + rows[6:12]), "counts"))
+
+
 def test_rows_of_two_parts_are_named_with_their_numbers_in_the_file(text_of):
     rows = [{"text": f"Row {i % 2}."} for i in range(20)]
     lines = section(text_of(rows, valid_fraction=0.2, test_fraction=0.2), "rows that repeat others")
