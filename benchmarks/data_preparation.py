@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,13 @@ def trl(work: Path, options: Namespace, all_cores: bool) -> Callable[[], Any]:
     return prepare
 
 
-def repeated(data: Sequence[dict[str, Any]], rows: int, chat: bool) -> list[dict[str, Any]]:
-    """Return `rows` rows: the data repeated, with a number in each, so that no two texts are the same."""
-    out: list[dict[str, Any]] = []
+def repeated(data: Sequence[dict[str, Any]], rows: int, chat: bool) -> Iterator[dict[str, Any]]:
+    """Yield `rows` rows: the data repeated, with a number in each, so that no two texts are the same."""
     for number, row in enumerate(itertools.islice(itertools.cycle(data), rows)):
         prompt, completion = f"{number}. {question(row)}", row["output"].strip() or "None."
         if chat:
             prompt, completion = turn("user", prompt), turn("assistant", completion)
-        out.append({"prompt": prompt, "completion": completion})
-    return out
+        yield {"prompt": prompt, "completion": completion}
 
 
 def turn(role: str, text: str) -> Any:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from trainers.config.errors import USAGE_ERROR
+from trainers.config.errors import DISK_FAILED, USAGE_ERROR
 from trainers.config.field_types import read_none
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.redaction import redacted
+from trainers.rank.terminal import has_lost_output
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -32,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         if "arguments are required" in message:
             message += f". See {self.prog} --help."
         self.exit(USAGE_ERROR, f"error: {redacted(message)}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program. --help and --version end here: what they print is their result."""
+        if status == 0 and has_lost_output():
+            status = DISK_FAILED
+        super().exit(status, message)
 
     def _flags(self) -> list[str]:
         """Return every flag of this parser and of its commands.

@@ -29,6 +29,7 @@ from trainers.rank import no_links
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 from trainers.storage.manifest import SHARDS
+from trainers.storage.run_place import check_output
 from trainers.storage.saved_model import ADAPTER, VOCABULARIES, check_saved, read_object
 
 TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -91,6 +92,7 @@ def consolidate(checkpoint: Path, output: Path, max_shard_size: int | str = "5GB
         raise ConfigError(f"{output} is a link. Give a folder.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty. Give another folder.")
+    check_output(output)
     adapter = (checkpoint / ADAPTER).is_file()
     model = _model(checkpoint, adapter)
     source = open_shards(checkpoint)

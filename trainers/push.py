@@ -18,7 +18,8 @@ from trainers.output.hub import command, push
 from trainers.output.model_card import name_of
 from trainers.rank.say import say
 from trainers.storage.ending import UPLOAD, Ending, damaged_model, good_copy, read_ending
-from trainers.storage.run_folder import RECORD, lock_folder, unlock_folder
+from trainers.storage.folder_lock import lock_folder, unlock_folder
+from trainers.storage.identity import RECORD
 from trainers.storage.state_files import damaged, read_object
 
 

@@ -18,7 +18,7 @@ serves the launcher as above, and ends when the launcher does. Only processes of
 (rank/private_socket.py). The first message of the launcher has its working directory, its log, and the
 environment variables that imports read:
 
-    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as a descriptor
+    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as descriptors
     here -> launcher    {"imported": 0, "pid": ...}                 the process that serves it
     here -> launcher    {"refused": ...}                            the launcher then starts its own process
 """
@@ -49,6 +49,7 @@ from trainers.rank.private_socket import accept, check_free, listen, peer
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 
+LOCKS = 2  # descriptors of the lock on a run's folder (storage/folder_lock.py)
 # A fork keeps only one thread, and CUDA does not survive it. This process has these values, its ranks do not.
 PARENT_ONLY = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's OpenBLAS starts a thread for each core
@@ -94,7 +95,7 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
     try:
         pid = peer(channel)[0]
         launcher = os.pidfd_open(pid) if pid else None  # 0: it is in another container
-        message, locks, _, _ = socket.recv_fds(channel, 1 << 20, 1)
+        message, locks, _, _ = socket.recv_fds(channel, 1 << 20, LOCKS)
         if not message:
             return None
         hello = json.loads(message)

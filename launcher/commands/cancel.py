@@ -12,7 +12,7 @@ from launcher.slurm.job import ENDED, ControllerUnreachable, SlurmError, ask, fa
 from launcher.slurm.journal import ended, jobs
 from launcher.slurm.run_state import ACTIVE_STATES, find_runs
 from trainers.config.errors import ConfigError
-from trainers.storage.run_folder import lock_owner
+from trainers.storage.folder_lock import lock_owner
 
 HELP = "end runs; they save first"
 USAGE = "RUN|JOB"
@@ -77,7 +77,8 @@ def _cancel_process(folder: Path) -> str:
         return "it is not running"
     pid, host = held
     if host != socket.gethostname():
-        return f"it runs on {host or 'an unknown machine (it has just started)'}; cancel it there"
+        unknown = "an unknown machine (it has just started, or its .lock was removed)"
+        return f"it runs on {host or unknown}; cancel it there"
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:

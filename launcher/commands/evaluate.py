@@ -13,9 +13,12 @@ from typing import NoReturn
 
 from launcher.plan.topology import detect_hardware, free_port
 from trainers.config.errors import ConfigError
+from trainers.evaluate import ACCELERATE, LM_EVAL
 from trainers.rank.no_links import LinkFound
+from trainers.storage.run_place import check_output
 from trainers.storage.saved_model import ADAPTER
 
+HIDING = "trainers.evaluate"  # runs the module that follows, with secrets hidden
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"
 HELP = "evaluate a run's final model with lm-eval, which gets everything after RUN"
@@ -34,7 +37,7 @@ def run(folder: Path, arguments: Sequence[str]) -> NoReturn:
         ConfigError: there is no model, or lm-eval is not installed.
     """
     argv = command(folder, arguments, len(detect_hardware().gpus))
-    if importlib.util.find_spec("lm_eval") is None:
+    if importlib.util.find_spec(LM_EVAL) is None:
         raise ConfigError(f"evaluate: lm-eval is not installed. Install it: {EXTRA}.")
     os.execv(argv[0], argv)
 
@@ -51,19 +54,20 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
     if (folder / RESULTS).is_symlink():
         raise LinkFound(folder / RESULTS)
     given, rest = parser.parse_known_args(arguments)
+    check_output(Path(given.output_path))
     if any(word.startswith("{") for word in given.model_args):
         raise ConfigError(
             "--model_args: JSON cannot be joined with the model's own arguments. Write name=value."
         )
     model = ",".join(f"{name}={value}" for name, value in _model(folder).items())
     spread = any(word.lower() == "parallelize=true" for a in given.model_args for word in a.split(","))
-    launch = [sys.executable, "-m"]
+    launch = [sys.executable, "-m", HIDING]
     if gpus > 1 and not spread:
-        launch += ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        launch += [ACCELERATE, "--multi_gpu", "--num_machines", "1"]
         launch += ["--num_processes", str(gpus), "--main_process_port", str(free_port())]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", HIDING]
     own = ["--model", "hf", "--model_args", model, *given.model_args, "--output_path", given.output_path]
-    return [*launch, "lm_eval", "run", *own, *rest]
+    return [*launch, LM_EVAL, "run", *own, *rest]
 
 
 def _model(folder: Path) -> dict[str, str]:

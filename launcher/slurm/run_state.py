@@ -12,9 +12,11 @@ from launcher.slurm.job import ControllerUnreachable, SlurmError, facts
 from launcher.slurm.journal import ended, jobs, last_job
 from trainers.config.errors import ConfigError
 from trainers.rank.protocol import LAUNCH, attempts
+from trainers.storage.folder_lock import lock_owner
+from trainers.storage.identity import RECORD
 from trainers.storage.manifest import CHECKPOINT_PREFIX
 from trainers.storage.run_files import JOBS
-from trainers.storage.run_folder import PROGRESS, RECORD, holds_run, lock_owner
+from trainers.storage.run_folder import PROGRESS, holds_run
 from trainers.storage.state_files import read_object
 
 ACTIVE_STATES = ("RUNNING", "COMPLETING")

@@ -61,6 +61,7 @@ def prepare(
     root = run_of(files.folder)
     run_files.own(root, f"{attempt_folder(Path(), number or next_attempt(root))}/")
     no_links.make_folder(root, files.folder)
+    no_links.hold(root)
     deepspeed = build_deepspeed_config(backend)
     if deepspeed is not None:
         no_links.write(root, files.deepspeed_config, json.dumps(deepspeed, indent=2) + "\n")

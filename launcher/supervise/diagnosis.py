@@ -146,13 +146,14 @@ def _from_note(note: ErrorNote) -> Failure:
 def report(failure: Failure, files: AttemptFiles, shown: int, lines: Sequence[str] = ()) -> int:
     """Print the failure, with the most important lines at the end, and return the exit code.
 
-    `shown` is the rank whose log is on the terminal already. `lines` say what else the user can do.
+    `shown` is the rank whose log is on the terminal already, but the traceback of a lost peer (watcher.py).
+    `lines` say what else the user can do.
     """
     if failure.code == USAGE_ERROR:
         say("error", failure.reason)
         return USAGE_ERROR
     log = files.launcher_log if failure.rank is None else files.rank(failure.rank).log
-    if log.exists() and failure.rank != shown:
+    if log.exists() and (failure.rank != shown or failure.code == PEER_LOST):
         _show(f"end of {log}", log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
     if failure.stack:
         main_thread = failure.stack.partition("Current thread")[2].splitlines()[1 : 1 + STACK_LINES]

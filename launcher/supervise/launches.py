@@ -15,9 +15,11 @@ from typing import Protocol
 
 from launcher.plan.command import ELASTIC
 from launcher.supervise.warm_parent import WarmParent
+from trainers.config.errors import ConfigError
 from trainers.rank import no_links
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.proc_stat import watch
-from trainers.rank.process import die_with_parent, kill_session
+from trainers.rank.process import kill_session
 from trainers.rank.protocol import AttemptFiles, run_of
 
 POLL_SECONDS = 0.1
@@ -67,7 +69,7 @@ class AccelerateLaunch:
         self._kill_waiting_ranks()
         if self.process.returncode is not None:
             self.kill()  # leave no process behind
-            with contextlib.suppress(OSError):  # a network file system may keep a file for a while
+            with contextlib.suppress(OSError, ConfigError):  # a file server may keep a file for a while
                 no_links.remove(run_of(self.files.folder), self.files.folder / ELASTIC)
         return self.process.returncode
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from launcher.config import Run
 from launcher.plan.backend import Backend
@@ -40,8 +39,9 @@ from trainers.rank.protocol import HEARTBEATS, LAUNCH, WAITS, AttemptFiles, Stop
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.data_cache import cache_root
+from trainers.storage.folder_lock import InUse, Lock, lock_folder, unlock_folder
 from trainers.storage.manifest import newest_usable, step_of
-from trainers.storage.run_folder import InUse, claim, lock_folder, unlock_folder
+from trainers.storage.run_folder import claim
 
 WARM_LOG = "warm-{}.log"  # log of the process that imports the libraries, by machine
 TAKE_SECONDS = 0.5  # `phalanx status` holds the folder's lock for a moment
@@ -65,7 +65,7 @@ def train(run: Run, topology: Topology, backend: Backend, signals: Signals) -> i
     return code
 
 
-def _take_folder(run: Run, job: str | None, signals: Signals) -> IO[str] | None:
+def _take_folder(run: Run, job: str | None, signals: Signals) -> Lock | None:
     """Take the run's folder for this start, and return the lock on it, or None if a signal arrives first.
 
     Raises:
@@ -107,7 +107,7 @@ class Supervisor:
     topology: Topology
     backend: Backend
     signals: Signals
-    lock: IO[str] | None
+    lock: Lock | None
 
     def __post_init__(self) -> None:
         self.parent: WarmParent | None = None
@@ -227,7 +227,8 @@ class Supervisor:
             folder = self.run.folder.resolve()
             log = f"{LAUNCH}/{WARM_LOG.format(self.topology.machine_rank)}"
             run_files.append(folder, log, "")
-            self.parent = WarmParent(module, deepspeed, environ, folder / log, self.lock)
+            locks = [] if self.lock is None else self.lock.descriptors
+            self.parent = WarmParent(module, deepspeed, environ, folder / log, locks)
         return self.parent
 
     def _drop_parent(self) -> None:

@@ -13,16 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher.supervise.hangs import IDLE
 from launcher.supervise.progress import Progress
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.private_socket import connect
 from trainers.rank.proc_stat import read_stat, watch
-from trainers.rank.process import die_with_parent
 from trainers.rank.protocol import WARM
 from trainers.rank.say import say
 
@@ -66,12 +66,12 @@ class WarmParent:
     """
 
     def __init__(
-        self, module: str, deepspeed: bool, environ: Mapping[str, str], log: Path, lock: IO[str] | None
+        self, module: str, deepspeed: bool, environ: Mapping[str, str], log: Path, locks: list[int]
     ) -> None:
         """Start the process, or join the one that is kept for several runs.
 
-        The process inherits `lock`, the lock on the run's folder, which is free when all its holders have
-        ended.
+        The process inherits `locks`, the descriptors of the lock on the run's folder, which is free when all
+        its holders have ended.
         """
         self.process: subprocess.Popen[bytes] | None = None
         self.pid = 0  # of the process that forks; 0: not known yet
@@ -79,7 +79,6 @@ class WarmParent:
         self.serving: Spare | None = None  # the spare that has taken over from the process
         self.descriptors: list[int] = []  # received, and not assigned to a message yet
         self.buffer, self.imported, self.ended = b"", False, False
-        locks = [] if lock is None else [lock.fileno()]
         kept = environ.get(WARM)
         if kept and self._join(Path(kept), environ, log, locks):
             return

@@ -14,7 +14,8 @@ from launcher.supervise.attempt import Outcome
 from launcher.supervise.hangs import HangFinder, SuspensionDetector
 from launcher.supervise.launches import POLL_SECONDS, Launch
 from launcher.supervise.signals import Signals
-from trainers.rank.protocol import AttemptFiles, StopNote
+from trainers.config.errors import PEER_LOST
+from trainers.rank.protocol import AttemptFiles, ErrorNote, StopNote
 from trainers.rank.say import say
 from trainers.rank.terminal import is_unread
 
@@ -51,7 +52,7 @@ class Watcher:
         exits: dict[int, int] = {}
         hang, cut, awake = None, False, SuspensionDetector(self.hang_timeout)
         finder = HangFinder(self.heartbeats, self.hang_timeout, self.files, self.alone)
-        with _Tail(self.files.rank(self.shown).log) as tail:
+        with _Tail(self.files, self.shown) as tail:
             while (code := launch.wait(POLL_SECONDS)) is None:
                 tail.show()
                 now, since = time.monotonic(), awake.look()
@@ -93,10 +94,14 @@ class Watcher:
 
 
 class _Tail:
-    """A reader that copies what is new in a log to the terminal."""
+    """A reader that copies what is new in the log of a rank to the terminal.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    If the rank fails because another one is gone, its traceback stays in the log: it hides the cause.
+    """
+
+    def __init__(self, files: AttemptFiles, rank: int) -> None:
+        self.files, self.rank = files, rank
+        self.path = files.rank(rank).log
         self.stream: BinaryIO | None = None
         self.unread = False  # whether the terminal or the pipe is gone
 
@@ -110,7 +115,7 @@ class _Tail:
     def show(self) -> None:
         if self.stream is None and self.path.exists():
             self.stream = self.path.open("rb")
-        if self.stream is not None and (chunk := self.stream.read()):
+        if self.stream is not None and (chunk := self._news(self.stream)):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
             if not self.unread and is_unread():
@@ -118,3 +123,11 @@ class _Tail:
                 say(
                     "warning", f"nothing takes stdout any more; the run continues, and its log is {self.path}"
                 )
+
+    def _news(self, stream: BinaryIO) -> bytes:
+        """Return what is new in the log. A rank writes its note before the traceback."""
+        begin, chunk = stream.tell(), stream.read()
+        if not chunk:
+            return chunk
+        ends = [n.logged for n in self.files.notes(ErrorNote) if n.rank == self.rank and n.code == PEER_LOST]
+        return chunk[: max(ends[0] - begin, 0)] if ends else chunk

@@ -320,7 +320,7 @@ def lives(pid: int) -> bool:
 @pytest.fixture
 def started(environ: dict[str, str], work: Path) -> Iterator[WarmParent]:
     """A process that imports the libraries for this test."""
-    parent = WarmParent("probe", False, environ, work / "warm.log", None)
+    parent = WarmParent("probe", False, environ, work / "warm.log", [])
     yield parent
     parent.close()
 
@@ -374,7 +374,7 @@ def kept(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def joined(environ: dict[str, str]) -> WarmParent:
-    return WarmParent("probe", False, environ, Path("warm.log").resolve(), None)
+    return WarmParent("probe", False, environ, Path("warm.log").resolve(), [])
 
 
 def ends(parent: WarmParent, number: int) -> dict[int, int]:
@@ -431,7 +431,7 @@ from pathlib import Path
 from launcher.supervise.warm_parent import WarmParent
 
 folder, lasts, argv = Path(sys.argv[1]), sys.argv[2] == "with a child", sys.argv[3:]
-parent = WarmParent("probe", False, os.environ, folder / "warm.log", None)
+parent = WarmParent("probe", False, os.environ, folder / "warm.log", [])
 assert (parent.process is None) == ("PHALANX_WARM" in os.environ), "the libraries were imported again"
 pids = parent.start(argv, os.environ, lambda: False)
 held = [parent.socket.fileno()]

@@ -40,6 +40,8 @@ def test_a_mistake_in_the_code_is_shown_and_not_restarted(faults):
     assert run.code == 1
     assert "error: rank 1 failed first: TypeError: planted mistake" in run.err and "restart" not in run.err
     assert "in mistake" in run.err and "rank-1.log" in run.err  # the traceback, and the file that has it
+    assert "Traceback" not in run.out and "Connection" not in run.err  # rank 0 only lost its peer
+    assert "Traceback" in (run.folder / "launch" / "attempt-1" / "rank-0.log").read_text()
     assert alive(run.folder) == []
 
 
@@ -85,3 +87,15 @@ def test_a_clock_that_is_set_back_changes_nothing(faults):
     run = faults.run("clock", "ddp", "--hang-timeout", "60", what="clock", rank=1, step=3)
     faults.same_end(run, "ddp")
     assert checkpoints(run) == [8, 12] and "restart" not in run.err
+
+
+def test_a_run_whose_folder_is_moved_ends_and_makes_no_other(faults):
+    run = faults.start("moved", "ddp", pause=0.2)
+    run.wait_for_step(EVERY + 1)
+    run.folder.rename(run.folder.with_name("moved-away"))
+    end = run.end()
+    assert end.code == 2
+    assert f"{run.folder} was moved or removed while the run wrote there" in end.err
+    assert "Traceback" not in end.out + end.err
+    assert not run.folder.exists()
+    faults.same_end(faults.run("moved-away", "ddp", "--resume"), "ddp")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 
 import pytest
-from planted import LORA, alive
+from planted import LORA, alive, processes
 
 from trainers.rank.proc_stat import read_stat
 
@@ -64,6 +65,27 @@ def test_no_rank_outlives_the_launcher_and_resume_continues(faults, whom, kept):
     run = faults.run(running.folder.name, "ddp", "--resume")
     assert "resume: " in run.out and "checkpoint-4" in run.out
     faults.same_end(run, "ddp")
+
+
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_stopped_process_outlives_the_launcher(faults, kept):
+    """SIGSTOP to all processes of a run, then kill -9 of the launcher, for which none can look."""
+    flags = ("--dataloader-num-workers", "1")
+    running = faults.start(f"launcher-stopped-{kept}", "ddp", *flags, kept=kept, pause=0.3)
+    running.wait_for_step(6)
+    pids = processes(running.folder).keys() | {read_stat(running.pid(0)).parent}
+    assert len(pids) >= (5 if kept else 6)
+    watched = {pid: os.pidfd_open(pid) for pid in pids}
+    for pid in (running.process.pid, *pids):
+        os.kill(pid, signal.SIGSTOP)
+    running.process.kill()
+    running.end()
+    left = [pid for pid, descriptor in watched.items() if not select.select([descriptor], [], [], 60)[0]]
+    try:
+        assert left == [], {pid: processes(running.folder).get(pid) for pid in left}
+    finally:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_spare_of_a_killed_warm_process_continues_the_run(faults):

@@ -13,6 +13,7 @@ import pytest
 from launcher.cli import main
 from launcher.plan.topology import Gpu, Hardware
 from launcher.supervise import supervisor
+from trainers.storage.identity import ID, RECORD
 from trainers.storage.manifest import CHECKPOINT_PREFIX, Layout, Manifest, entry_of
 from trainers.storage.run_folder import PROGRESS
 
@@ -37,9 +38,16 @@ def fake_model(folder: Path, parameters: int = 1000) -> Path:
 
 
 def fake_checkpoint(
-    run: Path, step: int, layout: Layout | None = None, config: dict[str, Any] | None = None
+    run: Path,
+    step: int,
+    layout: Layout | None = None,
+    config: dict[str, Any] | None = None,
+    run_id: str = "",
 ) -> Path:
-    """Write a checkpoint that verifies, with two small files. Default layout: two ranks of ddp."""
+    """Write a checkpoint that verifies, with two small files. Default layout: two ranks of ddp.
+
+    An id of the run is also written to run.json, unless there is one.
+    """
     folder = run / f"{CHECKPOINT_PREFIX}{step}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"the weights")
@@ -47,7 +55,12 @@ def fake_checkpoint(
     files = [entry_of(folder, path) for path in sorted(folder.iterdir())]
     position = {"epoch": 0.5, "data_seed": 42, "evaluation_due": False}
     layout = layout or Layout("ddp", None, 2, batch_size=2, gradient_accumulation=4)
-    Manifest(step, layout, position, {"torch": "2.10"}, "the rows", files, config=config).write(folder)
+    manifest = Manifest(
+        step, layout, position, {"torch": "2.10"}, "the rows", files, config=config, run=run_id
+    )
+    manifest.write(folder)
+    if run_id and not (run / RECORD).exists():
+        (run / RECORD).write_text(json.dumps({ID: run_id}))
     return folder
 
 

@@ -13,7 +13,7 @@ PATIENCE = 20.0  # seconds; a limit, not a measurement
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.storage.run_folder import lock_folder
+from trainers.storage.folder_lock import lock_folder
 lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -11,6 +11,8 @@ import transformers
 from architectures import ATTENTIONS
 from inprocess import ROWS, build, logged
 
+from trainers.data.sampler import Batches
+
 TRAINERS = {
     "default": {"packing": "bfd"},
     "sft": {"prompt_text_column": "prompt", "text_column": "completion"},
@@ -32,6 +34,16 @@ def step(work: Path, model: Path, **values: Any) -> tuple[float, torch.Tensor]:
 
     built.trainer.add_callback(Keep())
     return logged(built)[0]["loss"], found[0]
+
+
+def test_a_second_loader_takes_the_place_of_the_first(tmp_path, tiny_model, capfd):
+    """A resume makes one to know its last step. Two samplers would both follow the epochs, with a warning."""
+    trainer = build(tmp_path, tiny_model, trainer="sft").trainer
+    for _ in range(2):
+        batches = trainer.get_train_dataloader().batch_sampler
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, Batches)]
+    assert len(found) == 1 and found[0] is getattr(batches, "batch_sampler", batches)
+    assert "You are adding" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

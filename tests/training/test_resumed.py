@@ -109,6 +109,7 @@ def test_a_finished_run_keeps_the_record_of_its_training(tmp_path, own_model, ca
     assert "note: save_steps: has no effect, since the run is trained" in capsys.readouterr().out
     assert kept == read_record(folder) and again.context.config.save_steps == 2
     assert kept["config"]["resume"]["value"] is True
+    assert kept["id"] and kept["id"] == read_manifest(folder / "checkpoint-2").run
     changed = {name for name in kept["config"] if kept["config"][name] != facts["config"][name]}
     assert changed == {"resume", "log"}
     assert {name: kept[name] for name in facts if name != "config"} == {

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from trainers.rank.no_links import follow_umask
 from trainers.storage import run_files
-from trainers.storage.manifest import Manifest, checkpoint_folders, newest_usable, step_of, why_unusable
+from trainers.storage.manifest import (
+    Manifest,
+    checkpoint_folders,
+    is_foreign,
+    newest_usable,
+    step_of,
+    why_unusable,
+)
 from trainers.storage.run_folder import SAVING
 
 
@@ -22,8 +29,11 @@ def publish(part: Path, manifest: Manifest) -> None:
     target = run_folder / part.name
     follow_umask(part)
     manifest.write(part)
-    if run_files.owns(run_folder, target.name) and os.path.lexists(target):
-        discard(target)  # of the same step: the run resumed from it, or it did not verify
+    if os.path.lexists(target):  # of the same step: the run resumed from it, or it did not verify
+        if _is_own(target):
+            discard(target)
+        else:
+            run_files.keep(run_folder, target.name)
     run_files.rename(run_folder, f"{SAVING}/{part.name}", part.name)
     for folder in (target, run_folder):
         _sync_folder(folder)
@@ -39,7 +49,7 @@ def rotate(run_folder: Path, saved: int, limit: int, best: str) -> None:
     """
     kept = 0
     for folder in reversed(checkpoint_folders(run_folder)):
-        if not run_files.owns(run_folder, folder.name):
+        if not _is_own(folder):
             continue
         above = step_of(folder) > saved
         if folder.name == best or (above and why_unusable(folder, content=True) is None):
@@ -64,11 +74,16 @@ def make_room(run_folder: Path, needed: int, best: str) -> list[Path]:
     newest, _ = newest_usable(run_folder, content=True)
     deleted: list[Path] = []
     for folder in checkpoint_folders(run_folder) if newest is not None else []:
-        kept = folder in (newest, run_folder / best) or not run_files.owns(run_folder, folder.name)
+        kept = folder in (newest, run_folder / best) or not _is_own(folder)
         if not kept and not has_room():
             discard(folder)
             deleted.append(folder)
     return deleted
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether its run wrote a checkpoint. A copy from another run may have the name of an own one."""
+    return run_files.owns(folder.parent, folder.name) and not is_foreign(folder)
 
 
 def discard(folder: Path) -> None:

@@ -46,6 +46,7 @@ class Resuming(Trainer):
         """`inputs`: what the run reads, which a resume compares."""
         self.config, self.inputs = config, inputs
         self.only_prepares = False
+        self.run_id = ""  # of the run's record; only on the rank that writes manifests
         super().__init__(*arguments, **named)
         self.agreement = Agreement()
         self.totals = Counting(self, self.agreement)

@@ -318,6 +318,7 @@ class Durable(BestModel):
             config=self.config.public(),
             weights=self.inputs.weights,
             totals=self._saving.totals,
+            run=self.run_id,
         )
         try:
             publish(self._saving.part, manifest)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 HIDDEN = "(hidden)"
 SHORTEST = 8  # characters; a shorter value could be an ordinary word of a message
@@ -111,6 +111,29 @@ def hide_in_tracebacks() -> None:
         sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
     sys.excepthook = show
+
+
+class _Hiding:
+    """A stream that hides secrets in each text before the stream below gets it."""
+
+    def __init__(self, below: TextIO) -> None:
+        self.below = below
+
+    def write(self, text: str) -> int:
+        self.below.write(redacted(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.below, name)
+
+
+def hide_in_output() -> None:
+    """Hide secrets in all that libraries print in this process, also in tracebacks."""
+    sys.stdout, sys.stderr = _Hiding(sys.stdout), _Hiding(sys.stderr)
 
 
 def _without_certain(text: str) -> str:

@@ -139,6 +139,13 @@ class ChatTemplate:
         return texts[0], (spans[0] if mark else [])
 
 
+def training_templates(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Return the training template of each template of a tokenizer, or None. TRL may change them."""
+    own = tokenizer.chat_template or {}
+    sources = own if isinstance(own, dict) else {"default": own}
+    return [_training(tokenizer, source) for _, source in sorted(sources.items())]
+
+
 def _training(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
     """Return the template with markers for what the loss sees: itself, or TRL's training twin."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers

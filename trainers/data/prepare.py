@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
+from trainers.data.chat_template import training_templates
 from trainers.data.encoders import Encoder
 from trainers.data.files import place_of
 from trainers.data.loading import ROW, Part, Source, open_source
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE_VERSION = 6  # raise it when the same input gives another entry
+BATCH_ROWS = 1000  # rows that a worker encodes at a time, if they are short
+BATCH_BYTES = 4 * 2**20  # and about how many bytes of them; their samples take ten times that in Python
 ROWS = "rows.npy"  # in an entry: the row of each sample
 FIRST = 5  # rows that are named of those that are dropped for a reason
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
@@ -125,10 +127,15 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
 
 
 def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
-    """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
+    """Return a hash of the content, the tokenizer, the templates and the config values that change samples.
+
+    A resume compares it too. So the version of a library is not in it, but what a library gives: TRL's
+    training templates.
+    """
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
+    twins = training_templates(tokenizer) if config.chat_template is not None else None
     parts = [
-        CACHE_VERSION, version("trl"), source.fingerprint, asdict(source.columns), source.part,
+        CACHE_VERSION, twins, source.fingerprint, asdict(source.columns), source.part,
         tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.all_special_ids), tokenizer.chat_template,
         tokenizer.eos_token, tokenizer.bos_token, config.trainer,
         config.chat_template, config.prompt_format, config.trains_on_all, config.train_on,
@@ -151,6 +158,7 @@ def _tokenize(
             data = raw.map(
                 _Numbered(encoder),
                 batched=True,
+                batch_size=_batch_size(raw),
                 remove_columns=raw.column_names,
                 num_proc=processes,
                 features=_features(encoder),
@@ -174,6 +182,12 @@ def _tokenize(
         numbers = range(len(data)) if source.part == "train" else range(-1, -1 - len(data), -1)
         data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
     return data, summary
+
+
+def _batch_size(raw: Dataset) -> int:
+    """Return how many rows a worker encodes at a time, so that its memory does not grow with their length."""
+    mean = raw.data.nbytes / len(raw.data)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / mean)))
 
 
 class _Numbered:

@@ -32,9 +32,10 @@ from trainers.rank.process import after_failure, live_terminal, log_folder, rank
 from trainers.rank.say import say
 from trainers.rank.signals import stop
 from trainers.storage.ending import Ending
+from trainers.storage.folder_lock import lock_folder
 from trainers.storage.manifest import step_of
 from trainers.storage.resumed import check_resume
-from trainers.storage.run_folder import check_free, claim, lock_folder
+from trainers.storage.run_folder import check_free, claim
 from trainers.storage.run_place import check_place
 from trainers.storage.shipped import SHIPPED
 
@@ -100,7 +101,7 @@ def _run(config_file: Path, trainer_name: str, build: Build) -> int:
     tracker = None
     facts: dict[str, Any] = {}
     if first:
-        facts = record_start(trainer, context, settings, ending)
+        facts = record_start(trainer, context, settings, ending, checkpoint)
         if works:
             tracker = open_tracker(
                 config, folder, context.config.public(), ending.step if ending else step_of(checkpoint)

@@ -17,8 +17,10 @@ from trainers.rank.process import world_size
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.ending import MERGE, Ending, damaged_model, good_copy, read_ending
+from trainers.storage.identity import ID, RECORD, new_id, recorded_id
+from trainers.storage.manifest import read_manifest
 from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
-from trainers.storage.run_folder import FINISHED, RECORD, write_record
+from trainers.storage.run_folder import FINISHED, write_record
 
 if TYPE_CHECKING:
     from trainers.checkpoint.saving import Durable
@@ -78,14 +80,21 @@ def _verify(folder: Path, ending: Ending) -> tuple[bool, str]:
 
 
 def record_start(
-    trainer: Durable, context: Context, settings: Settings, ending: Ending | None
+    trainer: Durable,
+    context: Context,
+    settings: Settings,
+    ending: Ending | None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Write run.json, and return what it records. `ending`: of a run that is trained already.
+
+    `checkpoint` is that from which the run continues.
 
     Once the run is trained, run.json keeps what describes its training. So does the config of the context,
     from which the model card is written.
     """
     folder, record = context.folder, None
+    trainer.run_id = _id_of(folder, checkpoint)
     if ending is None:  # first the end of an earlier training: with run.json it describes a finished run
         run_files.remove(folder, FINISHED)
     else:
@@ -101,10 +110,18 @@ def record_start(
     return update_record(folder, settings, record, merged)
 
 
+def _id_of(folder: Path, checkpoint: Path | None) -> str:
+    """Return the id of the run. If run.json is lost, that of the checkpoint in its folder; else a new one."""
+    own = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    written = read_manifest(checkpoint).run if checkpoint is not None and own else ""
+    return recorded_id(folder) or written or new_id()
+
+
 def facts_of(trainer: Durable, context: Context) -> dict[str, Any]:
     """Return what run.json records about this start, in addition to the config."""
     accelerator = trainer.accelerator
     return {
+        ID: trainer.run_id,
         "trainer": type(trainer).__name__,
         "distributed_type": str(accelerator.distributed_type.value),
         "world_size": world_size(),

@@ -5,7 +5,8 @@ this process is killed, its ranks die with it, and the launcher turns to the spa
 The spare then forks a spare of its own. Memory that nobody writes to is shared.
 
 A spare outlives its parent, so the kernel cannot end it with its parent. It ends when the launcher does, even
-if that is killed: then its socket closes, and its pidfd of the launcher becomes readable.
+if that is killed: then its socket closes, and its pidfd of the launcher becomes readable. If the spare is
+stopped (SIGSTOP), the kernel continues it then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.text import count_of
-from trainers.rank.process import die_with_parent, kill_session
+from trainers.rank.outliving import die_with_parent, wake_for
+from trainers.rank.process import kill_session
 
 # Only the launcher ends this process. A signal to all processes of a job, as SLURM sends it, is for the
 # ranks. If this process died of it, the ranks would die with it.
@@ -90,6 +92,7 @@ class Parent:
         self.channel, self.launcher = channel, launcher
         self.left_by_imports, self.spares = left_by_imports, spares
         self.channel.set_inheritable(False)
+        wake_for(channel)
         self.unread = b""
         self.spare: tuple[int, int] | None = None  # pidfd, pid
         self.ranks: dict[int, tuple[int, int]] = {}  # pidfd -> global rank, pid

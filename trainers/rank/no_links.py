@@ -7,6 +7,9 @@ path below it.
 A hard link is a second name of a file, perhaps outside. Before such a file is written, the name in the folder
 gets a file of its own.
 
+A process holds the folder of its run (hold()). If that is moved or removed, nothing is
+written to its old name.
+
 Nothing else writes into a run's folder; tests/unit/test_writes.py checks it.
 """
 
@@ -33,6 +36,30 @@ class LinkFound(ConfigError):
             f"project_name: {path} is a link, and a run does not write through links in its folder. Remove "
             "the link, or give another project_name."
         )
+
+
+class FolderMoved(ConfigError):
+    """The folder of a run is not any more where the run started."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"project_name: {folder.absolute()} was moved or removed while the run wrote there, so the run "
+            "has ended. Move it back, or give its new name as project_name, and continue with --resume."
+        )
+
+
+_held: dict[Path, tuple[int, int]] = {}  # folder of this process's run -> device and inode number
+
+
+def hold(root: Path) -> None:
+    """Refuse from now on to write to this name if it is another folder, or none."""
+    found = os.stat(root)
+    _held[root.resolve()] = (found.st_dev, found.st_ino)
+
+
+def release() -> None:
+    """Forget the folders that this process holds."""
+    _held.clear()
 
 
 def open_file(root: Path, path: Path, mode: str = "r", part_hard_links: bool = True) -> IO[Any]:
@@ -120,9 +147,7 @@ def _parent(root: Path, path: Path, make: bool = False) -> Iterator[int]:
     *above, name = path.relative_to(root).parts
     if ".." in (*above, name):
         raise ValueError(f"{path} is not below {root}")
-    if make:
-        root.resolve().mkdir(parents=True, exist_ok=True)
-    folder, here = os.open(root, _FOLDER), root
+    folder, here = _open_root(root, make), root
     try:
         for part in above:
             here /= part
@@ -139,6 +164,23 @@ def _parent(root: Path, path: Path, make: bool = False) -> Iterator[int]:
         yield folder
     finally:
         os.close(folder)
+
+
+def _open_root(root: Path, make: bool) -> int:
+    held = _held.get(root.resolve())
+    if make and held is None:
+        root.resolve().mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(root, _FOLDER)
+    except FileNotFoundError:
+        if held is not None:
+            raise FolderMoved(root) from None
+        raise
+    found = os.fstat(folder)
+    if held not in (None, (found.st_dev, found.st_ino)):
+        os.close(folder)
+        raise FolderMoved(root)
+    return folder
 
 
 def _is_link(name: str, folder: int) -> bool:

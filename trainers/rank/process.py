@@ -6,7 +6,6 @@ The launcher sets the folder (protocol.py). A rank without the launcher writes t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import io
 import os
@@ -25,13 +24,13 @@ from trainers.config.redaction import redacted
 from trainers.rank import no_links
 from trainers.rank.failures import BatchTooLarge, code_of, is_lost_peer, no_space
 from trainers.rank.heartbeat import heart
+from trainers.rank.outliving import die_with_parent
 from trainers.rank.proc_stat import pids, read_stat
 from trainers.rank.protocol import LIVE, LOG_DIR, ErrorNote, RankFiles, StopNote, run_of, write_note
 from trainers.rank.say import say
 from trainers.rank.signals import STACK_SIGNAL, StopNow, stop
 from trainers.rank.terminal import outlive_readers
 
-_PR_SET_PDEATHSIG = 1
 LONGEST_MESSAGE = 2000  # maximum length of an error's message in its note, in characters
 # Only the launcher can start ranks again. This message is for ranks that a user started without it.
 BY_HAND = (
@@ -79,6 +78,7 @@ def run_rank(main: Callable[[], int]) -> int:
     if folder is not None:
         files = RankFiles(folder, rank())
         _redirect(run_of(folder), files.log)
+        no_links.hold(run_of(folder))
         _dump_stack_on_signal(run_of(folder), files.stack)
         heart.start(rank())
         no_links.write(run_of(folder), files.pid, str(os.getpid()))
@@ -175,11 +175,6 @@ def _redirect(run: Path, path: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def kill_session(leader: int) -> None:
     """Kill all processes of a rank's session.
 
@@ -191,6 +186,15 @@ def kill_session(leader: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+def _logged(folder: Path) -> int:
+    """Return how many bytes this rank's log has."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return RankFiles(folder, rank()).log.stat().st_size
+    return 0
+
+
 def _note(folder: Path | None, error: Exception, code: int) -> None:
     """Write a note on what stopped this rank. For the launcher, the earliest note is the cause."""
     if folder is None:
@@ -199,6 +203,6 @@ def _note(folder: Path | None, error: Exception, code: int) -> None:
     # Unfinished says what is done and what failed, which must stay.
     text = f"{error}; {space}" if space and isinstance(error, Unfinished) else space or str(error)
     message, kind = redacted(text)[:LONGEST_MESSAGE], type(error).__name__
-    note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error))
-    with contextlib.suppress(OSError):  # the exit code still has the kind of failure
+    note = ErrorNote(rank(), time.monotonic(), code, kind, message, is_lost_peer(error), _logged(folder))
+    with contextlib.suppress(OSError, ConfigError):  # the exit code still has the kind of failure
         write_note(folder, note)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 
 # Set by the launcher for its ranks.
@@ -144,6 +145,7 @@ class ErrorNote:
     type: str  # name of the error's class
     message: str
     peer_lost: bool  # the error only means that another rank is gone
+    logged: int = 0  # bytes of the rank's log before the traceback
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,15 @@ Note = TypeVar("Note", ErrorNote, StopNote)
 def write_note(folder: Path, note: ErrorNote | StopNote) -> None:
     """Write a note into the attempt's folder.
 
-    If this is impossible because its disk is full, write it to that of the heartbeats: the machine's own.
+    If this is impossible because its disk is full, or the folder was moved, write it to that of the
+    heartbeats, which is the machine's own.
 
     Raises:
-        OSError: both are impossible.
+        OSError, ConfigError: both are impossible.
     """
     try:
         _write_note(folder, note)
-    except OSError:
+    except (OSError, ConfigError):
         if (heartbeats := os.environ.get(HEARTBEATS)) is None:
             raise
         _write_note(Path(heartbeats), note)

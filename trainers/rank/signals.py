@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
+
+from trainers.rank.outliving import die_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # On this signal a rank writes its Python stack to rank-N.stack, in C, even if the interpreter is blocked.
@@ -42,7 +45,8 @@ class Stop:
         """Install the handlers. Call it in the main thread."""
         for number in heard():
             signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=_leave_signals_to_the_rank)
+        main = threading.get_ident()
+        os.register_at_fork(after_in_child=lambda: _serve_the_rank(main))
 
     def training(self) -> None:
         """From now on, only record signals: all ranks stop together, at a step boundary.
@@ -81,13 +85,17 @@ class Stop:
             raise StopNow(number)
 
 
-def _leave_signals_to_the_rank() -> None:
-    """In a process that the rank forks: do nothing on a signal that goes to all processes.
+def _serve_the_rank(main: int) -> None:
+    """In a process that the rank forks: end with the rank, and do nothing on a signal to all processes.
+
+    The kernel ends it with the thread that forks it, so only if that is the main thread, `main`.
 
     A terminal and SLURM signal data workers too, and the rank needs them until its save. A pool ends its
     workers by SIGTERM; those of data loaders outlive it (data_workers.py). A handler, unlike SIG_IGN, is not
     passed on to programs that a worker starts.
     """
+    if threading.get_ident() == main:
+        die_with_parent()
     for number in heard():
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else do_nothing)
 

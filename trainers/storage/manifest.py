@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from trainers.config.text import count_of
+from trainers.storage.identity import recorded_id
 
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -112,6 +113,7 @@ class Manifest:
     config: dict[str, Any] | None = None  # the values of the run's config; earlier versions wrote none
     weights: dict[str, str] = field(default_factory=dict)  # key of the base model, and of the reference
     totals: dict[str, float] = field(default_factory=dict)  # sums over the steps (checkpoint/totals.py)
+    run: str = ""  # the id of the run that wrote it; earlier versions wrote none
 
     @property
     def bytes(self) -> int:
@@ -206,8 +208,23 @@ def why_unusable(folder: Path, content: bool) -> str | None:
         manifest = read_manifest(folder)
     except ValueError as error:
         return str(error)
+    if _is_of_another_run(folder, manifest):
+        return "another run wrote it, and it was copied here"
     found = damaged_files(folder, manifest.files, content)
     return _several(found) if found else None
+
+
+def is_foreign(folder: Path) -> bool:
+    """Return whether a checkpoint was copied from another run. Without a manifest it is not known."""
+    try:
+        return _is_of_another_run(folder, read_manifest(folder))
+    except ValueError:
+        return False
+
+
+def _is_of_another_run(folder: Path, manifest: Manifest) -> bool:
+    own = recorded_id(folder.absolute().parent)
+    return bool(own and manifest.run) and manifest.run != own
 
 
 def _several(found: list[str]) -> str:
@@ -217,6 +234,11 @@ def _several(found: list[str]) -> str:
 def step_of(checkpoint: Path | None) -> int:
     """Return the optimiser step of a checkpoint, or 0 for None (a start without a checkpoint)."""
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether this is a checkpoint, under any name. It may be damaged."""
+    return (folder / MANIFEST).is_file() and "checkpoint-" in folder.name
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

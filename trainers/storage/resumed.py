@@ -17,8 +17,9 @@ from trainers.config.on_resume import ANEW, FIXED, settled, why_refused, why_too
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.storage import run_files
+from trainers.storage.identity import RECORD
 from trainers.storage.manifest import read_manifest
-from trainers.storage.run_folder import FINISHED, RECORD, recorded, resume_checkpoint
+from trainers.storage.run_folder import FINISHED, recorded, resume_checkpoint
 
 INPUTS = "inputs"  # the key of run.json that has Inputs
 
@@ -91,7 +92,8 @@ def check_inputs(place: str, then: Inputs, now: Inputs) -> None:
     if then.rows != now.rows:
         raise ConfigError(
             f"data.path: the rows, or how they are tokenized, have changed since the training of {place} "
-            f"(the files, the tokenizer, and the version of trl count). Restore them, {ANEW}"
+            "(the files, the tokenizer and the template count, also TRL's training template). Restore them, "
+            f"{ANEW}"
         )
 
 

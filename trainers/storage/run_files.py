@@ -155,11 +155,17 @@ def own(folder: Path, name: str) -> None:
         return
     path = folder / name
     if "/" not in name.removesuffix("/") and os.path.lexists(path):
-        kept = next(p for n in count(1) if not os.path.lexists(p := folder / f"{path.name}.kept-{n}"))
-        no_links.rename(folder, path, kept)
-        say("note", f"{path} is not of this run, which writes there now; it is kept as {kept.name}")
+        keep(folder, path.name)
     with no_links.naming(folder / WRITTEN), no_links.open_file(folder, folder / WRITTEN, "a") as file:
         file.write(f"{name}\n")
+
+
+def keep(folder: Path, name: str) -> None:
+    """Give another name to what is not of this run, in the place of something that the run writes."""
+    path = folder / name
+    kept = next(p for n in count(1) if not os.path.lexists(p := folder / f"{name}.kept-{n}"))
+    no_links.rename(folder, path, kept)
+    say("note", f"{path} is not of this run, which writes there now; it is kept as {kept.name}")
 
 
 def write(folder: Path, name: str, text: str) -> None:

@@ -7,24 +7,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import socket
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.rank import no_links
-from trainers.rank.failures import has_no_locks
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage import run_files
+from trainers.storage.identity import RECORD
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
@@ -36,7 +34,6 @@ from trainers.storage.manifest import (
 from trainers.storage.places import Place
 from trainers.storage.run_files import LOCK
 
-RECORD = "run.json"
 METRICS = "metrics.jsonl"
 PROGRESS = f"{LAUNCH}/progress.json"  # the progress of the run, for `phalanx status`
 INSTEAD = "resume: true uses the newest checkpoint that verifies."
@@ -135,85 +132,6 @@ def _is_log(folder: Path, name: str) -> bool:
         and path.is_file()
         and not path.is_symlink()
     )
-
-
-class InUse(ConfigError):
-    """Another process holds the lock of the run's folder."""
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Lock the folder until unlock_folder() or the end of the process. Two runs in it would ruin both.
-
-    Raises:
-        InUse: another process holds the lock.
-    """
-    while True:
-        file = no_links.open_file(folder, folder / LOCK, "a+", part_hard_links=False)
-        _lock(file, folder)
-        if not _was_replaced(file, folder):
-            if os.fstat(file.fileno()).st_nlink == 1:
-                break
-            no_links.remove(folder, folder / LOCK)  # a hard link; what else has this file must not change
-        file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held.append(file)
-    return file
-
-
-def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "just started"
-        raise InUse(
-            f"project_name: {folder} is in use by another run ({owner}). Wait until it ends, stop it, or "
-            "give another project_name."
-        ) from None
-    except OSError as error:
-        if not has_no_locks(error):
-            raise
-        say("note", f"{folder} cannot be locked ({error.strerror}); do not start a second run in it")
-
-
-def _was_replaced(file: IO[str], folder: Path) -> bool:
-    """Return whether the name of the lock has got another file since it was opened."""
-    try:
-        return not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).lstat())
-    except FileNotFoundError:
-        return True
-
-
-def lock_owner(folder: Path) -> tuple[int, str] | None:
-    """Return the process that holds the lock, as (pid, machine), or None if the folder is free.
-
-    The result is (0, "") if the process has just taken the lock. On a file system without locks, only a
-    process on this machine is found.
-    """
-    path = folder / LOCK
-    if not path.exists():
-        return None
-    with no_links.open_file(folder, path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except OSError as error:
-            if not isinstance(error, BlockingIOError) and not has_no_locks(error):
-                raise
-            _, pid, _, host = (file.read().split() or ["", "0", "", ""])[:4]
-            alive = host == socket.gethostname() and Path("/proc", pid).exists()
-            return (int(pid), host) if isinstance(error, BlockingIOError) or alive else None
-
-
-def unlock_folder() -> None:
-    """Release all locks that this process holds."""
-    while _held:
-        _held.pop().close()
-
-
-_held: list[IO[str]] = []  # a reference keeps each file open, and so its lock held
 
 
 def claim(folder: Path, config: TrainConfig, config_file: Path | None = None) -> None:

@@ -13,10 +13,12 @@ from trainers.config.hub_paths import datasets_cache, hub_cache, hub_home, token
 from trainers.config.names import DATA_KEYS
 from trainers.config.schema import INPUT_FIELDS, TrainConfig
 from trainers.rank.protocol import CACHE
+from trainers.storage import run_files
 from trainers.storage.data_cache import cache_folder
-from trainers.storage.manifest import CHECKPOINT_PREFIX
+from trainers.storage.manifest import CHECKPOINT_PREFIX, is_checkpoint
 from trainers.storage.places import Place
 from trainers.storage.run_files import is_name_of_run
+from trainers.storage.run_folder import holds_run
 
 _KEYS = {field: f"data.{key}" for key, field in DATA_KEYS.items()} | {"model": "base_model"}
 
@@ -61,6 +63,27 @@ def check_place(
             raise ConfigError(
                 f"project_name: {folder} contains the config file {config_file}, under a name that runs "
                 "write. Rename the config file, for example to config.yaml, or give another project_name."
+            )
+
+
+def check_output(output: Path) -> None:
+    """Refuse a place for the output of another command that belongs to a run or to a checkpoint.
+
+    A folder of its own inside a run's folder is accepted: --overwrite keeps it.
+
+    Raises:
+        ConfigError: the place is refused; the message names whose it is.
+    """
+    place = output.resolve()
+    for folder in (place, *place.parents):
+        if is_checkpoint(folder):
+            raise ConfigError(f"{output} is inside the checkpoint {folder}. Give another folder.")
+        if folder == place or not (run_files.recorded(folder) is not None or holds_run(folder)):
+            continue
+        name = place.relative_to(folder).as_posix()
+        if is_name_of_run(name) or run_files.owns(folder, name):
+            raise ConfigError(
+                f"{output} belongs to the run in {folder}, which writes there. Give another folder."
             )
 
 

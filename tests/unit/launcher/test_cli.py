@@ -118,9 +118,10 @@ def test_a_command_ends_quietly_without_a_reader(config: Path, argv: list[str], 
     assert [text for text in said if "Traceback" in text] == []
 
 
-def test_a_result_that_a_full_disk_loses_is_an_error() -> None:
+@pytest.mark.parametrize("argv", [["schema"], ["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+def test_a_result_that_a_full_disk_loses_is_an_error(argv: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "launcher", "schema"]
+        command = [sys.executable, "-m", "launcher", *argv]
         done = subprocess.run(command, text=True, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (DISK_FAILED, 1)
     assert "stdout: No space left on device" in done.stderr

@@ -64,6 +64,13 @@ def test_every_weight_is_written_to_several_files(tmp_path, tiny_model, capsys):
     assert not (tmp_path / "out.part").exists()
 
 
+def test_no_output_is_written_to_a_place_of_a_run(tmp_path, tiny_model, capsys):
+    folder, _ = checkpoint_of(tmp_path / "checkpoint-3", tiny_model)
+    assert main([str(folder), str(tmp_path / "launch" / "x")]) == 2
+    assert f"{tmp_path / 'launch' / 'x'} belongs to the run in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "launch").exists()
+
+
 def test_a_tied_weight_is_written_once_under_any_stored_name(tmp_path, tiny_model):
     from transformers import AutoModelForCausalLM
 

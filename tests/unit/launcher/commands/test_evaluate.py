@@ -25,7 +25,8 @@ def full_model(work: Path) -> Path:
 
 def test_a_full_model(full_model: Path) -> None:
     assert command(full_model, ["--tasks", "arc_easy", "--limit", "10"], 0) == [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=run"),
+        *(sys.executable, "-m", "trainers.evaluate", "lm_eval", "run"),
+        *("--model", "hf", "--model_args", "pretrained=run"),
         *("--output_path", "run/evaluation", "--tasks", "arc_easy", "--limit", "10"),
     ]
 
@@ -44,9 +45,10 @@ def test_an_adapter_on_its_base(work: Path) -> None:
 
 def test_each_gpu_takes_a_share_unless_the_model_is_spread_over_them(full_model: Path) -> None:
     argv = command(full_model, ["--tasks", "a"], 4)
-    assert argv[2] == "accelerate.commands.launch" and argv[argv.index("--num_processes") + 1] == "4"
-    assert argv[argv.index("lm_eval") - 1] == "-m"
-    assert command(full_model, ["--model_args", "parallelize=True"], 4)[2] == "lm_eval"
+    assert argv[2:4] == ["trainers.evaluate", "accelerate.commands.launch"]
+    assert argv[argv.index("--num_processes") + 1] == "4"
+    assert argv[argv.index("lm_eval") - 2 : argv.index("lm_eval")] == ["-m", "trainers.evaluate"]
+    assert command(full_model, ["--model_args", "parallelize=True"], 4)[3] == "lm_eval"
 
 
 def test_a_missing_model_or_a_wrong_argument_is_refused(
@@ -58,6 +60,9 @@ def test_a_missing_model_or_a_wrong_argument_is_refused(
     Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a,trust=1"}))
     with pytest.raises(ConfigError, match="cannot load a path with a comma"):
         command(Path("run"), [], 0)
+    Path("run/run.json").touch()
+    with pytest.raises(ConfigError, match=r"^run/launch belongs to the run in"):
+        command(Path("run"), ["-o", "run/launch"], 0)
     with pytest.raises(ConfigError, match=r"JSON cannot be joined .* Write name=value"):
         command(Path("run"), ["--model_args", '{"dtype": "float32"}'], 0)
 

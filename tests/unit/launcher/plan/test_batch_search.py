@@ -25,7 +25,7 @@ from launcher.supervise import attempt
 from trainers.config.errors import OUT_OF_MEMORY, USAGE_ERROR
 from trainers.config.file import effective_text, load_settings
 from trainers.config.schema import TrainConfig
-from trainers.storage import run_folder
+from trainers.storage import folder_lock
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def launched(
         try:
             return main([*argv, "--start", "accelerate"])
         finally:
-            while run_folder._held:
-                run_folder._held.pop().close()  # in a real start the process ends here
+            while folder_lock._held:
+                folder_lock._held.pop().close()  # in a real start the process ends here
 
     return train
 

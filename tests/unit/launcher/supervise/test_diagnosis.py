@@ -253,6 +253,8 @@ def test_a_log_that_the_terminal_has_is_not_shown_again(
 ) -> None:
     (tmp_path / "rank-1.log").write_text("seen\n")
     assert "    seen" not in reported(Failure(1, "planted"), tmp_path, capsys, shown=1)
+    # The terminal has not its traceback, because other ranks might be the cause.
+    assert "    seen" in reported(Failure(1, "planted", PEER_LOST), tmp_path, capsys, shown=1)
 
 
 def test_without_a_rank_the_log_of_the_launch_is_shown(
@@ -321,4 +323,5 @@ def test_a_note_of_a_rank_has_what_the_diagnosis_reads(tmp_path: Path) -> None:
         "type": "RuntimeError",
         "message": 2000,
         "peer_lost": True,
+        "logged": 0,
     }

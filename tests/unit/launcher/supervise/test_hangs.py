@@ -59,7 +59,8 @@ while True:
 BUSY_RANK = """
 import os, subprocess, sys, time
 from pathlib import Path
-from trainers.rank.process import _dump_stack_on_signal, die_with_parent
+from trainers.rank.outliving import die_with_parent
+from trainers.rank.process import _dump_stack_on_signal
 
 _dump_stack_on_signal(Path(sys.argv[1]).parent, Path(sys.argv[1]))
 

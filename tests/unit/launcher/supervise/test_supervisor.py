@@ -43,8 +43,8 @@ from trainers.config.errors import (
 )
 from trainers.rank.heartbeat import STEP, Heartbeat
 from trainers.rank.protocol import LAUNCH, AttemptFiles
+from trainers.storage.folder_lock import InUse
 from trainers.storage.manifest import MANIFEST
-from trainers.storage.run_folder import InUse
 
 
 @dataclass

@@ -22,7 +22,7 @@ from launcher.supervise.signals import Signals
 from launcher.supervise.supervisor import Supervisor
 from trainers.config.errors import DATA_FAILED, SAVED
 from trainers.rank.protocol import RankFiles
-from trainers.storage.run_folder import unlock_folder
+from trainers.storage.folder_lock import unlock_folder
 
 
 def parts(number: int = 0, ranks: int = 2) -> tuple[Any, ...]:

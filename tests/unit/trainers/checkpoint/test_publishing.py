@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import fake_checkpoint
 
-from trainers.checkpoint.publishing import make_room, rotate
+from trainers.checkpoint.publishing import make_room, publish, rotate
 from trainers.storage import manifest, run_files
-from trainers.storage.manifest import checkpoint_folders
+from trainers.storage.manifest import checkpoint_folders, read_manifest
 
 WEIGHTS = "model.safetensors"
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -100,3 +101,19 @@ def test_a_checkpoint_that_the_run_did_not_write_stays(tmp_path: Path) -> None:
     rotate(tmp_path, 15, 1, best="")
     make_room(tmp_path, 2**62, best="")
     assert steps(tmp_path) == [5, 10, 15]
+
+
+def test_a_copy_from_another_run_stays_also_under_the_name_of_an_own_checkpoint(tmp_path: Path) -> None:
+    run, other = tmp_path / "my-run", tmp_path / "other"
+    for step in (5, 10, 15):
+        fake_checkpoint(run, step, run_id="mine")
+    run_files.begin(run, of_earlier_version=True)
+    for step in (5, 15):  # the run saves step 15 again
+        shutil.rmtree(run / f"checkpoint-{step}")
+        shutil.copytree(fake_checkpoint(other, step, run_id="another"), run / f"checkpoint-{step}")
+    part = fake_checkpoint(run / "saving", 15)
+    publish(part, replace(read_manifest(part), run="mine"))
+    rotate(run, 15, 1, best="")
+    make_room(run, 2**62, best="")
+    assert [read_manifest(path).run for path in checkpoint_folders(run)] == ["another", "mine"]
+    assert read_manifest(run / "checkpoint-15.kept-1").run == "another"

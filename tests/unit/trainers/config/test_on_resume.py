@@ -23,8 +23,9 @@ from trainers.config.on_resume import (
     why_too_short,
 )
 from trainers.config.schema import TrainConfig
+from trainers.storage.identity import RECORD
 from trainers.storage.resumed import Inputs, check_inputs, check_resume
-from trainers.storage.run_folder import FINISHED, RECORD, write_record
+from trainers.storage.run_folder import FINISHED, write_record
 
 ROWS = {"fixed": FIXED, "training": TRAINING, "used": USED, "compared": COMPARED}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from chats import byte_level, trl_templates
 from rows import EACH, PAIR, PAIRS, TURNS, Q
 
 from trainers.config.errors import DISK_FAILED, ConfigError
@@ -141,6 +142,27 @@ def test_the_cache_is_keyed_by_content_and_settings(prepare, tmp_path):
     prepare([{"text": "two"}], train_on="all")
     assert entries() == 4
     assert not list(cache.glob("*.part"))
+
+
+def test_only_what_trl_gives_is_in_the_key(prepare, monkeypatch):
+    """A resume compares it: it must not be refused for a version of TRL, but for a training template."""
+    import importlib.metadata
+
+    from trl import chat_template_utils
+
+    source = trl_templates()["qwen3"]
+    every_token = byte_level([source])
+    every_token.chat_template = source
+    plain = {"rows": [{"text": "one"}], "using": every_token}
+    templated = {"rows": [{"messages": TURNS}], "using": every_token, "chat_template": "tokenizer"}
+    before = prepare(**plain).key, prepare(**templated).key
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata.Distribution, "version", "99")
+        assert (prepare(**plain).key, prepare(**templated).key) == before
+    changed = chat_template_utils.get_training_chat_template(every_token) + " "
+    monkeypatch.setattr(chat_template_utils, "get_training_chat_template", lambda _: changed)
+    assert prepare(**plain).key == before[0]
+    assert prepare(**templated).key != before[1]
 
 
 def test_an_interrupted_preparation_is_not_used(prepare, tmp_path, monkeypatch):
@@ -304,3 +326,17 @@ def test_a_full_disk_of_the_cache_is_a_disk_error_that_says_so(prepare, monkeypa
     assert code_of(raised.value) == DISK_FAILED
     assert raised.value.filename == str(tmp_path / "cache" / "data") and "PHALANX_CACHE" in str(raised.value)
     assert not list((tmp_path / "cache" / "data").glob("*.part"))
+
+
+def test_a_worker_holds_few_rows_at_a_time_if_they_are_long(prepare, monkeypatch):
+    from trainers.data import encoders
+
+    sizes, encode = [], encoders.Encoder.__call__
+    monkeypatch.setattr(
+        encoders.Encoder,
+        "__call__",
+        lambda self, batch, numbers: sizes.append(len(numbers)) or encode(self, batch, numbers),
+    )
+    prepare([{"text": "one"}] * 1200)
+    prepare([{"text": "a" * 2**20}] * 5)
+    assert sizes == [1000, 200, 3, 2]

@@ -120,3 +120,22 @@ def test_files_get_the_mode_of_new_files(root: Path, umask: int) -> None:
     finally:
         os.umask(before)
     assert (root / "other").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["nothing is there", "another folder is there"])
+@pytest.mark.parametrize("act", ACTS)
+def test_nothing_is_written_to_the_old_name_of_a_folder_that_was_moved(
+    root: Path, monkeypatch: pytest.MonkeyPatch, act: str, again: bool
+) -> None:
+    monkeypatch.setattr(no_links, "_held", {})
+    monkeypatch.chdir(root.parent)
+    no_links.hold(root)
+    no_links.write(root, root / "more", "ours")
+    root.rename(root.with_name("moved"))
+    if again:
+        root.mkdir()
+    before = contents(root.parent)
+    for name in (root, Path("root")):
+        with pytest.raises(no_links.FolderMoved, match=f"{root} was moved or removed"):
+            ACTS[act](name, name / "other")
+    assert contents(root.parent) == before

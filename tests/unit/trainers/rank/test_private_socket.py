@@ -146,7 +146,7 @@ def test_a_listener_of_another_user_gets_no_byte(
     code = "listener = socket.socket(socket.AF_UNIX)\nlistener.bind('s')\nos.chmod('s', 0o600)\n"
     code += "become_another_user()\nlistener.listen()\n" + COUNTS
     with script(code, folder) as process, (folder / "lock").open("w") as lock:
-        joined = warm_parent.WarmParent("probe", False, environ, folder / "log", lock)
+        joined = warm_parent.WarmParent("probe", False, environ, folder / "log", [lock.fileno()])
         assert process.stdout is not None and process.stdout.readline() == b"0\n"
         joined.socket.close()
     assert f"PHALANX_WARM: a process of user {OTHER} listens on {folder / 's'}" in capsys.readouterr().err
@@ -283,6 +283,6 @@ def test_a_kept_process_that_gives_no_answer_is_not_waited_for(
     monkeypatch.setattr(warm_parent, "subprocess", NOTHING)
     monkeypatch.setattr(warm_parent, "ANSWER_SECONDS", 0.1)
     listening()
-    joined = warm_parent.WarmParent("probe", False, {WARM: str(folder / "s")}, folder / "log", None)
+    joined = warm_parent.WarmParent("probe", False, {WARM: str(folder / "s")}, folder / "log", [])
     joined.socket.close()
     assert "PHALANX_WARM: it gave no answer for" in capsys.readouterr().out

@@ -6,15 +6,15 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import pytest
 from fakes import NAMES_OF_RUNS, contents, fake_checkpoint
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.storage import run_files, run_folder
-from trainers.storage.run_folder import claim, lock_folder
+from trainers.storage import folder_lock, run_files
+from trainers.storage.folder_lock import lock_folder
+from trainers.storage.run_folder import claim
 
 OVERWRITE = TrainConfig(overwrite=True)
 RUN_JSON = json.dumps({"config": {}, "versions": {}})
@@ -247,7 +247,7 @@ def test_no_link_in_the_place_of_a_run_s_file_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str, act: Callable[[Path, str], None]
 ) -> None:
     """It is refused by name, or replaced, or renamed: nothing outside the folder changes."""
-    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
+    monkeypatch.setattr(folder_lock, "_held", [])  # the locks of this test end with it
     run = make_run(tmp_path / "run")
     fill(tmp_path / "outside", "file", "theirs")
     for inside in ("folder/content", "folder/attempt-1/command.txt", "folder/progress.json"):
@@ -269,7 +269,7 @@ def test_no_hard_link_in_the_place_of_a_run_s_file_is_written_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[Path, str], None]
 ) -> None:
     """The name gets a file of its own. `cp -al my-run copy` makes such links of all files of a run."""
-    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
+    monkeypatch.setattr(folder_lock, "_held", [])  # the locks of this test end with it
     run = make_run(tmp_path / "run")
     outside = tmp_path / "outside"
     outside.hardlink_to(run / name)
@@ -294,8 +294,8 @@ def test_a_copy_of_hard_links_continues_a_file_that_is_appended(tmp_path: Path) 
 def test_a_lock_that_is_a_hard_link_still_locks_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[IO[str]] = []
-    monkeypatch.setattr(run_folder, "_held", held)
+    held: list[folder_lock.Lock] = []
+    monkeypatch.setattr(folder_lock, "_held", held)
     run = make_run(tmp_path / "run")
     copy = make_run(tmp_path / "copy")
     run_files.remove(copy, run_files.LOCK)
@@ -303,6 +303,6 @@ def test_a_lock_that_is_a_hard_link_still_locks_one_folder(
     lock_folder(run)
     lock_folder(copy)
     for folder in (run, copy):
-        with pytest.raises(run_folder.InUse):
+        with pytest.raises(folder_lock.InUse):
             lock_folder(folder)
     assert len(held) == 2

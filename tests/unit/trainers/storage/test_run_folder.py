@@ -1,28 +1,19 @@
-"""Which checkpoint a run resumes from, and which process may use a run's folder."""
+"""Which checkpoint a run resumes from."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import socket
-import subprocess
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 from fakes import fake_checkpoint
-from processes import lock_holder
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.storage import run_folder
 from trainers.storage.manifest import why_unusable
 from trainers.storage.run_files import WRITTEN
 from trainers.storage.run_folder import (
     claim,
-    lock_folder,
-    lock_owner,
     resume_checkpoint,
     set_aside_newer_checkpoints,
 )
@@ -54,6 +45,23 @@ def test_resume_uses_the_newest_that_verifies(checkpoint: Path) -> None:
     found, skipped = resume_checkpoint(checkpoint.parent, resuming(True))
     assert found == checkpoint
     assert skipped == [f"skipped {newer}: model.safetensors has changed since it was written"]
+
+
+def test_a_checkpoint_that_was_copied_from_another_run_is_passed_over(tmp_path: Path) -> None:
+    """`cp -r other/checkpoint-9 my-run/`. Checkpoints of earlier versions have no id, and are taken."""
+    run, other = tmp_path / "my-run", tmp_path / "other"
+    own = fake_checkpoint(run, 6, run_id="mine")
+    fake_checkpoint(other, 9, run_id="another")
+    fake_checkpoint(run, 3)
+    copy = Path(shutil.copytree(other / "checkpoint-9", run / "checkpoint-9"))
+    why = "another run wrote it, and it was copied here"
+    assert resume_checkpoint(run, resuming(True)) == (own, [f"skipped {copy}: {why}"])
+    with pytest.raises(ConfigError, match=f"^resume: {copy} cannot be used: {why}"):
+        resume_checkpoint(run, resuming(str(copy)))
+    shutil.rmtree(own)
+    assert resume_checkpoint(run, resuming(True))[0] == run / "checkpoint-3"
+    (run / "run.json").unlink()  # then nothing is known
+    assert resume_checkpoint(run, resuming(True)) == (copy, [])
 
 
 @pytest.mark.parametrize("content", [True, False])
@@ -152,50 +160,3 @@ def test_in_other_cases_no_checkpoint_is_renamed(
     fake_checkpoint(Path("run"), 10)
     set_aside_newer_checkpoints(Path("run"), resuming(resume))
     assert names(tmp_path / "run") == ["checkpoint-10"]
-
-
-@pytest.fixture
-def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which holds the lock of the run's folder."""
-    monkeypatch.setattr(run_folder, "_held", [])  # the locks of this test end with it
-    with lock_holder(tmp_path / "run") as process:
-        yield process
-
-
-def test_a_second_process_is_refused(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"run is in use by another run \(process {other.pid} on .*another project_na"
-    ):
-        lock_folder(tmp_path / "run")
-    with pytest.raises(ConfigError, match=rf"\(process {other.pid} on "):
-        lock_folder(tmp_path / "run")  # a refusal does not remove the owner's name
-
-
-def test_the_folder_is_free_when_its_process_has_ended(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    other.kill()
-    other.wait()
-    lock_folder(tmp_path / "run")
-    assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-
-
-def test_on_a_file_system_without_locks_only_local_processes_are_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """flock fails in this way on Lustre that is mounted without locks."""
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    lock_folder(tmp_path / "run")
-    assert (
-        "run cannot be locked (Function not implemented); do not start a second run in it"
-        in capsys.readouterr().out
-    )
-    assert lock_owner(tmp_path / "run") == (os.getpid(), socket.gethostname())
-    (tmp_path / "run" / ".lock").write_text("process 1 on another\n")
-    assert lock_owner(tmp_path / "run") is None, "this machine cannot know whether that process is alive"
-
-
-def test_another_folder_is_free(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    lock_folder(tmp_path / "second")

@@ -11,9 +11,12 @@ import pytest
 from fakes import contents, fake_checkpoint, fake_model, run_command, write_rows
 
 from launcher.cli import main
+from trainers.config.errors import ConfigError
 from trainers.config.schema import INPUT_FIELDS, TrainConfig
 from trainers.loop import life
+from trainers.storage import run_files
 from trainers.storage.run_folder import claim
+from trainers.storage.run_place import check_output
 
 CONFIG = """\
 task: llm-dpo
@@ -305,3 +308,32 @@ def test_submit_checks_each_run_of_an_array(
     Path("sweep.txt").write_text("--project-name one\n--project-name data/two\n")
     assert main(["submit", "c.yaml", "--array", "sweep.txt", "--dry-run"]) == 2
     assert "sweep.txt:2: " in (message := capsys.readouterr().err) and "lies inside data.path" in message
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["with a record", "of an earlier version"])
+def test_another_command_writes_to_no_place_of_a_run_or_a_checkpoint(work: Path, recorded: bool) -> None:
+    run, alone = Path("my-run"), Path("copies")
+    fake_checkpoint(run, 5)
+    if recorded:
+        run_files.begin(run, of_earlier_version=True)
+        run_files.own(run, "extra/")
+    fake_checkpoint(alone, 5).rename(alone / "my-checkpoint-5")
+    Path("link").symlink_to(run)
+    refused = [
+        "launch",
+        "launch/x",
+        "launch/attempt-1/x",
+        "checkpoint-5",
+        "checkpoint-5/x",
+        "checkpoint-9/x/y",
+    ]
+    refused += ["saving/x", "wandb/x", "set-aside-1-checkpoint-5", "model.safetensors"]
+    refused += ["extra/x"] if recorded else []
+    for name in refused:
+        for output in (run / name, Path("link") / name):
+            with pytest.raises(ConfigError, match=r"belongs to the run in|is inside the checkpoint"):
+                check_output(output)
+    with pytest.raises(ConfigError, match=f"is inside the checkpoint {work / alone}/my-checkpoint-5"):
+        check_output(alone / "my-checkpoint-5" / "x")
+    for output in (run / "checkpoint-5-model", run / "mine", Path("elsewhere/launch"), Path("link") / "mine"):
+        check_output(output)

@@ -1,0 +1,28 @@
+"""The id of a run: in its run.json, and in the manifest of each checkpoint that it writes.
+
+A checkpoint that was copied from the folder of another run has another id. Earlier versions wrote none.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+RECORD = "run.json"
+ID = "id"  # the key of run.json
+
+
+def new_id() -> str:
+    """Return an id that no other run has."""
+    return uuid.uuid4().hex
+
+
+def recorded_id(folder: Path) -> str:
+    """Return the id that run.json in a folder records, or an empty string if there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    found = record.get(ID) if isinstance(record, dict) else None
+    return found if isinstance(found, str) else ""
