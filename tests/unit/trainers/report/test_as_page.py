@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 
@@ -116,6 +117,19 @@ def test_a_page_is_written_over_and_nothing_else_is(page_of, tmp_path):
         check_output(tmp_path / "link.html")
     with pytest.raises(ConfigError, match=r"is a folder\. Give a file in it"):
         check_output(tmp_path)
+    os.mkfifo(tmp_path / "pipe.html")
+    with pytest.raises(ConfigError, match="is no page"):
+        check_output(tmp_path / "pipe.html")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_rows_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written: .*/file is no folder that you can write to"):
+        check_output(tmp_path / "file" / "page.html")
+    check_output(tmp_path / "new" / "page.html")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"cannot be written: {tmp_path} is no folder"):
+        check_output(tmp_path / "new" / "page.html")
 
 
 def test_facts_have_no_secrets_and_rows_are_as_they_are(page_of):
