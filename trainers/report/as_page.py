@@ -99,6 +99,7 @@ class PageView(View):
             f"<h1>{_text(where(look))}</h1>\n"
             f"<h2>Columns</h2>\n{_table(table, ('column', 'what', 'found by', 'holds'))}{unused}\n"
             f"<h2>Template</h2>\n{_table(look.template)}"
+            + (f"\n<h2>Notes</h2>\n{_list(look.notes)}" if look.notes else "")
         )
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -75,7 +75,7 @@ def test_the_page_suits_a_phone_and_a_dark_screen(page_of):
 
 def test_the_page_has_the_facts_of_the_text(page_of, text_of):
     rows = [{"text": word} for word in ("one", "two", "", "one")]
-    page, text = Page(page_of(rows)), text_of(rows)
+    page, text = Page(page_of(rows, notes=["a <note>"])), text_of(rows, notes=["a <note>"])
     body = " ".join(page.texts["html"])
     titles = ("#", "row ", "  ")
     facts = [line for line in text.splitlines() if line and not line.startswith(titles) and "█" not in line]

@@ -14,12 +14,14 @@ def section(text, title):
 
 def test_each_section_has_its_facts(text_of):
     rows = [{"text": word} for word in ("one", "two", "", "one")]
-    text = text_of([*rows, {"text": "word " * 60}], packing="bfd", block_size=64)
+    rows = [*rows, {"text": "word " * 60}]
+    text = text_of(rows, packing="bfd", block_size=64, notes=["block_size: a note"])
     assert section(text, "data")[0].startswith("train: 5 rows of ")
     assert section(text, "columns") == ["text  the text  its usual name  text"]
     assert section(text, "template")[1] == (
         "template   none: texts are joined as they are; chat_template: null (default)"
     )
+    assert section(text, "notes") == ["block_size: a note"]
     assert "row 3: dropped: empty text" in section(text, "rows of train")
     assert section(text, "counts")[0].startswith("train: 5 rows in 2 packs, ")
     assert section(text, "counts")[1] == "train: dropped (empty text): row 3"
