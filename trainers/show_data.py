@@ -84,7 +84,7 @@ def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     source = open_source(config, part)
     with scratch("rows", source.bytes) as folder:
         opened = open_part(source, config, tokenizer, folder)
-        view.head(look(opened, config, settings.sources, tokenizer, new_tokens))
+        view.head(look(opened, config, settings.sources, settings.notes, tokenizer, new_tokens))
         limit = None if options.rows == ALL else options.rows
         for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
             view.row(row, tokenizer)

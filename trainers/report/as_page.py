@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -42,7 +43,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; }
 td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; }
 tr { border-bottom: 1px solid var(--line); }
-p, li, td, h1, h3 { overflow-wrap: anywhere; }
+p, li, h1, h3 { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .3rem;
       padding: .6rem; margin: .3rem 0; max-height: 30rem; overflow-y: auto; color: var(--faint);
       font: .85rem/1.5 ui-monospace, monospace; }
@@ -54,17 +55,20 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 
 def check_output(path: Path) -> None:
-    """Check that a page may be written to a path: there is no file, or an earlier page.
+    """Check that a page can be written to a path, and that there is no file, or an earlier page.
 
     Raises:
-        ConfigError: there is something else.
+        ConfigError: there is something else, or its folder cannot be written to.
     """
     if path.is_symlink():
         raise ConfigError(f"--html: {path} is a link. Give a file.")
     if path.is_dir():
         raise ConfigError(f"--html: {path} is a folder. Give a file in it, for example {path / 'data.html'}.")
-    if path.exists() and not _is_page(path):
+    if path.exists() and not (path.is_file() and _is_page(path)):
         raise ConfigError(f"--html: {path} exists, and is no page of phalanx data. Give another name.")
+    above = next(part for part in path.absolute().parents if part.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"--html: {path} cannot be written: {above} is no folder that you can write to.")
 
 
 def _is_page(path: Path) -> bool:
@@ -95,6 +99,7 @@ class PageView(View):
             f"<h1>{_text(where(look))}</h1>\n"
             f"<h2>Columns</h2>\n{_table(table, ('column', 'what', 'found by', 'holds'))}{unused}\n"
             f"<h2>Template</h2>\n{_table(look.template)}"
+            + (f"\n<h2>Notes</h2>\n{_list(look.notes)}" if look.notes else "")
         )
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:

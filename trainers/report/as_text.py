@@ -41,6 +41,8 @@ class TextView(View):
             self._print(f"not used: {', '.join(look.unused)}")
         mark = "dim text" if self.terminal else "text in ⟦ ⟧"
         self._print("", "# template", *_table(look.template))
+        if look.notes:
+            self._print("", "# notes", *look.notes)
         self._print("", f"# rows of {look.part} as the model sees them; {mark} is not in the loss")
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -84,12 +84,14 @@ class Look:
     columns: list[Use]
     unused: list[str]
     template: list[tuple[str, str]]
+    notes: list[str]  # on the config, as a run prints them
 
 
 def look(
     opened: OpenPart,
     config: TrainConfig,
     sources: Mapping[str, str],
+    notes: list[str],
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: list[int],
 ) -> Look:
@@ -98,7 +100,7 @@ def look(
     files = [str(file) for file in split.files] or [f"{split.path} ({split.name})"]
     uses, unused = column_uses(opened.source.names, opened.columns, config, sources, len(opened.raw))
     facts = template_facts(config, sources, tokenizer, new_tokens, opened.columns)
-    return Look(opened.source.part, files, len(opened.raw), uses, unused, facts)
+    return Look(opened.source.part, files, len(opened.raw), uses, unused, facts, notes)
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_it_prints_the_report_and_leaves_the_cache_of_the_run(run, tmp_path, mon
     assert (code, err) == (0, "")
     titles = [line for line in out.splitlines() if line.startswith("# ")]
     assert [title.split()[1] for title in titles] == [
-        "data", "columns", "template", "rows", "counts", "lengths", "packing", "rows",
+        "data", "columns", "template", "notes", "rows", "counts", "lengths", "packing", "rows",
     ]  # fmt: skip
     assert "the tokenizer's own; chat_template: tokenizer (c.yaml:3)" in out
     names = sorted(path.name for path in (tmp_path / "cache" / "data").iterdir())

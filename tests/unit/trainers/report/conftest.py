@@ -16,13 +16,13 @@ from trainers.report.shown_rows import first_rows
 def reported(prepare, tokenizer, tmp_path):
     """`reported(view, rows, ...)` shows the rows of a part with a view."""
 
-    def show(view, rows, part="train", limit=5, **config):
+    def show(view, rows, part="train", limit=5, notes=None, **config):
         prepare(rows, **config)
         values = TrainConfig(
             **{"data_path": str(tmp_path / "data"), "trainer": "sft", "block_size": 128, **config}
         )
         opened = open_part(open_source(values, part), values, tokenizer, tmp_path / "raw")
-        view.head(look(opened, values, {}, tokenizer, []))
+        view.head(look(opened, values, {}, notes or [], tokenizer, []))
         for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
             view.row(row, tokenizer)
         view.tail(count(values, tokenizer, part))

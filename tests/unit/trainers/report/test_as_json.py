@@ -134,6 +134,20 @@ def test_rows_of_several_files_are_counted_in_each(printed, tmp_path, tokenizer)
     assert [row["samples"][0]["text"][:3] for row in found] == ["a 1", "a 2", "c 1", "c 2"]
 
 
+def test_rows_of_the_hub_are_counted_in_their_split(tokenizer, tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": f"Row {i}."} for i in range(1, 9)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    config = TrainConfig(data_path="org/rows", trainer="sft", valid_fraction=0.5)
+    opened = open_part(open_source(config, "valid"), config, tokenizer, tmp_path / "raw")
+    shown = list(first_rows(opened.raw, opened.encoder, opened.places, tokenizer, None))
+    assert len(shown) == 4
+    for row in shown:
+        assert row.file is None
+        assert tokenizer.decode(row.samples[0]["input_ids"]).startswith(f"Row {row.number}.")
+
+
 def test_only_some_rows_are_read_if_only_some_are_asked_for(printed):
     found, _ = printed([{"text": f"Row {i}."} for i in range(9)], limit=2)
     assert [row["row"] for row in found] == [1, 2]

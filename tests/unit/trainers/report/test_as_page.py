@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 
@@ -46,7 +47,7 @@ class Page(HTMLParser):
 
 
 def test_a_hostile_row_stays_text(page_of):
-    text = page_of([{"text": HOSTILE, "<img src=x onerror=alert(4)>": "1"}], block_size=1024)
+    text = page_of([{"text": HOSTILE, "<img src=x onerror=alert(4)>\x1b": "1"}], block_size=1024)
     page = Page(text)
     assert page.open == [], "every element is closed"
     assert not {"script", "img", "link", "iframe", "object", "a", "base"} & set(page.tags)
@@ -55,7 +56,7 @@ def test_a_hostile_row_stays_text(page_of):
     assert not names & {*LOADS} and not [name for name in names if name.startswith("on")]
     shown = HOSTILE.replace("\x00", r"\x00").replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
     assert page.texts["mark"][-1].removesuffix(END) == shown
-    assert "<img src=x onerror=alert(4)>" in page.texts["p"][0]
+    assert r"<img src=x onerror=alert(4)>\x1b" in page.texts["p"][0]
 
 
 def test_the_page_may_load_nothing(page_of):
@@ -74,7 +75,7 @@ def test_the_page_suits_a_phone_and_a_dark_screen(page_of):
 
 def test_the_page_has_the_facts_of_the_text(page_of, text_of):
     rows = [{"text": word} for word in ("one", "two", "", "one")]
-    page, text = Page(page_of(rows)), text_of(rows)
+    page, text = Page(page_of(rows, notes=["a <note>"])), text_of(rows, notes=["a <note>"])
     body = " ".join(page.texts["html"])
     titles = ("#", "row ", "  ")
     facts = [line for line in text.splitlines() if line and not line.startswith(titles) and "█" not in line]
@@ -116,3 +117,23 @@ def test_a_page_is_written_over_and_nothing_else_is(page_of, tmp_path):
         check_output(tmp_path / "link.html")
     with pytest.raises(ConfigError, match=r"is a folder\. Give a file in it"):
         check_output(tmp_path)
+    os.mkfifo(tmp_path / "pipe.html")
+    with pytest.raises(ConfigError, match="is no page"):
+        check_output(tmp_path / "pipe.html")
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_rows_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written: .*/file is no folder that you can write to"):
+        check_output(tmp_path / "file" / "page.html")
+    check_output(tmp_path / "new" / "page.html")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"cannot be written: {tmp_path} is no folder"):
+        check_output(tmp_path / "new" / "page.html")
+
+
+def test_facts_have_no_secrets_and_rows_are_as_they_are(page_of):
+    secret = "hf_canaryCanaryCanaryCanaryCanary"
+    page = Page(page_of([{"text": f"My key is {secret}.", secret: "1"}]))
+    assert page.texts["p"][0] == "Not used: (hidden)"
+    assert page.texts["mark"][-1] == f"My key is {secret}.{END}"

@@ -14,12 +14,14 @@ def section(text, title):
 
 def test_each_section_has_its_facts(text_of):
     rows = [{"text": word} for word in ("one", "two", "", "one")]
-    text = text_of([*rows, {"text": "word " * 60}], packing="bfd", block_size=64)
+    rows = [*rows, {"text": "word " * 60}]
+    text = text_of(rows, packing="bfd", block_size=64, notes=["block_size: a note"])
     assert section(text, "data")[0].startswith("train: 5 rows of ")
     assert section(text, "columns") == ["text  the text  its usual name  text"]
     assert section(text, "template")[1] == (
         "template   none: texts are joined as they are; chat_template: null (default)"
     )
+    assert section(text, "notes") == ["block_size: a note"]
     assert "row 3: dropped: empty text" in section(text, "rows of train")
     assert section(text, "counts")[0].startswith("train: 5 rows in 2 packs, ")
     assert section(text, "counts")[1] == "train: dropped (empty text): row 3"
@@ -29,6 +31,15 @@ def test_each_section_has_its_facts(text_of):
     assert section(text, "rows that repeat others") == [
         "train: 1 row is a duplicate of an earlier row: row 4 (as row 1)"
     ]
+
+
+def test_only_the_first_rows_are_named(text_of):
+    rows = [{"text": ""}] * 6 + [{"text": "one"}] * 7
+    text = text_of(rows)
+    named = "row 1, row 2, row 3, row 4, row 5, ..."
+    assert section(text, "counts")[1] == f"train: dropped (empty text): {named}"
+    assert section(text, "rows that repeat others")[0].endswith("row 12 (as row 7), ...")
+    assert "..." not in "".join(section(text_of(rows[:5] + rows[6:12]), "counts"))
 
 
 def test_rows_of_two_parts_are_named_with_their_numbers_in_the_file(text_of):

@@ -25,7 +25,9 @@ def test_a_histogram_has_bars_of_one_width():
     assert [bar.count for bar in found.bars] == [1, 0, 3, 0, 0, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("lengths", [[7], [512, 512], [1, 8192], [9, 10], range(1, 1000), [99, 211, 100_000]])
+@pytest.mark.parametrize(
+    "lengths", [[7], [512, 512], [1, 8192], [9, 10], range(1, 1000), [3, 15], [9, 130], [99, 211, 100_000]]
+)
 def test_a_histogram_counts_each_sample_once_in_few_bars(lengths):
     bars = describe_lengths(np.asarray(lengths)).bars
     assert len(bars) <= 12
