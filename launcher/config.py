@@ -18,7 +18,8 @@ from trainers.config.field_types import Float, Int
 from trainers.config.file import read_config_file
 from trainers.config.names import ALIASES, DATA_KEYS
 from trainers.config.schema import TrainConfig
-from trainers.config.settings import Settings, Value, changed, put, resolve, validate
+from trainers.config.settings import Settings, changed, resolve
+from trainers.config.values import Value, put, validate
 
 
 class LaunchConfig(BaseModel):

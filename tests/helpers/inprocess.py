@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.config.settings import Settings, Value, resolve
+from trainers.config.settings import Settings, resolve
+from trainers.config.values import Value
 
 ROWS = [
     {

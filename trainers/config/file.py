@@ -32,7 +32,8 @@ from trainers.config.names import (
 )
 from trainers.config.redaction import remember, remember_tree
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
-from trainers.config.settings import Settings, Value, nearest, put, resolve
+from trainers.config.settings import Settings, resolve
+from trainers.config.values import Value, nearest, put
 from trainers.config.yaml_file import expand, load_yaml
 
 
