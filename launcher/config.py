@@ -6,6 +6,7 @@ Only the launcher reads those two sections.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,16 +159,20 @@ class Run:
 
         The message stays as it is if the user did not set the key.
         """
-        source = self.source_of(message.split(": ")[0])
+        source = self.source_of(re.split(r": | \(", message, maxsplit=1)[0])
         chosen = source and source != "default" and not source.startswith("derived")
         return f"{source}: {message}" if chosen else message
 
     def source_of(self, key: str) -> str:
         """Return where a key has its value from, or "" if the key is unknown.
 
-        The key is written as in messages, such as `data.path` or `launch.offload`. Keys of `slurm` have no
-        recorded source.
+        The key is written as in messages, such as `data.path`, `data.mix[0].path` or `launch.offload`. Keys of
+        `slurm` have no recorded source.
         """
+        if key.startswith("data.mix["):
+            known = (key, key.partition("]")[0] + "]")
+            found = (self.settings.places[place] for place in known if place in self.settings.places)
+            return next(found, self.settings.sources["mix"])
         section, _, name = key.rpartition(".")
         if section == "launch":
             return self.launch_sources.get(name, "")

@@ -87,7 +87,12 @@ class _Reader:
         value, read = expand(value, where, self.environ, optional)
         if name in SECRET_FIELDS:
             remember(value)
-        put(self.out.train, name, Value(value, where + read, ".".join(keys)))
+        inside = {
+            path[len(keys) :]: f"{self.path}:{line}"
+            for path, line in self.lines.items()
+            if isinstance(value, list) and path[: len(keys)] == keys != path
+        }
+        put(self.out.train, name, Value(value, where + read, ".".join(keys), places=inside))
 
     def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:
         valid = list(valid)

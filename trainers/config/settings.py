@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.config.consistency import problems, without_effect
+from trainers.config.consistency import problems
 from trainers.config.errors import ConfigError
 from trainers.config.hub_paths import token_file
+from trainers.config.mix import idle_fields
+from trainers.config.mix_reader import places_of, read_mix, saved_template
 from trainers.config.redaction import remember
 from trainers.config.schema import BLOCK_SIZE_LIMIT, TrainConfig
 from trainers.config.values import Value, validate
@@ -23,6 +25,7 @@ class Settings:
     train: TrainConfig
     sources: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)  # where each key of a source is, by its name
 
     def public(self) -> dict[str, Any]:
         """Return the values as JSON types, without secrets."""
@@ -40,6 +43,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if "token" not in values or values["token"].value is None:
         values = {**values, **_default_token()}
     remember(values["token"].value if "token" in values else None)
+    mix = read_mix(values)
+    if mix is not None:
+        values = {**values, "mix": mix}
     config = validate(TrainConfig, values)
     sources = {
         name: values[name].source if name in values else "default" for name in TrainConfig.model_fields
@@ -83,6 +89,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("eval_strategy", "no", "there is no valid_split and no valid_fraction")
         if "eval_strategy" in values:
             notes.append("eval_strategy: has no effect, since there is no valid_split and no valid_fraction.")
+    if mix is not None and "chat_template" not in values and (template := saved_template(mix)):
+        derive("chat_template", template, "the sources have it")
     if config.per_device_eval_batch_size is None:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
     if config.data_seed is None:
@@ -91,8 +99,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("run_name", os.environ["WANDB_NAME"], "environment WANDB_NAME")
     elif config.run_name is None:
         derive("run_name", Path(config.project_name).name, "project_name")
-    for name, why in without_effect(config).items():
-        if not sources[name].startswith("derived"):
+    for name, why in idle_fields(config).items():
+        if not sources.get(name, "").startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")
 
     # model_copy keeps model_fields_set, which has the fields that the user set.
@@ -105,7 +113,7 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         effective = effective.model_copy(update={"load_best_model_at_end": aligned})
     if found := problems(effective):
         raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in found))
-    return Settings(effective, sources, notes)
+    return Settings(effective, sources, notes, places_of(mix) if mix else {})
 
 
 def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
@@ -117,6 +125,7 @@ def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
     }
     new = resolve({**chosen, **changes})
     new.notes = list(dict.fromkeys([*settings.notes, *new.notes]))
+    new.places = settings.places
     return new
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -21,12 +21,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Value:
-    """A value and its source, such as `config.yaml:12` or `flag --lr`. `name` is the user's spelling."""
+    """A value and its source, such as `config.yaml:12` or `flag --lr`. `name` is the user's spelling.
+
+    `places` has the source of each key inside the value, by its path, such as ("0", "weight").
+    """
 
     value: Any
     source: str
     name: str
     switch: str = ""  # true or false, if the name is one of SWITCHES
+    places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
     @property
     def written(self) -> Any:
