@@ -166,8 +166,8 @@ class Run:
     def source_of(self, key: str) -> str:
         """Return where a key has its value from, or "" if the key is unknown.
 
-        The key is written as in messages, such as `data.path`, `data.mix[0].path` or `launch.offload`. Keys of
-        `slurm` have no recorded source.
+        The key is written as in messages, such as `data.path`, `data.mix[0].path` or `launch.offload`. Keys
+        of `slurm` have no recorded source.
         """
         if key.startswith("data.mix["):
             known = (key, key.partition("]")[0] + "]")

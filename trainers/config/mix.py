@@ -18,6 +18,8 @@ from trainers.config.field_types import Float, Int
 from trainers.config.names import COLUMN_KEYS, DATA_KEYS
 from trainers.config.schema import TrainConfig
 
+# Names that no source can have: eval_NAME_loss is another measure.
+TAKEN = ("loss", "nll", "aux")
 NAME = r"^[A-Za-z0-9_-]+$"
 SOURCE_KEYS = {key: field for key, field in DATA_KEYS.items() if key != "mix"}
 FIELDS = {**{field: key for key, field in SOURCE_KEYS.items()}, **{name: name for name in COLUMN_KEYS}}

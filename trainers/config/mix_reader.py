@@ -14,13 +14,11 @@ from typing import Any
 from trainers.config.consistency import row_problems
 from trainers.config.errors import ConfigError
 from trainers.config.field_types import read_sources
-from trainers.config.mix import FIELDS, SOURCE_KEYS, Share
+from trainers.config.mix import FIELDS, SOURCE_KEYS, TAKEN, Share
 from trainers.config.names import COLUMN_ALIASES, COLUMN_KEYS
 from trainers.config.schema import TrainConfig
 from trainers.config.values import Value, nearest, validate
 
-# eval_NAME_loss would be the name of another measure.
-TAKEN = ("loss", "nll", "aux")
 # A source that sets one of these takes none of them from `data`.
 TOGETHER = (
     {*COLUMN_KEYS, "prompt_format"},

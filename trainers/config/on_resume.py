@@ -5,7 +5,8 @@ fixed      It decides what the weights are, or what a metric means. Another valu
 training   Training uses the new value from this step on. After the last step it has no effect, so run.json
            and the model card keep the value of the training.
 used       The new value is used from now on, also after the last step.
-compared   What it names is compared, not the name: the rows, the weights. They may be in another place.
+compared   What it names is compared, not the name: the rows, the weights. They may be in another place. The
+           path of a source of a mix is compared like this too; all else of a mix is fixed.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ SECTIONS = {
     "Backend": "distributed_backend",
 }
 SECRET_FIELDS = frozenset({"token"})
-# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE.
-INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "chat_template")
+# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE. A mix has paths
+# and templates of its own.
+INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "mix", "chat_template")
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:

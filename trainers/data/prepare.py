@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 5  # raise it when the same input gives other samples
+SUPERVISED = "supervised.npy"  # next to the samples: for each, its tokens in the loss
+CACHE_VERSION = 6  # raise it when the same input gives other samples
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 
 
@@ -54,11 +55,18 @@ class Summary:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     packs: int = 0  # packs of an epoch
     notes: dict[str, int] = field(default_factory=dict)  # what else is said about samples -> samples
+    taken: int | None = None  # of a source: samples in an epoch of the mix
+    sources: dict[str, Summary] = field(default_factory=dict)  # of a mix
 
     @property
     def line(self) -> str:
         """The counts in one line, for the log."""
         packed = f" in {count_of(self.packs, 'pack')}" if self.packs != self.kept else ""
+        if self.taken is not None:
+            epochs = f"{self.taken / self.kept:.3g}"
+            packed = f", {count_of(self.taken, 'sample')}, {epochs} epoch{'' if epochs == '1' else 's'}"
+        elif self.sources:
+            packed = f", {count_of(self.kept, 'sample')}{packed}"
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
             f"{count_of(self.rows, 'row')}{packed}, {count_of(self.tokens, 'token')} "
@@ -70,35 +78,46 @@ class Summary:
 
 @dataclass
 class Prepared:
-    """The samples of a split. config/kinds.py has their columns; kto and mlm have one more column each."""
+    """The samples of a split. config/kinds.py has their columns; kto has one more."""
 
     dataset: Dataset
     summary: Summary
     key: str  # a hash of all that decides what the samples are
+    supervised: NDArray[Any]  # tokens in the loss of each sample
+    sources: dict[str, Prepared] = field(default_factory=dict)  # of a mix
 
 
 def parts(config: TrainConfig) -> list[Part]:
-    """Return the parts of the data that a run uses."""
+    """Return the parts of the data that a run, or a source of it, uses."""
     found: list[Part] = ["train"]
     found += ["valid"] if config.validates else []
     return found + (["test"] if config.tests else [])
 
 
-def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> Prepared:
+def prepare(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train", joined: bool = False
+) -> Prepared:
     """Load and encode a part of the data, or map the cache of an earlier run.
+
+    `joined`: mixing.py joins the samples with those of other sources, and then pairs those of kto.
 
     Raises:
         ConfigError: the split, a column or a row does not match the config.
     """
+    import numpy as np
     from datasets import Dataset, load_from_disk
 
     source = open_source(config, part)
-    folder = cache_root() / _cache_key(config, tokenizer, source)
+    pairs = config.kind.rows == "labelled" and not joined
+    folder = cache_root() / _cache_key(config, tokenizer, source, pairs)
 
     def make(unfinished: Path) -> None:
         raw, columns = source.load(config, unfinished / "raw")
-        data, summary = _tokenize(raw, source, Encoder(columns, config, tokenizer), config, tokenizer)
+        data, summary, supervised = _tokenize(raw, source, Encoder(columns, config, tokenizer), tokenizer)
+        if pairs and len(data):
+            data = mismatched(data, config, part)
         data.save_to_disk(unfinished / "data")
+        np.save(unfinished / SUPERVISED, supervised)
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
@@ -113,10 +132,10 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
     summary.packs = count_packs(config, dataset)
-    return Prepared(dataset, summary, folder.name)
+    return Prepared(dataset, summary, folder.name, np.load(folder / SUPERVISED, mmap_mode="r"))
 
 
-def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
+def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source, pairs: bool) -> str:
     """Return a hash of the content, the tokenizer, the template and the config values that change samples."""
     held_out = (config.valid_fraction, config.test_fraction, config.split_seed)
     parts = [
@@ -129,14 +148,15 @@ def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: 
         config.chat_template_kwargs, config.history, config.unrendered, config.system_prompt,
         config.roles_to_train,
         held_out if source.key == "train_split" else None,
-        config.data_seed if config.kind.rows == "labelled" else None,
+        config.data_seed if pairs else None,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _tokenize(
-    raw: Dataset, source: Source, encoder: Encoder, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Summary]:
+    raw: Dataset, source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Summary, NDArray[Any]]:
+    """Return the samples, their counts, and how many tokens of each are in the loss."""
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():
@@ -153,19 +173,12 @@ def _tokenize(
         raise ConfigError(f"{place_of(source.split, number)}: {text}") from error
     finally:
         forget_truncation(tokenizer)
-    summary, kept = _count(data, len(raw))
+    summary, kept, supervised = _count(data, len(raw))
     data = data.remove_columns(list(COUNTS))
     if len(kept) < len(data):
         data = data.select(kept)
     summary.kept = len(data)
-    if not len(data):
-        return data, summary
-    if config.kind.rows == "labelled":
-        data = _mismatched(data, config, source.part)
-    if config.kind.rows == "masked":
-        numbers = range(len(data)) if source.part == "train" else range(-1, -1 - len(data), -1)
-        data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
-    return data, summary
+    return data, summary, supervised
 
 
 class _Numbered:
@@ -206,8 +219,8 @@ def _progress() -> Iterator[None]:
         datasets.disable_progress_bars()
 
 
-def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
-    """Return the summary of a split, and the indices of the samples that are kept."""
+def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any], NDArray[Any]]:
+    """Return the summary of a split, the samples that are kept, and the tokens of each in the loss."""
     import numpy as np
 
     counts = data.select_columns([name for name in COUNTS if name != "notes"]).with_format("numpy")[:]
@@ -228,10 +241,10 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
             Counter(data.with_format("arrow").data.column("notes").combine_chunks().flatten().to_pylist())
         ),
     )
-    return summary, np.flatnonzero(kept)
+    return summary, np.flatnonzero(kept), counts["supervised"][kept].astype(np.int32)
 
 
-def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
+def mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
     """Add to each sample of kto the completion of the sample before it.
 
     The paper estimates the KL divergence from such mismatched pairs (arXiv 2402.01306). TRL builds the pairs

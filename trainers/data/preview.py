@@ -15,8 +15,13 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 LONGEST = 1000  # characters of a text that are shown
 
 
-def show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, terminal: bool) -> str:
-    """Return the decoded sample. Masked parts are dimmed on a terminal, and in ⟦ ⟧ elsewhere."""
+def show_example(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, terminal: bool, source: str = ""
+) -> str:
+    """Return the decoded sample. Masked parts are dimmed on a terminal, and in ⟦ ⟧ elsewhere.
+
+    `source`: the name of its source in a mix.
+    """
     lines = []
     for name, ids, trained in _texts(row):
         shown = ""
@@ -29,6 +34,7 @@ def show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, termin
                 shown += f"{_DIM}{text}{_PLAIN}" if terminal else f"⟦{text}⟧"
         more = f" ... ({len(ids)} tokens)" if len(shown) > LONGEST else ""
         end = _PLAIN if terminal and more else ""
+        name += f" ({source})" if source else ""
         lines.append(f"{name}: {shown[:LONGEST]}{end}{more}")
     return "\n".join(lines)
 

@@ -93,7 +93,7 @@ def _named(config: TrainConfig) -> Iterator[tuple[str, str, Any]]:
     """Yield what the user calls each input, its field, and its value."""
     sources = sources_of(config)
     for field in INPUT_FIELDS:
-        if not (sources and field == "data_path"):
+        if field != "mix" and not (sources and field == "data_path"):
             yield _KEYS.get(field, field), field, getattr(config, field)
     for source in sources:
         for field in ("data_path", "chat_template"):
