@@ -64,12 +64,13 @@ def why_refused(place: str, then: Mapping[str, Any], now: TrainConfig) -> str | 
     """
     old, new = _fixed(then), _fixed(now.public())
     differing = [n for n in {**new, **old} if _recorded(n, then) and old.get(n) != new.get(n)]
+    if "mix" in differing:  # there are other sources
+        differing = [name for name in differing if not name.startswith("mix.")]
     if not differing:
         return None
     found = "; ".join(
         f"{name}: it is {_text(new.get(name))}, but {_text(old.get(name))} in the training of {place}"
         for name in differing
-        if not ("mix" in differing and name.startswith("mix."))  # there are other sources
     )
     what, former = ("this value", "one") if len(differing) == 1 else ("these values", "ones")
     return f"{found}. A resume cannot change {what}. Give the old {former}, {ANEW}"
