@@ -71,7 +71,12 @@ def read_mix(values: Mapping[str, Value]) -> Value | None:
 
 def places_of(mix: Value) -> dict[str, str]:
     """Return where each key of each source is, by the name that messages use, such as `data.mix[0].path`."""
-    return {".".join((f"data.mix[{number}]", *keys)): place for (number, *keys), place in mix.places.items()}
+    found = {}
+    for (number, *keys), place in mix.places.items():
+        if keys[:1] == ["column_mapping"] and keys[1:]:
+            keys[1] = COLUMN_ALIASES.get(keys[1], keys[1])
+        found[".".join((f"data.mix[{number}]", *keys))] = place
+    return found
 
 
 def _read(number: int, given: Any, values: Mapping[str, Value]) -> dict[str, Any]:
