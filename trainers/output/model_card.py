@@ -102,7 +102,7 @@ def _about(folder: Path, config: TrainConfig, facts: dict[str, Any], entries: li
 def _data(config: TrainConfig, data: dict[str, dict[str, Any]]) -> str:
     text = _origin(config)
     if not data:
-        return text + " Their counts were not recorded."
+        return text + ("\n\n" if config.mix else " ") + "Their counts were not recorded."
     data = {name: counts for part in data for name, counts in _with_sources(part, data[part])}
     counted = [(key, value) for counts in data.values() for key, value in counts.items() if key != "dropped"]
     keys = list(dict.fromkeys(key for key, value in counted if isinstance(value, (int, float))))
@@ -126,7 +126,7 @@ def _origin(config: TrainConfig) -> str:
     if not (sources := sources_of(config)):
         return f"Rows from {_named(config.data_path)}, split `{config.train_split}`."
     lines = [f"- {s.name}: {_named(s.config.data_path)}, split `{s.config.train_split}`" for s in sources]
-    return "Rows from several sources:\n\n" + "\n".join(lines) + "\n\n"
+    return "Rows from several sources:\n\n" + "\n".join(lines)
 
 
 def _with_sources(part: str, counts: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

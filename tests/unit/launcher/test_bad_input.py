@@ -589,7 +589,7 @@ MIX = """\
         (
             "text_column: text",
             "text: words",
-            ("c.yaml:10: data.mix[0].column_mapping.text_column", "'words'"),
+            ("c.yaml:10: data.mix[0].column_mapping.text_column", "words"),
         ),
         (
             "- path: more",

@@ -1,4 +1,4 @@
-"""A mix: shares of an epoch, the draw, the cache of each source, and what each trainer makes of the samples."""
+"""A mix: shares of an epoch, the draw, the cache of each source, and the samples of each trainer."""
 
 from __future__ import annotations
 
