@@ -83,7 +83,7 @@ class Prepared:
     dataset: Dataset
     summary: Summary
     key: str  # a hash of all that decides what the samples are
-    supervised: NDArray[Any]  # tokens in the loss of each sample
+    supervised: NDArray[Any]  # tokens in the loss of each sample, in their order before kto shuffles them
     sources: dict[str, Prepared] = field(default_factory=dict)  # of a mix
 
 

@@ -152,7 +152,7 @@ def test_the_samples_of_a_mix_are_numbers_into_the_files(mixed, tokenizer):
 def test_the_counts_of_each_source(mixed):
     train = mixed(
         {"name": "code", "rows_of": [*numbered(0, 1), {"text": ""}], "weight": 3},
-        {"name": "chat", "rows_of": numbered(2, 3), "weight": 1},
+        {"name": "chat", "rows_of": [{"text": "a longer row of text"}] * 2, "weight": 1},
     )["train"]
     code, chat = (train.summary.sources[name] for name in ("code", "chat"))
     assert (code.rows, code.kept, code.taken, code.dropped) == (3, 2, 3, {"empty text": 1})
