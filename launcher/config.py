@@ -6,7 +6,6 @@ Only the launcher reads those two sections.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +158,7 @@ class Run:
 
         The message stays as it is if the user did not set the key.
         """
-        source = self.source_of(re.split(r": | \(", message, maxsplit=1)[0])
+        source = self.source_of(message.split(": ")[0])
         chosen = source and source != "default" and not source.startswith("derived")
         return f"{source}: {message}" if chosen else message
 
@@ -170,7 +169,10 @@ class Run:
         of `slurm` have no recorded source.
         """
         if key.startswith("data.mix["):
-            known = (key, key.partition("]")[0] + "]")
+            known = (
+                key,
+                key.partition("]")[0] + "]",
+            )  # the key of a source, or the source: data.mix[0] (name)
             found = (self.settings.places[place] for place in known if place in self.settings.places)
             return next(found, self.settings.sources["mix"])
         section, _, name = key.rpartition(".")

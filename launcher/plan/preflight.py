@@ -116,7 +116,7 @@ def check_data(train: TrainConfig) -> None:
     if train.mix is not None:
         for source in sources_of(train):
             with source.named():
-                _check_splits(source.config)
+                _check_splits(source.config, source.trains)
         return
     if "data_path" not in train.model_fields_set and not Path(train.data_path).exists():
         raise ConfigError(
@@ -125,9 +125,10 @@ def check_data(train: TrainConfig) -> None:
     _check_splits(train)
 
 
-def _check_splits(train: TrainConfig) -> None:
+def _check_splits(train: TrainConfig, trains: bool = True) -> None:
+    fractions = train.valid_fraction + train.test_fraction
     for key, name in (
-        ("train_split", train.train_split),
+        ("train_split", train.train_split if trains or fractions else None),
         ("valid_split", train.valid_split),
         ("test_split", train.test_split),
     ):

@@ -25,21 +25,35 @@ def config(bench):
     def write(name):
         text = CONFIG.format(model=bench.model, name=name, data=long)
         (bench.root / f"{name}.yaml").write_text(text.replace(f"  path: {long}\n", mix))
-        return bench.root / f"{name}.yaml"
 
     return write
 
 
-def test_two_ranks_have_the_losses_of_one_process(bench, config, tmp_path):
-    found = {}
-    for backend in ("ddp", "one"):
-        command = bench.command(f"mix-{backend}", *BACKENDS[backend], *FLAGS)
-        command[command.index(str(bench.root / f"mix-{backend}.yaml"))] = str(config(f"mix-{backend}"))
-        done = found[backend] = bench.finish(f"mix-{backend}", command)
-        assert done.code == 0, done.out + done.err
-    ddp, one = found["ddp"], found["one"]
-    assert ddp.losses == pytest.approx(one.losses, abs=1e-4)
-    before, *_ = [entry for entry in ddp.metrics if "eval_loss" in entry]
+@pytest.fixture(scope="module")
+def ran(bench, config):
+    """ran(backend) returns that run of the mix, which the first call makes."""
+    made = {}
+
+    def run(backend):
+        if backend not in made:
+            name = f"mix-{backend}"
+            command = bench.command(name, *BACKENDS[backend], *FLAGS)  # it writes a config, which is replaced
+            config(name)
+            made[backend] = bench.finish(name, command)
+        assert made[backend].code == 0, made[backend].out + made[backend].err
+        return made[backend]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "backend", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero3"))]
+)
+def test_ranks_have_the_losses_of_one_process(bench, ran, tmp_path, backend):
+    """In training, and in the evaluation of each source."""
+    found, one = ran(backend), ran("one")
+    assert found.losses == pytest.approx(one.losses, abs=1e-4)
+    before, *_ = [entry for entry in found.metrics if "eval_loss" in entry]
     tokens = total = 0.0
     for name, path in (("long", bench.root / "data"), ("short", bench.root / "short")):
         alone = build(
@@ -58,9 +72,9 @@ def test_two_ranks_have_the_losses_of_one_process(bench, config, tmp_path):
         total, tokens = total + loss * alone._evaluated[1], tokens + alone._evaluated[1]
     assert before["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
 
-    assert "train, long: 40 rows, 24 samples, 0.6 epochs, " in ddp.out
-    assert "train, short: 9 rows, 20 samples, 2.22 epochs, " in ddp.out
-    recorded = ddp.record["data"]["train"]["sources"]
+    assert "train, long: 40 rows, 24 samples, 0.6 epochs, " in found.out
+    assert "train, short: 9 rows, 20 samples, 2.22 epochs, " in found.out
+    recorded = found.record["data"]["train"]["sources"]
     assert {name: counts["taken"] for name, counts in recorded.items()} == {"long": 24, "short": 20}
-    card = (ddp.folder / "README.md").read_text()
+    card = (found.folder / "README.md").read_text()
     assert "| train, short |" in card and "| eval_short_loss |" in card

@@ -43,7 +43,10 @@ class Share(BaseModel):
         "as these sources together.",
     )
     rows: Int | None = Field(
-        None, gt=0, description="Samples of the source in an epoch. null: all, if no source has a weight."
+        None,
+        ge=0,
+        description="Samples of the source in an epoch. null: all, if no source has a weight. 0: it is only "
+        "evaluated.",
     )
 
 
@@ -60,6 +63,11 @@ class Source:
     @property
     def key(self) -> str:
         return f"data.mix[{self.number}]"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the source is trained on, and not only evaluated."""
+        return self.rows != 0
 
     @contextmanager
     def named(self) -> Iterator[None]:

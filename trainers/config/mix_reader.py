@@ -126,6 +126,10 @@ def _read(number: int, given: Any, values: Mapping[str, Value]) -> dict[str, Any
         FIELDS[name]: value for name, value in plain.items() if name in FIELDS and name not in COLUMN_KEYS
     }
     mapped = {name: value for name, value in plain.items() if name in COLUMN_KEYS}
+    if asked.rows == 0 and not (config.validates or config.tests):
+        raise ConfigError(
+            f"{at('rows')}: {label}.rows: 0 means that it is only evaluated. It needs a valid_split."
+        )
     own_share = asked.model_dump(exclude_none=True)
     return {**own_share, **flat, **({"column_mapping": mapped} if mapped else {})}
 
@@ -178,6 +182,8 @@ def _check_shares(entries: list[dict[str, Any]], mix: Value) -> None:
     Raises:
         ConfigError: a share is missing.
     """
+    if all(entry.get("rows") == 0 for entry in entries):
+        raise ConfigError(f"{mix.source}: {mix.name}: no source is trained on, since all have rows: 0.")
     weighed = [number for number, entry in enumerate(entries) if "weight" in entry]
     without = [n for n, entry in enumerate(entries) if "weight" not in entry and "rows" not in entry]
     if weighed and without:

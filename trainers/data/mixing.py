@@ -58,7 +58,7 @@ def _mix(
     """Return a part of a mix: an epoch of training, or all rows that the sources evaluate."""
     from datasets import concatenate_datasets
 
-    used = [source for source in sources if part in parts(source.config)]
+    used = [s for s in sources if part in parts(s.config) and (part != "train" or s.trains)]
     found: dict[str, Prepared] = {}
     for source in used:
         with source.named():

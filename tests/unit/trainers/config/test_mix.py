@@ -75,7 +75,7 @@ def test_variables_are_replaced_in_a_source(read_config, monkeypatch):
         ("weight: 3", "weigth: 3", r"c.yaml:8: unknown key 'data.mix\[0\].weigth'. Did you mean 'weight'\?"),
         ("weight: 3", "weight: 0", r"c.yaml:8: data.mix\[0\].weight: 0 must be greater than 0"),
         ("weight: 3", "weight: true", r"c.yaml:8: data.mix\[0\].weight: True: a number is needed"),
-        ("weight: 1", "rows: 0", r"c.yaml:13: data.mix\[1\].rows: 0 must be greater than 0"),
+        ("weight: 1", "rows: -1", r"c.yaml:13: data.mix\[1\].rows: -1 must be greater than or equal to 0"),
         ("weight: 1", "rows: 2\n      weight: 1", r"c.yaml:13: data.mix\[1\].rows: weight already sets"),
         (
             "      weight: 3\n",
@@ -127,6 +127,8 @@ def test_a_wrong_source_is_named_with_its_line(read_config, old, new, message):
     [
         ("[]", "it must be a list of sources"),
         ("{path: a}", "it must be a list of sources"),
+        ("[{path: a, rows: 0}]", r"data.mix\[0\].rows: 0 means that it is only evaluated. It needs a valid"),
+        ("[{path: a, rows: 0, valid_split: v}]", "no source is trained on, since all have rows: 0"),
         ("[a]", r"data.mix\[0\]: it must be a mapping of keys"),
         ("[{path: a, column_mapping: b}]", r"data.mix\[0\].column_mapping must be a mapping"),
         ("'[{'", "it must be a list, such as"),

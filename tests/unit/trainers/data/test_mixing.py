@@ -173,6 +173,16 @@ def test_a_source_without_a_validation_split_is_not_evaluated(mixed):
     assert mixing.spans(mix["valid"]) == {"a": range(3)}
 
 
+def test_a_source_with_no_rows_is_only_evaluated(mixed):
+    mix = mixed(
+        {"name": "a", "weight": 1},
+        {"name": "b", "rows": 0, "valid_fraction": 0.5},
+        {"name": "c", "weight": 1},
+    )
+    assert list(mix["train"].sources) == ["a", "c"] and list(mix["valid"].sources) == ["b"]
+    assert len(mix["train"].dataset) == 12
+
+
 def test_kto_pairs_completions_of_the_mix(mixed, tmp_path):
     """A pair may join two sources, and neither file has the pairs."""
     rows = [
