@@ -20,6 +20,7 @@ NO_TRAINERS = {
     "__init__",
     "consolidate",
     "push",
+    "show_data",
     "warm",
 }  # modules at the top of trainers/ that train nothing
 
