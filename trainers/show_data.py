@@ -26,7 +26,7 @@ from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, is_unread, outlive_readers
 
 if TYPE_CHECKING:
-    from trainers.report.view import View
+    from trainers.data_report.view import View
 
 ALL = -1  # --rows: all of them
 
@@ -69,9 +69,9 @@ def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     quieten_libraries()  # before the other imports: some libraries warn when they are imported
     from trainers.data.loading import open_source
     from trainers.model.tokenizer import load_tokenizer
-    from trainers.report.gather import check_part, count, look, open_part
-    from trainers.report.shown_rows import first_rows
-    from trainers.report.wording import wrong_rows
+    from trainers.data_report.gather import check_part, count, look, open_part
+    from trainers.data_report.shown_rows import first_rows
+    from trainers.data_report.wording import wrong_rows
     from trainers.storage.data_cache import scratch
 
     settings = load_settings(options.config)
@@ -103,9 +103,9 @@ def _show(options: argparse.Namespace, stdout: TextIO) -> int:
 
 
 def _view(options: argparse.Namespace, stdout: TextIO) -> View:
-    from trainers.report.as_json import JsonView
-    from trainers.report.as_page import PageView
-    from trainers.report.as_text import TextView
+    from trainers.data_report.as_json import JsonView
+    from trainers.data_report.as_page import PageView
+    from trainers.data_report.as_text import TextView
 
     if options.html is not None:
         return PageView(stdout, options.html)

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from trainers.data.preview import decoded
-from trainers.report.shown_rows import ShownRow
-from trainers.report.view import View
+from trainers.data_report.shown_rows import ShownRow
+from trainers.data_report.view import View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

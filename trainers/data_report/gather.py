@@ -19,8 +19,8 @@ from trainers.data.files import RowPlaces, find_split
 from trainers.data.loading import Part, Source, split_of
 from trainers.data.prepare import Prepared, Summary, parts, prepare
 from trainers.data.sampler import sample_lengths
-from trainers.report.column_uses import Use, column_uses
-from trainers.report.facts import (
+from trainers.data_report.column_uses import Use, column_uses
+from trainers.data_report.facts import (
     Keys,
     Lengths,
     Packing,
@@ -31,7 +31,7 @@ from trainers.report.facts import (
     row_keys,
     shared,
 )
-from trainers.report.template import template_facts
+from trainers.data_report.template import template_facts
 
 if TYPE_CHECKING:
     from datasets import Dataset

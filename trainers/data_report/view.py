@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from trainers.report.gather import Counts, Look
-from trainers.report.shown_rows import ShownRow
+from trainers.data_report.gather import Counts, Look
+from trainers.data_report.shown_rows import ShownRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

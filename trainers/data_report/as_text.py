@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TextIO
 from trainers.config.redaction import redacted
 from trainers.config.text import count_of, printable
 from trainers.data.preview import ShownText, marked, shown_texts
-from trainers.report.facts import Bar
-from trainers.report.gather import Counts, Look
-from trainers.report.shown_rows import ShownRow
-from trainers.report.view import View
-from trainers.report.wording import (
+from trainers.data_report.facts import Bar
+from trainers.data_report.gather import Counts, Look
+from trainers.data_report.shown_rows import ShownRow
+from trainers.data_report.view import View
+from trainers.data_report.wording import (
     count_sentences,
     length_sentence,
     packing_sentence,

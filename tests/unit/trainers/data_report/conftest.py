@@ -8,8 +8,8 @@ import pytest
 
 from trainers.config.schema import TrainConfig
 from trainers.data.loading import open_source
-from trainers.report.gather import count, look, open_part
-from trainers.report.shown_rows import first_rows
+from trainers.data_report.gather import count, look, open_part
+from trainers.data_report.shown_rows import first_rows
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def reported(prepare, tokenizer, tmp_path):
 @pytest.fixture
 def text_of(reported):
     """`text_of(rows, ...)`: the report as text."""
-    from trainers.report.as_text import TextView
+    from trainers.data_report.as_text import TextView
 
     def read(rows, terminal=False, **config):
         stream = io.StringIO()
@@ -49,7 +49,7 @@ def text_of(reported):
 @pytest.fixture
 def page_of(reported, tmp_path):
     """`page_of(rows, ...)`: the report as a page."""
-    from trainers.report.as_page import PageView
+    from trainers.data_report.as_page import PageView
 
     def read(rows, **config):
         reported(PageView(io.StringIO(), tmp_path / "page.html"), rows, **config)

@@ -10,7 +10,7 @@ import pytest
 from rows import END, GOOD, PAIR, PROMPT, TURNS
 
 from trainers.config.errors import ConfigError
-from trainers.report.as_page import BEGINNING, check_output
+from trainers.data_report.as_page import BEGINNING, check_output
 
 HOSTILE = (
     "</pre></mark><script>alert(1)</script><img src=x onerror='alert(2)'>\"><svg/onload=alert(3)>"

@@ -8,7 +8,7 @@ from rows import TURNS
 from trainers.config.schema import TrainConfig
 from trainers.data.column_kinds import with_messages
 from trainers.data.columns import find_columns
-from trainers.report.column_uses import USUAL, column_uses
+from trainers.data_report.column_uses import USUAL, column_uses
 
 
 @pytest.fixture

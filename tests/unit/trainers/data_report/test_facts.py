@@ -7,7 +7,7 @@ import pytest
 from rows import END, PAIR, Q, assistant, user
 
 from trainers.config.schema import TrainConfig
-from trainers.report.facts import (
+from trainers.data_report.facts import (
     Bar,
     describe_lengths,
     describe_packing,

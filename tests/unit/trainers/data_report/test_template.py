@@ -6,7 +6,7 @@ import pytest
 
 from trainers.config.schema import TrainConfig
 from trainers.data.columns import Columns
-from trainers.report.template import template_facts
+from trainers.data_report.template import template_facts
 
 SOURCES = {"chat_template": "c.yaml:9", "train_on": "default"}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
 from trainers.data.files import RowPlaces
-from trainers.report.facts import Lengths
-from trainers.report.gather import Counts, Look
+from trainers.data_report.facts import Lengths
+from trainers.data_report.gather import Counts, Look
 
 NAMED = 5  # rows that a sentence names
 

@@ -10,9 +10,9 @@ from rows import PAIR, TURNS, Q, assistant, user
 
 from trainers.config.schema import TrainConfig
 from trainers.data.loading import open_source
-from trainers.report.as_json import as_json
-from trainers.report.gather import open_part
-from trainers.report.shown_rows import first_rows
+from trainers.data_report.as_json import as_json
+from trainers.data_report.gather import open_part
+from trainers.data_report.shown_rows import first_rows
 
 ANSWERED = [*TURNS, user("And a step?"), assistant("One update.")]
 LONG = "word " * 70
