@@ -19,7 +19,7 @@ from trainers.config.file import read_config_file
 from trainers.config.names import ALIASES, DATA_KEYS
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings, changed, resolve
-from trainers.config.values import Value, put, validate
+from trainers.config.values import Value, is_chosen, put, validate
 
 
 class LaunchConfig(BaseModel):
@@ -159,8 +159,7 @@ class Run:
         The message stays as it is if the user did not set the key.
         """
         source = self.source_of(message.split(": ")[0])
-        chosen = source and source != "default" and not source.startswith("derived")
-        return f"{source}: {message}" if chosen else message
+        return f"{source}: {message}" if is_chosen(source) else message
 
     def source_of(self, key: str) -> str:
         """Return where a key has its value from, or "" if the key is unknown.

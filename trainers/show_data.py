@@ -11,7 +11,7 @@ import io
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -26,6 +26,10 @@ from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, is_unread, outlive_readers
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainers.data_report.shown_rows import ShownRow
+    from trainers.data_report.shown_sources import ShownSource
     from trainers.data_report.view import View
 
 ALL = -1  # --rows: all of them
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     parser.add_argument("--rows", type=int, default=5, help=f"how many of the first rows; {ALL}: all")
     parser.add_argument("--split", default="train", choices=("train", "valid", "test"))
+    parser.add_argument("--source", help="the source of a mix whose rows are shown (default: all)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--html", type=Path, help="write a page, and print nothing else")
     form.add_argument("--json", action="store_true", help="print a JSON object for each row")
@@ -67,39 +72,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     quieten_libraries()  # before the other imports: some libraries warn when they are imported
-    from trainers.data.loading import open_source
-    from trainers.model.tokenizer import load_tokenizer
-    from trainers.data_report.gather import check_part, count, look, open_part
-    from trainers.data_report.shown_rows import first_rows
+    from trainers.data_report.gather import count
+    from trainers.data_report.shown_sources import choose_sources
     from trainers.data_report.wording import wrong_rows
-    from trainers.storage.data_cache import scratch
+    from trainers.model.tokenizer import load_tokenizer, tokenizers_of_sources
 
     settings = load_settings(options.config)
-    config, part = settings.train, options.split
-    check_part(config, part)
+    config, part, notes = settings.train, options.split, settings.notes
+    sources = choose_sources(settings, part, options.source)
     view = _view(options, stdout)
     refuse_foreign_code(config.use_kernels)
     tokenizer, new_tokens = load_tokenizer(config)
+    templates = tokenizers_of_sources(config, tokenizer)
     shown = wrong = 0
-    source = open_source(config, part)
-    with scratch("rows", source.bytes) as folder:
-        opened = open_part(source, config, tokenizer, folder)
-        view.head(look(opened, config, settings.sources, settings.notes, tokenizer, new_tokens))
-        limit = None if options.rows == ALL else options.rows
-        for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
-            view.row(row, tokenizer)
-            shown, wrong = shown + 1, wrong + bool(row.error)
-            if options.html is None and is_unread():
-                return USAGE_ERROR if wrong else 0
+    for source in sources:
+        own = templates.get(source.name, tokenizer)
+        with source.named():
+            for row in _rows(view, source, options, own, new_tokens, notes):
+                shown, wrong = shown + 1, wrong + bool(row.error)
+                if options.html is None and is_unread():
+                    return USAGE_ERROR if wrong else 0
+        notes = []  # they are shown once
     problems = [wrong_rows(wrong, shown)] if wrong else []
     if view.counts and not problems:
-        counts = count(config, tokenizer, part)
+        counts = count(config, tokenizer, templates, part)
         view.tail(counts)
         problems = list(counts.problems.values())
     view.end(problems)
     for problem in problems:
         say("error", problem)
     return USAGE_ERROR if problems else 0
+
+
+def _rows(
+    view: View,
+    source: ShownSource,
+    options: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: list[int],
+    notes: list[str],
+) -> Iterator[ShownRow]:
+    """Show the first rows of a source, and yield each."""
+    from trainers.data.loading import open_source
+    from trainers.data_report.gather import look, open_part
+    from trainers.data_report.shown_rows import first_rows
+    from trainers.storage.data_cache import scratch
+
+    limit = None if options.rows == ALL else options.rows
+    rows = open_source(source.config, options.split)
+    with scratch("rows", rows.bytes) as folder:
+        opened = open_part(rows, source.config, tokenizer, folder)
+        view.head(look(opened, source.config, source.values_from, notes, tokenizer, new_tokens, source.name))
+        for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
+            view.row(row, tokenizer)
+            yield row
 
 
 def _view(options: argparse.Namespace, stdout: TextIO) -> View:

@@ -14,9 +14,10 @@ from launcher.parser import add_config_flags
 from launcher.plan.preflight import check_data
 from trainers.config.errors import ConfigError
 from trainers.config.file import effective_text
+from trainers.config.mix import source_named
 
 HELP = "show the rows as the model sees them, with counts; needs no weights"
-USAGE = "config.yaml [--rows N|all] [--split NAME] [--json | --html FILE] [--flag VALUE ...]"
+USAGE = "config.yaml [--rows N|all] [--split NAME] [--source NAME] [--json | --html FILE] [--flag VALUE ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split", choices=("train", "valid", "test"), default="train", help="which part (default: train)"
+    )
+    parser.add_argument(
+        "--source", metavar="NAME", help="show only the rows of this source of data.mix (default: of all)"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -44,18 +48,23 @@ def _rows(text: str) -> int:
     return int(text)
 
 
-def run(config: Path, rows: int, split: str, as_json: bool, html: Path | None, **flags: Any) -> int:
+def run(
+    config: Path, rows: int, split: str, source: str | None, as_json: bool, html: Path | None, **flags: Any
+) -> int:
     """Give the effective config to trainers/show_data.py, on its stdin, and return its exit code.
 
     Raises:
-        ConfigError: the config is wrong, or a split or a column is missing.
+        ConfigError: the config is wrong, or a split, a column or the source is missing.
     """
     described = load_run(config, flags)
+    if source is not None:
+        source_named(described.train, source)
     try:
         check_data(described.train)
     except ConfigError as error:
         raise ConfigError(described.located(str(error))) from None
     argv = [sys.executable, "-m", "trainers.show_data", "/dev/stdin", "--rows", str(rows), "--split", split]
+    argv += ["--source", source] if source is not None else []
     argv += ["--json"] if as_json else ["--html", str(html)] if html is not None else []
     environ = dict(os.environ)
     if described.train.token:

@@ -57,10 +57,9 @@ def plan(run: Run, topology: Topology) -> dict[str, Any]:
     files = attempt_files(run, topology)
     argv = build_command(run, topology, backend, files)
     accelerate = build_accelerate_config(backend, topology, run.launch, files.deepspeed_config)
-    values = run.settings.public()
     launch = run.launch.model_dump()
     return {
-        "config": {k: {"value": v, "source": run.settings.sources[k]} for k, v in values.items()},
+        "config": run.settings.listed(),
         "launch": {k: {"value": v, "source": run.launch_sources[k]} for k, v in launch.items()},
         "notes": run.settings.notes,
         "backend": {"name": backend.name, "reason": backend.reason},

@@ -17,6 +17,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.field_types import Float, Int
 from trainers.config.names import COLUMN_KEYS, DATA_KEYS
 from trainers.config.schema import TrainConfig
+from trainers.config.values import is_chosen
 
 # Names that no source can have: eval_NAME_loss is another measure.
 TAKEN = ("loss", "nll", "aux")
@@ -89,6 +90,36 @@ def sources_of(config: TrainConfig) -> list[Source]:
 def data_configs(config: TrainConfig) -> list[TrainConfig]:
     """Return the config of each source; the config itself if it has no mix."""
     return [source.config for source in sources_of(config)] or [config]
+
+
+def source_named(config: TrainConfig, name: str) -> Source:
+    """Return the source that `--source` names.
+
+    Raises:
+        ConfigError: there is no mix, or no such source in it.
+    """
+    sources = sources_of(config)
+    if not sources:
+        raise ConfigError("--source: the config has no data.mix, so it has no sources to choose from.")
+    found = [source for source in sources if source.name == name]
+    if not found:
+        names = ", ".join(source.name for source in sources)
+        raise ConfigError(f"--source: there is no source '{name}' in data.mix. Allowed: {names}.")
+    return found[0]
+
+
+def value_sources(config: TrainConfig, source: Source, sources: Mapping[str, str]) -> dict[str, str]:
+    """Return where each value of a source of the mix is from. `sources` says it for those of `config`."""
+    found = dict(sources)
+    for name in FIELDS:
+        in_data, given = is_chosen(sources.get(name, "default")), name in source.config.model_fields_set
+        value = getattr(source.config, name)
+        if given and in_data and value == getattr(config, name):
+            continue  # taken from data
+        # A source that is resolved always has its template, even if nobody has chosen it.
+        default = not given or (not in_data and value == TrainConfig.model_fields[name].get_default())
+        found[name] = "default" if default else f"{source.key}.{'.'.join(keys_of(name))}"
+    return found
 
 
 def _source(config: TrainConfig, number: int, entry: Mapping[str, Any]) -> Source:

@@ -15,7 +15,7 @@ from trainers.config.mix import idle_fields
 from trainers.config.mix_reader import places_of, read_mix, saved_template
 from trainers.config.redaction import remember
 from trainers.config.schema import BLOCK_SIZE_LIMIT, TrainConfig
-from trainers.config.values import Value, validate
+from trainers.config.values import Value, is_chosen, validate
 
 
 @dataclass
@@ -30,6 +30,16 @@ class Settings:
     def public(self) -> dict[str, Any]:
         """Return the values as JSON types, without secrets."""
         return self.train.public()
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """Return the values for people, and for run.json: name -> value and source.
+
+        Without the path of the data if a mix takes its place.
+        """
+        values = self.public()
+        if self.train.mix is not None:
+            del values["data_path"]
+        return {name: {"value": value, "source": self.sources[name]} for name, value in values.items()}
 
 
 def resolve(values: Mapping[str, Value]) -> Settings:
@@ -121,7 +131,7 @@ def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
     chosen = {
         name: Value(getattr(settings.train, name), source, name)
         for name, source in settings.sources.items()
-        if source != "default" and not source.startswith("derived")
+        if is_chosen(source)
     }
     new = resolve({**chosen, **changes})
     new.notes = list(dict.fromkeys([*settings.notes, *new.notes]))

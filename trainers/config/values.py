@@ -37,6 +37,11 @@ class Value:
         return self.switch or self.value
 
 
+def is_chosen(source: str) -> bool:
+    """Return whether a source of a value says that the user has set it: no default, and nothing derived."""
+    return source not in ("", "default") and not source.startswith("derived")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint: the closest valid name, else all valid names if there are at most MANY."""
     valid = sorted(valid)

@@ -43,22 +43,35 @@ def prepare_all(
     Raises:
         ConfigError: the data of the run, or of one of its sources, does not match the config.
     """
-    sources = sources_of(config)
-    if not sources:
-        return {part: prepare(config, tokenizer, part) for part in parts(config)}
-    return {part: _mix(config, sources, templates, part) for part in parts(config)}
+    return {part: prepare_part(config, tokenizer, templates, part) for part in parts(config)}
+
+
+def prepare_part(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Mapping[str, PreTrainedTokenizerBase],
+    part: Part,
+) -> Prepared:
+    """Prepare one part of a run's data, as prepare_all() does."""
+    if config.mix is None:
+        return prepare(config, tokenizer, part)
+    return _mix(config, sources_with(config, part), templates, part)
+
+
+def sources_with(config: TrainConfig, part: Part) -> list[Source]:
+    """Return the sources of a mix that have a part: of train those that are trained on."""
+    return [s for s in sources_of(config) if part in parts(s.config) and (part != "train" or s.trains)]
 
 
 def _mix(
     config: TrainConfig,
-    sources: Sequence[Source],
+    used: Sequence[Source],
     templates: Mapping[str, PreTrainedTokenizerBase],
     part: Part,
 ) -> Prepared:
     """Return a part of a mix: an epoch of training, or all rows that the sources evaluate."""
     from datasets import concatenate_datasets
 
-    used = [s for s in sources if part in parts(s.config) and (part != "train" or s.trains)]
     found: dict[str, Prepared] = {}
     for source in used:
         with source.named():

@@ -70,17 +70,31 @@ class Summary:
         """The counts in one line, for the log."""
         packed = f" in {count_of(self.packs, 'pack')}" if self.packs != self.kept else ""
         if self.taken is not None:
-            epochs = f"{self.taken / self.kept:.3g}"
-            packed = f", {count_of(self.taken, 'sample')}, {epochs} epoch{'' if epochs == '1' else 's'}"
+            word = "epoch" if self.epochs == "1" else "epochs"
+            packed = f", {count_of(self.taken, 'sample')}, {self.epochs} {word}"
         elif self.sources:
             packed = f", {count_of(self.kept, 'sample')}{packed}"
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
             f"{count_of(self.rows, 'row')}{packed}, {count_of(self.tokens, 'token')} "
             f"({self.supervised_tokens} trained on), longest {self.longest}, "
-            f"truncated {self.truncated}, dropped {reasons or 0}"
-            + "".join(f"; {count_of(count, 'sample')}: {note}" for note, count in sorted(self.notes.items()))
+            f"truncated {self.truncated}, dropped {self.reasons}"
+            + "".join(f"; {note}" for note in self.counted_notes)
         )
+
+    @property
+    def epochs(self) -> str:
+        """How often an epoch of the mix passes over a source."""
+        return "" if self.taken is None else f"{self.taken / self.kept:.3g}"
+
+    @property
+    def reasons(self) -> str:
+        """How many rows were dropped, with the reasons."""
+        return ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items())) or "0"
+
+    @property
+    def counted_notes(self) -> list[str]:
+        """What else is said about samples."""
+        return [f"{count_of(count, 'sample')}: {note}" for note, count in sorted(self.notes.items())]
 
 
 @dataclass

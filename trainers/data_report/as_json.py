@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from trainers.data.preview import decoded
+from trainers.data_report.gather import Look
 from trainers.data_report.shown_rows import ShownRow
 from trainers.data_report.view import View
 
@@ -17,14 +18,23 @@ class JsonView(View):
     """Prints an object for each row. Text that is not ASCII is escaped, so any reader and locale will do."""
 
     counts = False
+    source = ""
+
+    def head(self, look: Look) -> None:
+        self.source = look.name
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:
-        print(json.dumps(as_json(row, tokenizer)), file=self.stdout)
+        print(json.dumps(as_json(row, tokenizer, self.source)), file=self.stdout)
 
 
-def as_json(row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return a row as JSON types: its number, and its samples, why it is dropped, or its error."""
+def as_json(row: ShownRow, tokenizer: PreTrainedTokenizerBase, source: str = "") -> dict[str, Any]:
+    """Return a row as JSON types: its number, and its samples, why it is dropped, or its error.
+
+    `source`: its source in a mix.
+    """
     found: dict[str, Any] = {"row": row.number}
+    if source:
+        found["source"] = source
     if row.file is not None:
         found["file"] = str(row.file)
     if row.error:

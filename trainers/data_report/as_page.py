@@ -12,18 +12,21 @@ from trainers.config.errors import ConfigError
 from trainers.config.redaction import redacted
 from trainers.config.text import count_of, printable
 from trainers.data.preview import shown_texts
-from trainers.rank import no_links
 from trainers.data_report.facts import Bar
 from trainers.data_report.gather import Counts, Look
 from trainers.data_report.shown_rows import ShownRow
 from trainers.data_report.view import View
 from trainers.data_report.wording import (
+    SOURCE_TITLES,
     count_sentences,
     length_sentence,
+    of_source,
     packing_sentence,
     repeat_sentences,
+    source_table,
     where,
 )
+from trainers.rank import no_links
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +54,7 @@ mark { background: var(--mark); color: CanvasText; }
 .bad { color: var(--bad); } svg { width: 100%; max-width: 32rem; font: 11px system-ui, sans-serif; }
 svg text { fill: CanvasText; } svg rect { fill: var(--bar); }
 """.strip()
+MARKED = "<p>The loss sees <mark>marked text</mark>.</p>"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -86,21 +90,21 @@ class PageView(View):
         super().__init__(stdout)
         check_output(path)
         self.path = path
-        self.top = ""
+        self.heads: list[str] = []
         self.facts: list[str] = []
         self.rows: list[str] = []  # they come last, since they may be many
 
     def head(self, look: Look) -> None:
-        self.part = look.part
         table = [(use.column, use.what, use.found, use.holds) for use in look.columns]
         unused = f"<p>Not used: {_text(', '.join(look.unused))}</p>" if look.unused else ""
-        self.title = f"Data: {look.part}"
-        self.top = (
+        self.title, of = f"Data: {look.part}", _text(of_source(look))
+        self.heads.append(
             f"<h1>{_text(where(look))}</h1>\n"
-            f"<h2>Columns</h2>\n{_table(table, ('column', 'what', 'found by', 'holds'))}{unused}\n"
-            f"<h2>Template</h2>\n{_table(look.template)}"
+            f"<h2>Columns{of}</h2>\n{_table(table, ('column', 'what', 'found by', 'holds'))}{unused}\n"
+            f"<h2>Template{of}</h2>\n{_table(look.template)}"
             + (f"\n<h2>Notes</h2>\n{_list(look.notes)}" if look.notes else "")
         )
+        self.rows.append(f"<h2>Rows of {look.part}{of}, as the model sees them</h2>\n{MARKED}")
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:
         name = _text(row.name)
@@ -118,6 +122,8 @@ class PageView(View):
                 self.rows.append(f'<div>{_text(label)}</div>\n<pre dir="auto">\n{parts}</pre>')
 
     def tail(self, counts: Counts) -> None:
+        if sources := source_table(counts):
+            self.facts.append(f"<h2>Sources</h2>\n{_table(sources, SOURCE_TITLES)}")
         self.facts.append(f"<h2>Counts</h2>\n{_list(count_sentences(counts))}")
         if (lengths := counts.lengths) is not None:
             self.facts.append(
@@ -136,10 +142,8 @@ class PageView(View):
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{_text(self.title)}</title>\n<style>\n{STYLE}\n</style>\n",
             errors,
-            self.top,
+            *self.heads,
             *self.facts,
-            f"<h2>Rows of {self.part}, as the model sees them</h2>",
-            "<p>The loss sees <mark>marked text</mark>.</p>",
             *self.rows,
             "</html>\n",
         ]

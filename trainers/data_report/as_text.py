@@ -13,10 +13,13 @@ from trainers.data_report.gather import Counts, Look
 from trainers.data_report.shown_rows import ShownRow
 from trainers.data_report.view import View
 from trainers.data_report.wording import (
+    SOURCE_TITLES,
     count_sentences,
     length_sentence,
+    of_source,
     packing_sentence,
     repeat_sentences,
+    source_table,
     where,
 )
 
@@ -33,22 +36,28 @@ class TextView(View):
     def __init__(self, stdout: TextIO) -> None:
         super().__init__(stdout)
         self.terminal = stdout.isatty()
+        self.begun = False
 
     def head(self, look: Look) -> None:
         table = [(use.column, use.what, use.found, use.holds) for use in look.columns]
-        self._print("# data", where(look), "", "# columns", *_table(table))
+        if self.begun:
+            self._print("")
+        self.begun, of = True, of_source(look)
+        self._print("# data", where(look), "", f"# columns{of}", *_table(table))
         if look.unused:
             self._print(f"not used: {', '.join(look.unused)}")
         mark = "dim text" if self.terminal else "text in ⟦ ⟧"
-        self._print("", "# template", *_table(look.template))
+        self._print("", f"# template{of}", *_table(look.template))
         if look.notes:
             self._print("", "# notes", *look.notes)
-        self._print("", f"# rows of {look.part} as the model sees them; {mark} is not in the loss")
+        self._print("", f"# rows of {look.part}{of} as the model sees them; {mark} is not in the loss")
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:
         print(row_text(row, tokenizer, self.terminal), file=self.stdout, flush=True)
 
     def tail(self, counts: Counts) -> None:
+        if sources := source_table(counts):
+            self._print("", "# sources", *_table([SOURCE_TITLES, *sources]))
         self._print("", "# counts", *count_sentences(counts))
         if counts.lengths is not None:
             self._print("", f"# lengths of {counts.part}", length_sentence(counts, counts.lengths))

@@ -7,6 +7,7 @@ hashes of 64 bits, so a million rows take a few megabytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,12 @@ class Keys:
     rows: Ints
     hashes: NDArray[np.uint64]
 
+    @cached_property
+    def first(self) -> tuple[NDArray[np.uint64], Ints]:
+        """The different hashes, sorted, and where each is first."""
+        values, first = np.unique(self.hashes, return_index=True)
+        return values, first
+
 
 @dataclass(frozen=True)
 class Repeats:
@@ -145,15 +152,15 @@ def sample_hashes(dataset: Dataset) -> NDArray[np.uint64]:
 
 def duplicates(keys: Keys) -> Repeats:
     """Return the rows of a part that are the same as an earlier one."""
-    _, first, place = np.unique(keys.hashes, return_index=True, return_inverse=True)
-    earlier = first[place]
+    values, first = keys.first
+    earlier = first[np.searchsorted(values, keys.hashes)]
     again = np.flatnonzero(earlier != np.arange(len(earlier)))
     return Repeats(keys.rows[again], keys.rows[earlier[again]])
 
 
 def shared(keys: Keys, other: Keys) -> Repeats:
     """Return the rows of a part that are the same as a row of another part, and the first such row."""
-    values, first = np.unique(other.hashes, return_index=True)
+    values, first = other.first
     if not len(values):
         return Repeats(keys.rows[:0], keys.rows[:0])
     place = np.minimum(np.searchsorted(values, keys.hashes), len(values) - 1)

@@ -1,6 +1,6 @@
 """Gather what there is to say about a part of the data, with the code that prepares training.
 
-The functions take the config of one source, its tokenizer and a part.
+open_part() and look() take one source: its config and its tokenizer. count() takes those of the run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers.config.errors import ConfigError
+from trainers.config.mix import sources_of
 from trainers.config.schema import TrainConfig
 from trainers.data.columns import Columns
 from trainers.data.encoders import Encoder
 from trainers.data.files import RowPlaces, find_split
 from trainers.data.loading import Part, Source, split_of
-from trainers.data.prepare import Prepared, Summary, parts, prepare
+from trainers.data.mixing import prepare_part
+from trainers.data.prepare import Prepared, Summary, parts
 from trainers.data.sampler import sample_lengths
 from trainers.data_report.column_uses import Use, column_uses
 from trainers.data_report.facts import (
@@ -49,19 +51,6 @@ class OpenPart:
     places: RowPlaces
 
 
-def check_part(config: TrainConfig, part: Part) -> None:
-    """Check that the run has this part.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if part not in parts(config):
-        raise ConfigError(
-            f"--split: the config has no {part} part. Set data.{part}_split or data.{part}_fraction, or give "
-            f"--split {' or '.join(parts(config))}."
-        )
-
-
 def open_part(
     source: Source, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> OpenPart:
@@ -85,6 +74,7 @@ class Look:
     unused: list[str]
     template: list[tuple[str, str]]
     notes: list[str]  # on the config, as a run prints them
+    name: str = ""  # of the source, in a mix
 
 
 def look(
@@ -94,13 +84,30 @@ def look(
     notes: list[str],
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: list[int],
+    name: str = "",
 ) -> Look:
-    """Return how the columns and the template were found."""
+    """Return how the columns and the template were found. `sources` says where each value is from."""
     split = opened.source.split
     files = [str(file) for file in split.files] or [f"{split.path} ({split.name})"]
     uses, unused = column_uses(opened.source.names, opened.columns, config, sources, len(opened.raw))
     facts = template_facts(config, sources, tokenizer, new_tokens, opened.columns)
-    return Look(opened.source.part, files, len(opened.raw), uses, unused, facts, notes)
+    return Look(opened.source.part, files, len(opened.raw), uses, unused, facts, notes, name)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A part of a source. Without a mix, the source has no name."""
+
+    part: Part
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.part}, {self.source}" if self.source else self.part
+
+    @property
+    def place(self) -> str:
+        """The name after `in`."""
+        return f"{self.part} of {self.source}" if self.source else self.part
 
 
 @dataclass
@@ -113,35 +120,51 @@ class Counts:
     problems: dict[Part, str] = field(default_factory=dict)  # why a part cannot be prepared
     lengths: Lengths | None = None
     packing: Packing | None = None
-    repeated: Repeats | None = None  # rows of the part that are the same as an earlier one
-    # (valid, train): rows of valid that are in train, too
-    shared: dict[tuple[Part, Part], Repeats] = field(default_factory=dict)
-    places: dict[Part, RowPlaces] = field(default_factory=dict)
+    repeated: dict[Rows, Repeats] = field(default_factory=dict)  # rows that are the same as an earlier one
+    # (valid, train): rows of valid that are in train, too. Also of two sources of the part that is shown.
+    shared: dict[tuple[Rows, Rows], Repeats] = field(default_factory=dict)
+    places: dict[Rows, RowPlaces] = field(default_factory=dict)
 
 
-def count(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part) -> Counts:
-    """Prepare all parts as a run does, and return the facts about them. The run then finds its cache."""
+def count(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Mapping[str, PreTrainedTokenizerBase],
+    part: Part,
+) -> Counts:
+    """Prepare all parts as a run does, and return the facts about them. The run then finds its cache.
+
+    `templates`: the tokenizer of each source of a mix, with its template.
+    """
     found = Counts(config, part)
-    keys: dict[Part, Keys] = {}
+    keys: dict[Rows, Keys] = {}
     for other in parts(config):
         try:
-            prepared = prepare(config, tokenizer, other)
+            prepared = prepare_part(config, tokenizer, templates, other)
         except ConfigError as error:
             found.problems[other] = str(error)
             continue
         found.summaries[other] = prepared.summary
-        key, name = split_of(config, other)
-        found.places[other] = RowPlaces(find_split(config.data_path, name, key))
-        keys[other] = row_keys(prepared.dataset, prepared.rows)
         if other == part:
-            _describe(found, prepared, keys[part])
+            lengths = sample_lengths(prepared.dataset)
+            found.lengths = describe_lengths(lengths)
+            found.packing = describe_packing(config, part, prepared.summary.packs, lengths)
+        keys |= _keys(config, prepared, other, found.places)
+    found.repeated = {rows: duplicates(own) for rows, own in keys.items() if rows.part == part}
     for first, second in combinations(keys, 2):
-        found.shared[second, first] = shared(keys[second], keys[first])
+        if first.part != second.part or first.part == part:
+            found.shared[second, first] = shared(keys[second], keys[first])
     return found
 
 
-def _describe(found: Counts, prepared: Prepared, keys: Keys) -> None:
-    lengths = sample_lengths(prepared.dataset)
-    found.lengths = describe_lengths(lengths)
-    found.packing = describe_packing(found.config, found.part, prepared.summary.packs, lengths)
-    found.repeated = duplicates(keys)
+def _keys(
+    config: TrainConfig, prepared: Prepared, part: Part, places: dict[Rows, RowPlaces]
+) -> dict[Rows, Keys]:
+    """Return the keys of the rows of each source, and add where the rows are to `places`."""
+    configs = {source.name: source.config for source in sources_of(config)} or {"": config}
+    found = {}
+    for name, own in (prepared.sources or {"": prepared}).items():
+        key, split = split_of(configs[name], part)
+        places[Rows(part, name)] = RowPlaces(find_split(configs[name].data_path, split, key))
+        found[Rows(part, name)] = row_keys(own.dataset, own.rows)
+    return found

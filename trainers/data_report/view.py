@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class View:
-    """The base of the views, which shows nothing. The methods are called in their order."""
+    """The base of the views, which shows nothing. The methods are called in their order.
+
+    In a mix, head() and row() are called for one source after the other.
+    """
 
     counts = True  # whether it shows the counts, which need all rows to be encoded
 
@@ -21,7 +24,7 @@ class View:
         self.stdout = stdout
 
     def head(self, look: Look) -> None:
-        """Show where the rows are from, their columns, and the template."""
+        """Show where the rows of a source are from, their columns, and the template."""
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:
         """Show a row."""

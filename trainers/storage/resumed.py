@@ -19,7 +19,7 @@ from trainers.config.settings import Settings
 from trainers.storage import run_files
 from trainers.storage.identity import RECORD
 from trainers.storage.manifest import read_manifest
-from trainers.storage.run_folder import FINISHED, recorded, resume_checkpoint
+from trainers.storage.run_folder import FINISHED, resume_checkpoint
 
 INPUTS = "inputs"  # the key of run.json that has Inputs
 
@@ -136,7 +136,7 @@ def update_record(folder: Path, settings: Settings, record: dict[str, Any], merg
     All else describes its training, and stays. Returns what it records.
     """
     kept = {*FIXED, *settled(merged)}
-    still = {name: entry for name, entry in recorded(settings).items() if name not in kept}
+    still = {name: entry for name, entry in settings.listed().items() if name not in kept}
     record = {**record, "config": {**record["config"], **still}}
     run_files.write(folder, RECORD, json.dumps(record, indent=2) + "\n")
     return record

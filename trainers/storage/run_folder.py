@@ -218,12 +218,6 @@ def write_record(folder: Path, settings: Settings, facts: dict[str, Any]) -> dic
 
     Returns what it records.
     """
-    record = {"config": recorded(settings), "notes": settings.notes, **facts, "versions": versions()}
+    record = {"config": settings.listed(), "notes": settings.notes, **facts, "versions": versions()}
     run_files.write(folder, RECORD, json.dumps(record, indent=2) + "\n")
     return record
-
-
-def recorded(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return the config as run.json records it: name -> value and source."""
-    values = settings.public().items()
-    return {name: {"value": value, "source": settings.sources[name]} for name, value in values}

@@ -37,6 +37,16 @@ def test_show_prints_everything_and_writes_nothing(
         assert words in out
 
 
+def test_the_path_of_the_data_is_left_out_if_a_mix_takes_its_place(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "data_path" in show(["c.yaml"], monkeypatch, capsys)["config"]
+    config.write_text(config.read_text().replace("  path: data\n", "  mix: [{path: data}]\n"))
+    found = show(["c.yaml"], monkeypatch, capsys)["config"]
+    assert found["mix"]["value"][0]["path"] == "data"
+    assert set(found) == set(TrainConfig.model_fields) - {"token", "data_path"}
+
+
 def test_show_names_the_next_attempt(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ def reported(prepare, tokenizer, tmp_path):
         view.head(look(opened, values, {}, notes or [], tokenizer, []))
         for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
             view.row(row, tokenizer)
-        view.tail(count(values, tokenizer, part))
+        view.tail(count(values, tokenizer, {}, part))
         view.end([])
 
     return show
