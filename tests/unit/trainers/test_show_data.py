@@ -12,6 +12,7 @@ from rows import TURNS, Q
 
 from trainers import show_data
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR
+from trainers.config.file import load_settings
 
 GOOD = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [*TURNS[:1], {**TURNS[1], "content": " "}]}]
 BAD = {"messages": [{"role": "wizard", "content": Q}]}
@@ -127,6 +128,68 @@ def test_a_part_that_the_config_does_not_have_is_refused(run):
     code, out, _ = run(rows, "--split", "valid", valid_fraction=0.2)
     assert code == 0 and out.startswith("# data\nvalid: 2 rows of data/train.jsonl\n")
     assert "# lengths of valid" in out and "train: no row is a duplicate" not in out
+
+
+@pytest.fixture
+def mix(run, tmp_path):
+    """`mix(*arguments)`: a run with two sources, of which the second has another template."""
+
+    def show(*arguments, rows=GOOD):
+        Path("other").mkdir(exist_ok=True)
+        write_split(Path("other/train.jsonl"), GOOD[1:2])
+        run(rows, "--rows", "0", "--json")
+        config = yaml.safe_load(Path("c.yaml").read_text())
+        del config["data"]["path"]
+        config["data"]["mix"] = [{"path": "data", "rows": 4}, {"path": "other", "chat_template": "zephyr"}]
+        Path("c.yaml").write_text(yaml.safe_dump(config))
+        return show_data.main(["c.yaml", *arguments])
+
+    return show
+
+
+def test_the_rows_of_each_source_are_shown_and_its_cache_is_that_of_the_run(mix, capsys, monkeypatch):
+    from trainers.data import prepare
+    from trainers.data.mixing import prepare_all
+    from trainers.model.tokenizer import load_tokenizer, tokenizers_of_sources
+
+    assert mix() == 0
+    out = capsys.readouterr().out
+    assert (
+        out.count("# notes") == 1 and "# rows of train of data" in out and "# rows of train of other" in out
+    )
+    assert "⟦<|im_start|>user" in out and "⟦<|user|>" in out
+    assert "train  data    3     2        4            2 " in out
+
+    monkeypatch.setattr(prepare, "_tokenize", lambda *_: pytest.fail("the run would encode the rows again"))
+    config = load_settings(Path("c.yaml")).train
+    tokenizer, _ = load_tokenizer(config)
+    prepared = prepare_all(config, tokenizer, tokenizers_of_sources(config, tokenizer))["train"]
+    assert mix("--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(row)[:2] for row in rows] == [["row", "source"]] * 4
+    for name, source in prepared.sources.items():
+        samples = [sample for row in rows if row["source"] == name for sample in row.get("samples", [])]
+        assert [sample["input_ids"] for sample in samples] == source.dataset["input_ids"][:]
+
+
+def test_only_the_rows_of_one_source_are_shown(mix, run, capsys):
+    assert mix("--source", "other", "--json") == 0
+    assert [json.loads(line)["source"] for line in capsys.readouterr().out.splitlines()] == ["other"]
+    assert mix("--source", "data", "--rows", "1") == 0
+    assert "# rows of train of other" not in (out := capsys.readouterr().out) and "train  other " in out
+    assert mix("--source", "mine") == USAGE_ERROR
+    assert capsys.readouterr().err == (
+        "error: --source: there is no source 'mine' in data.mix. Allowed: data, other.\n"
+    )
+    code, _, err = run(GOOD, "--source", "data")
+    assert code == USAGE_ERROR and err.startswith("error: --source: the config has no data.mix")
+
+
+def test_a_source_with_a_wrong_row_is_named(mix, capsys):
+    assert mix("--source", "other", rows=[GOOD[0], BAD]) == USAGE_ERROR
+    out, err = capsys.readouterr()
+    assert "# rows of train of other" in out and "train: cannot be prepared" in out
+    assert err.startswith("error: data.mix[0] (data): data/train.jsonl: row 2: there is no role 'wizard'.")
 
 
 def test_a_page_is_written_and_named(run):

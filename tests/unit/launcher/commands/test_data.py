@@ -72,6 +72,7 @@ def test_the_effective_config_is_passed_on_without_its_token(
         (["--split", "dev"], "argument --split: invalid choice: 'dev'"),
         (["--json", "--html", "a.html"], "argument --html: not allowed with argument --json"),
         (["--text-column", "answer"], "flag --text-column: data.column_mapping.text_column: there is no"),
+        (["--source", "mine"], "--source: the config has no data.mix, so it has no sources to choose from."),
         (["--valid-split", "dev"], "flag --valid-split: data.valid_split: there is no split 'dev' in data."),
     ],
 )
@@ -86,6 +87,22 @@ def test_a_mistake_is_refused_before_anything_heavy_starts(
     assert run_command(["data", "c.yaml", *words], monkeypatch) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert started == []
+
+
+def test_a_source_of_a_mix_is_passed_on_or_refused(
+    config: Path,
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mix = "  mix: [{path: data}, {path: data, name: mine}]\n"
+    config.write_text(config.read_text().replace("  path: data\n", mix))
+    assert run_command(["data", "c.yaml", "--source", "mine", "--json"], monkeypatch) == 7
+    (call,) = started
+    assert call["argv"][4:] == ["--rows", "5", "--split", "train", "--source", "mine", "--json"]
+    assert run_command(["data", "c.yaml", "--source", "other"], monkeypatch) == 2
+    message = "--source: there is no source 'other' in data.mix. Allowed: data_train, mine."
+    assert capsys.readouterr().err == f"error: {message}\n" and len(started) == 1
 
 
 @pytest.mark.slow

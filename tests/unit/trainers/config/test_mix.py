@@ -11,7 +11,7 @@ from inprocess import settings_of
 
 from trainers.config.errors import ConfigError
 from trainers.config.file import effective_text, load_settings
-from trainers.config.mix import sources_of
+from trainers.config.mix import source_named, sources_of, value_sources
 from trainers.config.on_resume import why_refused
 
 # The lines in the cases count from here: the first source begins in line 7, the second one in line 11.
@@ -55,6 +55,46 @@ def test_the_ranks_read_the_same_sources(read_config, tmp_path):
     again = load_settings(tmp_path / "config.json")
     assert again.train == run.train and again.notes == run.settings.notes
     assert sources_of(again.train) == sources_of(run.train)
+
+
+@pytest.mark.parametrize("in_a_rank", [False, True])
+def test_each_value_of_a_source_says_where_it_is_from(read_config, tmp_path, in_a_rank):
+    """In a rank too, where all values of the config have a source."""
+    settings = read_config(GOOD).settings
+    if in_a_rank:
+        (tmp_path / "config.json").write_text(effective_text(settings))
+        settings = load_settings(tmp_path / "config.json")
+    code, talk = (
+        value_sources(settings.train, source, settings.sources) for source in sources_of(settings.train)
+    )
+    assert (code["valid_fraction"], code["chat_template"]) == ("c.yaml:3", "c.yaml:4")
+    assert code["text_column"] == "data.mix[0].column_mapping.text_column"
+    assert code["prompt_format"] == "default", "column_mapping takes its place"
+    assert (talk["chat_template"], talk["valid_split"]) == (
+        "data.mix[1].chat_template",
+        "data.mix[1].valid_split",
+    )
+    assert (talk["prompt_format"], talk["history"]) == ("c.yaml:5", "default")
+    assert code["trainer"] == settings.sources["trainer"]
+
+
+def test_a_template_that_only_sources_have_is_theirs(read_config):
+    rows = "task: llm-sft\ndata:\n  mix:\n  - {path: a, chat_template: zephyr}\n  - {path: b}\n"
+    settings = read_config(rows).settings
+    assert settings.train.chat_template == "zephyr"
+    found = [value_sources(settings.train, one, settings.sources) for one in sources_of(settings.train)]
+    assert [values["chat_template"] for values in found] == ["data.mix[0].chat_template", "default"]
+
+
+def test_a_source_is_found_by_its_name(read_config):
+    config = read_config(GOOD).train
+    assert source_named(config, "talk").number == 1
+    with pytest.raises(
+        ConfigError, match=r"^--source: there is no source 'chat' in data\.mix\. Allowed: code"
+    ):
+        source_named(config, "chat")
+    with pytest.raises(ConfigError, match=r"^--source: the config has no data\.mix"):
+        source_named(read_config("task: llm\ndata: {path: a}\n").train, "chat")
 
 
 def test_a_flag_gives_a_mix_as_json(read_config):
