@@ -13,6 +13,7 @@ from inprocess import settings_of, write_split
 from rows import END, assistant, user
 
 from trainers.config.errors import ConfigError
+from trainers.data.chat import UNROLLED
 from trainers.data.loading import open_source
 from trainers.data.mixing import prepare_all
 from trainers.data_report.as_json import JsonView
@@ -181,12 +182,16 @@ def test_each_source_has_its_columns_its_template_and_its_rows(mix):
     assert "⟦<|user|>" in chat and f"It is e.{END}" in chat
 
 
-def test_dropped_rows_are_named_with_their_source(mix, monkeypatch):
-    monkeypatch.setitem(
-        SPLITS["chat"], "train", [*turns("e", "f"), {"messages": [user("x"), assistant(" ")]}]
-    )
-    text = mix().text()
-    assert "train, chat: dropped (empty completion): row 3" in section(text, "counts")
+def test_what_is_said_about_some_rows_names_their_source(mix, monkeypatch):
+    """The rows that are dropped, and notes on samples."""
+    long = {"messages": [message for row in turns("e", "f") for message in row["messages"]]}
+    empty = {"messages": [user("x"), assistant(" ")]}
+    monkeypatch.setitem(SPLITS["chat"], "train", [*turns("e"), long, empty])
+    text = mix(CODE, {**CHAT, "history": "unroll"}).text()
+    assert section(text, "counts")[1:3] == [
+        "train, chat: dropped (empty completion): row 3",
+        f"train, chat: 2 samples: {UNROLLED}",
+    ]
     assert section(text, "sources")[2].endswith("1 (empty completion)")
 
 
