@@ -19,6 +19,7 @@ from trainers.loop import life
 NO_TRAINERS = {
     "__init__",
     "consolidate",
+    "evaluate",
     "push",
     "show_data",
     "warm",
