@@ -18,7 +18,8 @@ from trainers.config.field_types import Float, Int
 from trainers.config.file import read_config_file
 from trainers.config.names import ALIASES, DATA_KEYS
 from trainers.config.schema import TrainConfig
-from trainers.config.settings import Settings, Value, changed, put, resolve, validate
+from trainers.config.settings import Settings, changed, resolve
+from trainers.config.values import Value, put, validate
 
 
 class LaunchConfig(BaseModel):
@@ -164,9 +165,16 @@ class Run:
     def source_of(self, key: str) -> str:
         """Return where a key has its value from, or "" if the key is unknown.
 
-        The key is written as in messages, such as `data.path` or `launch.offload`. Keys of `slurm` have no
-        recorded source.
+        The key is written as in messages, such as `data.path`, `data.mix[0].path` or `launch.offload`. Keys
+        of `slurm` have no recorded source.
         """
+        if key.startswith("data.mix["):
+            known = (
+                key,
+                key.partition("]")[0] + "]",
+            )  # the key of a source, or the source: data.mix[0] (name)
+            found = (self.settings.places[place] for place in known if place in self.settings.places)
+            return next(found, self.settings.sources["mix"])
         section, _, name = key.rpartition(".")
         if section == "launch":
             return self.launch_sources.get(name, "")

@@ -139,6 +139,8 @@ def values_of(annotation: Any) -> Iterator[str]:
         yield from dict.fromkeys(word for word in parts if not (word == "none" and only_kinds))
     elif origin is Literal:
         yield from (str(choice) for choice in get_args(annotation))
+    elif origin is list and get_origin(get_args(annotation)[0]) is dict:
+        yield KINDS[str]  # JSON
     elif origin is list:
         yield ",".join([*values_of(get_args(annotation)[0]), "..."])
     elif origin is dict:

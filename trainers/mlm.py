@@ -29,7 +29,7 @@ def build(context: Context) -> MaskedTrainer:
     arguments = make_arguments(
         TrainingArguments,
         **context.arguments,
-        remove_unused_columns=False,  # the collator reads the column `number`
+        remove_unused_columns=False,  # the collator reads `number`
         include_num_input_tokens_seen="non_padding",
     )
     parts = ingredients(context)

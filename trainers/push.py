@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import UNFINISHED, USAGE_ERROR, ConfigError
-from trainers.config.settings import Value, resolve
+from trainers.config.settings import resolve
+from trainers.config.values import Value
 from trainers.output.hub import command, push
 from trainers.output.model_card import name_of
 from trainers.rank.say import say

@@ -26,7 +26,8 @@ def json_schema() -> dict[str, Any]:
 
     from launcher.config import LaunchConfig, SlurmConfig
     from trainers.config.field_types import OptionalText
-    from trainers.config.names import ALIASES, COLUMN_KEYS, DATA_KEYS, HUB_KEYS, SWITCHES, TASKS, TOP_KEYS
+    from trainers.config.mix import SOURCE_KEYS, Share
+    from trainers.config.names import ALIASES, COLUMN_KEYS, HUB_KEYS, SWITCHES, TASKS, TOP_KEYS
     from trainers.config.schema import TrainConfig
 
     fields = TrainConfig.model_fields
@@ -36,7 +37,16 @@ def json_schema() -> dict[str, Any]:
 
     strict = ConfigDict(extra="forbid")
     mapping = create_model("ColumnMapping", __config__=strict, **pick({name: name for name in COLUMN_KEYS}))
-    data = create_model("Data", __config__=strict, column_mapping=(mapping, {}), **pick(DATA_KEYS))
+    share = {name: (field.annotation, field) for name, field in Share.model_fields.items()}
+    columns: dict[str, Any] = {"column_mapping": (mapping, {})}
+    own = {
+        **share,
+        **pick(SOURCE_KEYS),
+        "path": (str, Field(..., description=fields["data_path"].description)),
+    }
+    source: Any = create_model("Source", __config__=strict, **own, **columns)
+    columns["mix"] = (list[source] | None, fields["mix"])
+    data = create_model("Data", __config__=strict, **pick(SOURCE_KEYS), **columns)
     hub = create_model("Hub", __config__=strict, **pick({name: name for name in HUB_KEYS}))
     params: dict[str, Any] = pick(ALIASES)
     for key, (name, on, off) in SWITCHES.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.config import Run
 from launcher.plan.memory import predict_disk, size_of_model
 from trainers.config.errors import ConfigError
+from trainers.config.mix import sources_of
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of, format_bytes
 from trainers.data.columns import check_split
@@ -112,12 +113,22 @@ def check_hub(train: TrainConfig) -> None:
 
 def check_data(train: TrainConfig) -> None:
     """Check that the splits exist, and that their rows have the columns that the config names."""
+    if train.mix is not None:
+        for source in sources_of(train):
+            with source.named():
+                _check_splits(source.config, source.trains)
+        return
     if "data_path" not in train.model_fields_set and not Path(train.data_path).exists():
         raise ConfigError(
             "data.path: it is missing. Give a folder, a file, or a dataset id (flag --data-path)."
         )
+    _check_splits(train)
+
+
+def _check_splits(train: TrainConfig, trains: bool = True) -> None:
+    fractions = train.valid_fraction + train.test_fraction
     for key, name in (
-        ("train_split", train.train_split),
+        ("train_split", train.train_split if trains or fractions else None),
         ("valid_split", train.valid_split),
         ("test_split", train.test_split),
     ):

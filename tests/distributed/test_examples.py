@@ -19,7 +19,8 @@ from places import REPO
 
 from trainers.config.kinds import KINDS
 
-EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.yaml") if path.stem != "demo")
+# The commands of the pages run the others.
+EXAMPLES = sorted(p.stem for p in (REPO / "examples").glob("*.yaml") if p.stem not in ("demo", "mix"))
 OPENED_AS = {"reward": "SequenceClassification", "mlm": "MaskedLM"}  # others: CausalLM
 
 

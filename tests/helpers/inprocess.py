@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.config.settings import Settings, Value, resolve
+from trainers.config.settings import Settings, resolve
+from trainers.config.values import Value
 
 ROWS = [
     {
@@ -80,6 +81,8 @@ def build(work: Path, model: Path, rows: list[dict[str, Any]] | None = None, **v
         "save_strategy": "no",
         "warmup_ratio": 0.0,
     }
+    if "mix" in values:
+        defaults.pop("data_path")
     settings = settings_of(**{**defaults, **values})
     quieten_libraries()
     context = life._prepare(settings, Path(settings.train.project_name))

@@ -113,7 +113,8 @@ def test_default_joins_documents_and_cuts_them_into_full_packs(tmp_path, tiny_mo
 
 def test_mlm_is_the_cross_entropy_of_the_masked_tokens(tmp_path, tiny_masked_model):
     built = build(tmp_path, tiny_masked_model, trainer="mlm")
-    batch = built.trainer.data_collator(list(built.context.rows("train")))
+    samples = [{**sample, "number": n} for n, sample in enumerate(built.context.rows("train"))]
+    batch = built.trainer.data_collator(samples)
     bert = AutoModelForMaskedLM.from_pretrained(tiny_masked_model, dtype=torch.float32).eval()
     losses = []
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):

@@ -132,6 +132,7 @@ SAMPLES: dict[str, Sample] = {
     "data_seed": Sample({}, 7),
     # data
     "data_path": Sample({}, lambda place, trainer: str(place.folder / "other-data")),
+    "mix": Sample({}, lambda place, trainer: [{"path": str(place.folder / "data"), "rows": 5}]),
     "train_split": Sample({}, "more"),
     "valid_split": Sample({}, "valid"),
     "test_split": Sample({}, "test"),
@@ -411,6 +412,8 @@ def small(place: Place, trainer: str, **values: Any) -> Built:
         "lr": 1e-3,
         "activation_checkpointing": "none",
     }
+    if "mix" in values:
+        defaults.pop("data_path")
     values = {**defaults, **values}
     set_seed(values.get("seed", 42))
     model = Path(values.pop("model", place.model(trainer)))

@@ -73,7 +73,8 @@ def without_effect(config: TrainConfig) -> dict[str, str]:
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the rules that the config breaks, each as (field, message)."""
-    found = [*_lengths(config), *_rows(config), *_packing(config), *_model(config), *_losses(config)]
+    rows = row_problems(config) if config.mix is None else _template(config)  # mix_reader.py checks sources
+    found = [*_lengths(config), *rows, *_packing(config), *_model(config), *_losses(config)]
     for field, names in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         if (name := getattr(config, field)) not in names:
             nearest = ", ".join(nearest_names(name, names))
@@ -93,11 +94,16 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _rows(config: TrainConfig) -> list[tuple[str, str]]:
-    found = []
+def _template(config: TrainConfig) -> list[tuple[str, str]]:
     template = config.chat_template
     if template is not None and template.endswith(TEMPLATE_FILE) and not Path(template).is_file():
-        found.append(("chat_template", f"there is no file {template}."))
+        return [("chat_template", f"there is no file {template}.")]
+    return []
+
+
+def row_problems(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return the rules for `data` that the config breaks, each as (field, message)."""
+    found = _template(config)
     for split, fraction in (("valid_split", "valid_fraction"), ("test_split", "test_fraction")):
         if getattr(config, split) is not None and getattr(config, fraction):
             found.append((fraction, f"{split} already names the rows. Keep one of the two."))

@@ -66,6 +66,17 @@ def read_object(value: Any) -> Any:
     return value
 
 
+def read_sources(value: Any) -> Any:
+    """Return the list of sources that the text of a flag has as JSON."""
+    value = read_none(value)
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError('it must be a list, such as [{"path": "data", "weight": 2}]') from error
+    return value
+
+
 def as_list(value: Any) -> Any:
     """Return a flag such as `assistant,tool` as a list."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value

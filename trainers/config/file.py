@@ -32,7 +32,8 @@ from trainers.config.names import (
 )
 from trainers.config.redaction import remember, remember_tree
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
-from trainers.config.settings import Settings, Value, nearest, put, resolve
+from trainers.config.settings import Settings, resolve
+from trainers.config.values import Value, nearest, put
 from trainers.config.yaml_file import expand, load_yaml
 
 
@@ -86,7 +87,12 @@ class _Reader:
         value, read = expand(value, where, self.environ, optional)
         if name in SECRET_FIELDS:
             remember(value)
-        put(self.out.train, name, Value(value, where + read, ".".join(keys)))
+        inside = {
+            path[len(keys) :]: f"{self.path}:{line}"
+            for path, line in self.lines.items()
+            if isinstance(value, list) and path[: len(keys)] == keys != path
+        }
+        put(self.out.train, name, Value(value, where + read, ".".join(keys), places=inside))
 
     def unknown(self, valid: Iterable[str], *keys: str) -> ConfigError:
         valid = list(valid)

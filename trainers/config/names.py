@@ -35,6 +35,7 @@ TASKS = ("llm", "lm_training", "llm-generic", *(f"llm-{name}" for name in KINDS)
 TOP_KEYS = {"base_model": "model", "project_name": "project_name", "log": "log"}
 DATA_KEYS = {
     "path": "data_path",
+    "mix": "mix",
     "train_split": "train_split",
     "valid_split": "valid_split",
     "test_split": "test_split",

@@ -5,7 +5,8 @@ fixed      It decides what the weights are, or what a metric means. Another valu
 training   Training uses the new value from this step on. After the last step it has no effect, so run.json
            and the model card keep the value of the training.
 used       The new value is used from now on, also after the last step.
-compared   What it names is compared, not the name: the rows, the weights. They may be in another place.
+compared   What it names is compared, not the name: the rows, the weights. They may be in another place. The
+           path of a source of a mix is compared like this too; all else of a mix is fixed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trainers.config.schema import TrainConfig
 Rule = Literal["fixed", "training", "used", "compared"]
 
 FIXED = (
-    "trainer", "seed", "data_seed",
+    "trainer", "seed", "data_seed", "mix",
     "train_split", "valid_split", "test_split", "valid_fraction", "test_fraction", "split_seed",
     "chat_template", "chat_template_kwargs", "history", "unrendered", "system_prompt", "text_column",
     "prompt_text_column", "prompt_format", "rejected_text_column",
@@ -61,16 +62,37 @@ def why_refused(place: str, then: Mapping[str, Any], now: TrainConfig) -> str | 
     `then` is the config that `place` records. A field that a later version added is not in it, and is not
     compared.
     """
-    values = now.public()
-    differing = [name for name in FIXED if name in then and then[name] != values[name]]
+    old, new = _fixed(then), _fixed(now.public())
+    differing = [n for n in {**new, **old} if _recorded(n, then) and old.get(n) != new.get(n)]
+    if "mix" in differing:  # there are other sources
+        differing = [name for name in differing if not name.startswith("mix.")]
     if not differing:
         return None
     found = "; ".join(
-        f"{name}: it is {_text(values[name])}, but {_text(then[name])} in the training of {place}"
+        f"{name}: it is {_text(new.get(name))}, but {_text(old.get(name))} in the training of {place}"
         for name in differing
     )
-    what, old = ("this value", "one") if len(differing) == 1 else ("these values", "ones")
-    return f"{found}. A resume cannot change {what}. Give the old {old}, {ANEW}"
+    what, former = ("this value", "one") if len(differing) == 1 else ("these values", "ones")
+    return f"{found}. A resume cannot change {what}. Give the old {former}, {ANEW}"
+
+
+def _fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fixed values. A mix becomes the names of its sources, and the keys of each but its path."""
+    found = {name: values[name] for name in FIXED if name in values}
+    sources = found.get("mix")
+    if not isinstance(sources, list):
+        return found
+    found["mix"] = ", ".join(source["name"] for source in sources)
+    for source in sources:
+        for key, value in source.items():
+            if key not in ("name", "path"):
+                found[f"mix.{source['name']}.{key}"] = value
+    return found
+
+
+def _recorded(name: str, then: Mapping[str, Any]) -> bool:
+    """Return whether a config records a field: an earlier version may not have had it."""
+    return name.partition(".")[0] in then
 
 
 def why_too_short(place: str, step: int, now: TrainConfig, last_step: int) -> str | None:

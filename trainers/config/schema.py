@@ -25,6 +25,7 @@ from trainers.config.field_types import (
     read_checkpointing,
     read_none,
     read_object,
+    read_sources,
     read_strategy,
 )
 from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
@@ -46,8 +47,9 @@ SECTIONS = {
     "Backend": "distributed_backend",
 }
 SECRET_FIELDS = frozenset({"token"})
-# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE.
-INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "chat_template")
+# Files and folders that a run reads. A chat template is a file if it ends with TEMPLATE_FILE. A mix has paths
+# and templates of its own.
+INPUT_FIELDS = ("resume", "model", "model_ref", "data_path", "mix", "chat_template")
 
 
 def _only(which: Callable[[TrainerKind], bool]) -> dict[str, Any]:
@@ -96,6 +98,12 @@ class TrainConfig(BaseModel):
         "data",
         min_length=1,
         description="Folder or file (CSV, JSONL, JSON, Parquet), or an id on the hub.",
+    )
+    mix: Annotated[list[dict[str, Any]] | None, BeforeValidator(read_sources)] = Field(
+        None,
+        min_length=1,
+        description="Several sources instead of one data_path: a list, each with path, name, weight or rows, "
+        "and any key of `data` (docs/data.md).",
     )
     train_split: str = Field(
         "train", min_length=1, description="Split to train on. On the hub also `config:split`."
@@ -479,12 +487,18 @@ class TrainConfig(BaseModel):
     @property
     def validates(self) -> bool:
         """Whether a split is evaluated during the run."""
-        return self.valid_split is not None or self.valid_fraction > 0
+        return self._holds_out("valid_split", "valid_fraction")
 
     @property
     def tests(self) -> bool:
         """Whether a split is evaluated at the end of the run."""
-        return self.test_split is not None or self.test_fraction > 0
+        return self._holds_out("test_split", "test_fraction")
+
+    def _holds_out(self, split: str, fraction: str) -> bool:
+        one = {split: getattr(self, split), fraction: getattr(self, fraction)}
+        return any(
+            source.get(split) is not None or source.get(fraction, 0) > 0 for source in self.mix or [one]
+        )
 
     @property
     def loss_types(self) -> list[str]:

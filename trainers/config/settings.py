@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from trainers.config.consistency import problems, without_effect
+from trainers.config.consistency import problems
 from trainers.config.errors import ConfigError
 from trainers.config.hub_paths import token_file
-from trainers.config.names import ALIASES, SWITCHES
-from trainers.config.redaction import HIDDEN, has_secret, remember
-from trainers.config.schema import BLOCK_SIZE_LIMIT, SECRET_FIELDS, TrainConfig
-
-MANY = 20  # a message lists at most this many names
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value and its source, such as `config.yaml:12` or `flag --lr`. `name` is the user's spelling."""
-
-    value: Any
-    source: str
-    name: str
-    switch: str = ""  # true or false, if the name is one of SWITCHES
-
-    @property
-    def written(self) -> Any:
-        return self.switch or self.value
+from trainers.config.mix import idle_fields
+from trainers.config.mix_reader import places_of, read_mix, saved_template
+from trainers.config.redaction import remember
+from trainers.config.schema import BLOCK_SIZE_LIMIT, TrainConfig
+from trainers.config.values import Value, validate
 
 
 @dataclass
@@ -44,109 +25,11 @@ class Settings:
     train: TrainConfig
     sources: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)  # where each key of a source is, by its name
 
     def public(self) -> dict[str, Any]:
         """Return the values as JSON types, without secrets."""
         return self.train.public()
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint: the closest valid name, else all valid names if there are at most MANY."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean '{close[0]}'?"
-    return (
-        f"Valid: {', '.join(valid)}." if len(valid) <= MANY else "phalanx train --help lists the valid ones."
-    )
-
-
-def put(values: dict[str, Value], name: str, new: Value) -> None:
-    """Store a value under the field that `name` stands for.
-
-    Raises:
-        ConfigError: another spelling of the field has a different value.
-    """
-    if name in SWITCHES:
-        name, new = _switched(name, new)
-    name = ALIASES.get(name, name)
-    old = values.get(name)
-    if old is not None and not _agree(old, new):
-        this, other = (HIDDEN, HIDDEN) if name in SECRET_FIELDS else (new.written, old.written)
-        raise ConfigError(
-            f"{new.source}: {new.name}: {this} contradicts {old.name}: {other} ({old.source}); "
-            f"both set {name}. Keep one."
-        )
-    if old is None or not new.switch:  # a switch that is on does not say which choice
-        values[name] = new
-
-
-def _switched(name: str, new: Value) -> tuple[str, Value]:
-    """Return the field that a switch sets, and the value that it stands for."""
-    field, on, off = SWITCHES[name]
-    word = str(new.value).lower()
-    if word not in ("true", "false"):
-        raise ConfigError(f"{new.source}: {new.name} must be true or false, not {new.value!r}.")
-    return field, Value(on if word == "true" else off, new.source, new.name, word)
-
-
-def _agree(one: Value, other: Value) -> bool:
-    """Return whether two spellings agree. For a switch, every choice except none is on."""
-    if one.switch or other.switch:
-        one_off, other_off = (str(entry.value).lower() in ("none", "no", "false") for entry in (one, other))
-        return one_off == other_off
-    return str(one.value) == str(other.value)
-
-
-def validate(schema: type[Model], values: Mapping[str, Value]) -> Model:
-    """Validate values against a schema.
-
-    Raises:
-        ConfigError: one line for each mistake, with its source, its name, and what is allowed; or a value
-            that is recorded has a secret.
-    """
-    try:
-        valid = schema.model_validate({name: entry.value for name, entry in values.items()})
-    except ValidationError as error:
-        found: dict[str, str] = {}
-        for item in error.errors():
-            name = str(item["loc"][0])
-            entry = values.get(name)
-            label = f"{entry.source}: {entry.name}" if entry else name
-            found.setdefault(name, f"{label}: {_explain(item, schema, name)}")
-        raise ConfigError("\n".join(found.values())) from None
-    for name, entry in values.items():
-        if name not in SECRET_FIELDS and has_secret(entry.value):
-            raise ConfigError(
-                f"{entry.source}: {entry.name}: {entry.value} has a secret, which run.json and logs would "
-                "show. Give a token as hub.token or HF_TOKEN, and an address without its password."
-            )
-    return valid
-
-
-def _explain(item: Any, schema: type[BaseModel], name: str) -> str:
-    kind, given = item["type"], item.get("input")
-    given = HIDDEN if name in SECRET_FIELDS else "null" if given is None else repr(given)
-    if kind == "extra_forbidden":
-        return f"unknown key. {nearest(name, schema.model_fields)}"
-    default = schema.model_fields[name].default
-    sample = 1 if default is None else default
-    if kind in ("float_parsing", "float_type"):
-        return f"{given} is not a number. Write for example {name}: {sample}."
-    if kind in ("int_parsing", "int_type", "int_from_float"):
-        return f"{given} is not a whole number. Write for example {name}: {sample}."
-    if kind in ("bool_parsing", "bool_type"):
-        return f"{given} is not true or false."
-    if kind == "string_type":
-        return f"{given} is not text. Put it in quotes."
-    if kind == "string_pattern_mismatch":
-        signs = item["ctx"]["pattern"].removeprefix("^[A-Za-z0-9").removesuffix("]+$").replace("\\", "")
-        return f"{given} has a character that is not allowed. Allowed: letters, digits and {' '.join(signs)}"
-    if kind == "literal_error":
-        return f"{given} does not exist. Allowed: {item['ctx']['expected']}."
-    if item["msg"].startswith("Input should be "):
-        return f"{given} must be {item['msg'].removeprefix('Input should be ')}."
-    return f"{given}: {item['msg'].removeprefix('Value error, ')}."
 
 
 def resolve(values: Mapping[str, Value]) -> Settings:
@@ -160,6 +43,9 @@ def resolve(values: Mapping[str, Value]) -> Settings:
     if "token" not in values or values["token"].value is None:
         values = {**values, **_default_token()}
     remember(values["token"].value if "token" in values else None)
+    mix = read_mix(values)
+    if mix is not None:
+        values = {**values, "mix": mix}
     config = validate(TrainConfig, values)
     sources = {
         name: values[name].source if name in values else "default" for name in TrainConfig.model_fields
@@ -203,6 +89,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("eval_strategy", "no", "there is no valid_split and no valid_fraction")
         if "eval_strategy" in values:
             notes.append("eval_strategy: has no effect, since there is no valid_split and no valid_fraction.")
+    if mix is not None and "chat_template" not in values and (template := saved_template(mix)):
+        derive("chat_template", template, "the sources have it")
     if config.per_device_eval_batch_size is None:
         derive("per_device_eval_batch_size", config.batch_size, "batch_size")
     if config.data_seed is None:
@@ -211,8 +99,8 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         derive("run_name", os.environ["WANDB_NAME"], "environment WANDB_NAME")
     elif config.run_name is None:
         derive("run_name", Path(config.project_name).name, "project_name")
-    for name, why in without_effect(config).items():
-        if not sources[name].startswith("derived"):
+    for name, why in idle_fields(config).items():
+        if not sources.get(name, "").startswith("derived"):
             notes.append(f"{name}: has no effect, since {why}.")
 
     # model_copy keeps model_fields_set, which has the fields that the user set.
@@ -225,7 +113,7 @@ def resolve(values: Mapping[str, Value]) -> Settings:
         effective = effective.model_copy(update={"load_best_model_at_end": aligned})
     if found := problems(effective):
         raise ConfigError("\n".join(_at(values, name) + f"{name}: {text}" for name, text in found))
-    return Settings(effective, sources, notes)
+    return Settings(effective, sources, notes, places_of(mix) if mix else {})
 
 
 def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
@@ -237,6 +125,7 @@ def changed(settings: Settings, changes: Mapping[str, Value]) -> Settings:
     }
     new = resolve({**chosen, **changes})
     new.notes = list(dict.fromkeys([*settings.notes, *new.notes]))
+    new.places = settings.places
     return new
 
 

@@ -12,14 +12,15 @@ import yaml
 from trainers.config.errors import ConfigError
 from trainers.config.redaction import has_secret
 
-DEEPEST = 5  # levels of nesting that are allowed, lists included; a valid config has at most 4
+DEEPEST = 8  # levels of nesting that are allowed, lists included; a source of data.mix has the most
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Read a YAML mapping.
 
-    Returns the tree, and the line (from 1) of each key by its path, such as ("data", "path").
+    Returns the tree, and the line (from 1) of each key and each item of a list by its path, such as ("data",
+    "path").
 
     Raises:
         ConfigError: the file is missing, empty, not YAML or not a mapping, or it has a key twice.
@@ -90,7 +91,12 @@ def _build(
             result[key] = _build(loader, value_node, (*keys, key), lines, path, depth + 1)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return [_build(loader, item, keys, lines, path, depth + 1) for item in node.value]
+        items = []
+        for number, item in enumerate(node.value):
+            inside = (*keys, str(number))
+            lines[inside] = item.start_mark.line + 1
+            items.append(_build(loader, item, inside, lines, path, depth + 1))
+        return items
     try:
         return loader.construct_object(node)
     except ValueError as error:  # an invalid date or number, such as 2024-13-45

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
 
 class PieceDataset:
-    """A torch dataset of the pieces of a split: an index is a piece, not a sample."""
+    """A torch dataset of the pieces of a split: an index is a piece, not a sample.
 
-    def __init__(self, dataset: Dataset, pieces: Pieces) -> None:
-        self.pieces = pieces
+    `numbers`: the number of each sample, for a trainer whose loss depends on it (MaskTokens).
+    """
+
+    def __init__(self, dataset: Dataset, pieces: Pieces, numbers: Sequence[int] | None = None) -> None:
+        self.pieces, self.numbers = pieces, numbers
         self.flat = "labels" in dataset.column_names  # FlatCollator takes arrays; other collators take lists
         self.dataset = dataset.with_format("numpy") if self.flat else dataset
 
@@ -31,7 +35,10 @@ class PieceDataset:
         if not indices:
             return []
         pieces = self.pieces
-        samples: list[dict[str, Any]] = self.dataset.__getitems__(pieces.sample[indices].tolist())
+        chosen: list[int] = pieces.sample[indices].tolist()
+        samples: list[dict[str, Any]] = self.dataset.__getitems__(chosen)
+        if self.numbers is not None:
+            samples = [s | {"number": self.numbers[n]} for s, n in zip(samples, chosen, strict=True)]
         for index, sample in zip(indices, samples if self.flat else [], strict=self.flat):
             span = slice(pieces.start[index], pieces.stop[index])
             sample |= {name: sample[name][span] for name in ("input_ids", "labels")}

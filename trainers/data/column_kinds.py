@@ -5,24 +5,21 @@ An answer that is JSON (`[]`, or `[{"name": "Bob"}]`) is text like any other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainers.data.columns import Columns
 from trainers.data.messages import is_dialogue, looks_like_messages
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 ROWS_READ = 1000  # rows that decide
 
 
-def with_messages(columns: Columns, raw: Dataset) -> Columns:
-    """Return the columns with the names of those that hold messages."""
+def with_messages(columns: Columns, first: Mapping[str, list[Any]]) -> Columns:
+    """Return the columns with the names of those that hold messages. `first` has the first rows."""
     if columns.kind == "tokens":
         return columns
-    named = [name for name in (columns.prompt, columns.text, columns.rejected) if name is not None]
-    first = raw.select_columns(named)[:ROWS_READ]
+    named = columns.named
     found = [
         name for name in named if _has_messages(first[name], objects=columns.kind in ("pair", "labelled"))
     ]

@@ -53,6 +53,11 @@ class Columns:
     messages: tuple[str, ...] = ()  # messages
     dialogues: tuple[str, ...] = ()  # text with the turns of Human and Assistant, as in HH-RLHF
 
+    @property
+    def named(self) -> list[str]:
+        """The columns that may hold messages."""
+        return [name for name in (self.prompt, self.text, self.rejected) if name is not None]
+
 
 def find_columns(columns: list[str], config: TrainConfig) -> Columns:
     """Return which columns contain what, from the names of the columns and from the config.

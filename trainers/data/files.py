@@ -22,6 +22,8 @@ from typing import Any
 from trainers.config.errors import ConfigError
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+# Python writes a missing number as NaN, which is not JSON: it is null here.
+_JSON = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 FIRST_ROWS = 100  # a column that is in none of these rows counts as missing
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -94,7 +96,7 @@ def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any
         ConfigError: a row cannot be read. The message has the file and the line.
     """
     for path in split.files:
-        if path.suffix == ".jsonl" or (path.suffix == ".json" and not _is_array(path)):
+        if path.suffix == ".jsonl" or (path.suffix == ".json" and not is_array(path)):
             yield from _json_lines(path, limit_bytes)
         elif path.suffix == ".json":
             yield from _json_array(path)
@@ -102,7 +104,8 @@ def rows(split: Split, limit_bytes: int | None = None) -> Iterator[dict[str, Any
             yield from _csv_rows(path, limit_bytes)
 
 
-def _is_array(path: Path) -> bool:
+def is_array(path: Path) -> bool:
+    """Return whether a JSON file is one array, and not JSON Lines."""
     with path.open("rb") as file:
         return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
@@ -120,19 +123,30 @@ def _json_lines(path: Path, limit_bytes: int | None) -> Iterator[dict[str, Any]]
 
 def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is not a character
-    except (json.JSONDecodeError, UnicodeError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else reason
+        return parse_row(line.decode())
+    except UnicodeDecodeError:
         raise ConfigError(
-            f"{path}:{number}: the row is not valid JSON: {reason}. Fix or remove that line."
+            f"{path}:{number}: the row is not valid JSON: not UTF-8. Fix or remove that line."
         ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}:{number}: {error}") from None
+
+
+def parse_row(line: str) -> dict[str, Any]:
+    """Return the row of a line of JSON Lines.
+
+    Raises:
+        ValueError: it is not JSON of an object. The message is for the user.
+    """
+    try:
+        row = _JSON.decode(line.removeprefix("\ufeff"))
+        if "\\ud" in line or "\\uD" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is not a character
+    except (json.JSONDecodeError, UnicodeEncodeError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "half a surrogate pair"
+        raise ValueError(f"the row is not valid JSON: {reason}. Fix or remove that line.") from None
     if not isinstance(row, dict):
-        raise ConfigError(
-            f'{path}:{number}: a row must be an object, such as {{"text": "..."}}, not {type(row).__name__}.'
-        )
+        raise ValueError(f'a row must be an object, such as {{"text": "..."}}, not {type(row).__name__}.')
     return row
 
 

@@ -6,16 +6,18 @@ Rows of local files are converted once, into Arrow files that are mapped and not
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
-from trainers.data.column_kinds import with_messages
+from trainers.data.column_kinds import ROWS_READ, with_messages
 from trainers.data.columns import Columns, find_columns
-from trainers.data.files import Split, column_names, find_split, rows
+from trainers.data.exact_rows import LINE, exact_lines, exact_structs
+from trainers.data.files import Split, column_names, find_split, is_array, rows
 from trainers.rank.library_patches import replaced
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Source:
     part: Part
     key: str  # of the config, for messages: train_split, valid_split or test_split
     split: Split
+    names: list[str]  # of all columns
     columns: Columns  # by their names; load() also tells which hold messages
     fingerprint: str  # a hash of the content
     on_hub: Dataset | None
@@ -51,7 +54,11 @@ class Source:
             ConfigError: a row cannot be read, or the part would be empty.
         """
         raw = self.on_hub if self.on_hub is not None else _load_files(self.split, folder)
-        return _held_out(raw, config, self.part), with_messages(self.columns, raw)
+        lines = self.on_hub is None and self.split.format == "json"
+        part = _held_out(raw, config, self.part)
+        part = exact_lines(part, self.split, self.names) if lines else exact_structs(part)
+        first = exact_lines(raw, self.split, self.names) if lines else raw.select_columns(self.columns.named)
+        return part, with_messages(self.columns, first[:ROWS_READ])
 
 
 def open_source(config: TrainConfig, part: Part) -> Source:
@@ -67,7 +74,7 @@ def open_source(config: TrainConfig, part: Part) -> Source:
     if not names or (on_hub is not None and len(on_hub) == 0):
         raise ConfigError(f"data.{key}: the split '{name}' is empty. It needs at least one row.")
     fingerprint = _files_digest(split) if on_hub is None else on_hub._fingerprint
-    return Source(part, key, split, find_columns(names, config), fingerprint, on_hub)
+    return Source(part, key, split, names, find_columns(names, config), fingerprint, on_hub)
 
 
 def split_of(config: TrainConfig, part: Part) -> tuple[str, str]:
@@ -121,22 +128,25 @@ def _from_hub(split: Split, config: TrainConfig) -> Dataset:
 
 
 def _load_files(split: Split, cache: Path) -> Dataset:
+    """Load local files with `datasets`, into Arrow files in `cache`. Rows of JSON stay text."""
     import datasets
     from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    files = [str(file) for file in split.files]
-    options: dict[str, Any] = {}
-    if split.format == "csv":
+    builder, options = split.format, {}
+    if builder == "csv":
         # Read every column as text: numbers must not be parsed, and "NA" must not become an empty value.
         text = Features({name: Value("string") for name in column_names(split)})
         options = {"features": text, "keep_default_na": False}
+    elif builder == "json":
+        if any(map(is_array, split.files)):
+            return Dataset.from_dict({LINE: [json.dumps(row) for row in rows(split)]})
+        builder, options = "text", {"encoding": "utf-8-sig"}
+    files = [str(file) for file in split.files]
     try:
         # datasets would report the load of local files to the hub, and wait for it where there is no network.
         with replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False):
-            data = load_dataset(
-                split.format, data_files=files, split="train", cache_dir=str(cache), **options
-            )
+            data = load_dataset(builder, data_files=files, split="train", cache_dir=str(cache), **options)
     except DatasetGenerationError as error:
         for _ in rows(split):  # raises an error with file and line if a row is malformed
             pass
@@ -146,7 +156,16 @@ def _load_files(split: Split, cache: Path) -> Dataset:
             "column must have one type."
         ) from error
     assert isinstance(data, Dataset)
-    return data
+    return _without_blank_lines(data) if builder == "text" else data
+
+
+def _without_blank_lines(lines: Dataset) -> Dataset:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    given = [pc.not_equal(pc.utf8_trim_whitespace(chunk), "") for chunk in lines.data.column(LINE).chunks]
+    kept = np.concatenate([np.asarray(chunk) for chunk in given]) if given else np.zeros(0, dtype=bool)
+    return lines if kept.all() else lines.select(np.flatnonzero(kept))
 
 
 def _files_digest(split: Split) -> str:

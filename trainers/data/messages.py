@@ -144,7 +144,7 @@ def _message(turn: Any) -> Message:
         raise _malformed(turn)
     if turn.keys() == {"role", "content"} and turn["role"] in ROLES and isinstance(turn["content"], str):
         return turn
-    message = without_nulls(turn)
+    message = _given(turn)
     role = message.pop("role", None) or message.pop("from", None)
     message.pop("from", None)
     name = next((key for key in CONTENT_KEYS if key in message), None)
@@ -246,7 +246,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         value = [value]
     if not isinstance(value, list):
         raise RowError(f"tools must be a list of objects, not {short(value)}.")
-    tools = [_json(tool, "a tool") if isinstance(tool, str) else without_nulls(tool) for tool in value]
+    tools = [_json(tool, "a tool") if isinstance(tool, str) else tool for tool in value]
     for tool in tools:
         if not isinstance(tool, dict):
             raise RowError(f"tools must be a list of objects, not {short(tool)}.")
@@ -275,13 +275,24 @@ def _json(text: str, what: str) -> Any:
         raise RowError(f"{what} must be JSON, not {short(text)} ({error}).") from error
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove the keys of objects that are null: reading a file adds those that a row does not have."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [without_nulls(part) for part in value]
-    return value
+def _given(turn: Message) -> Message:
+    """Return a message without the keys of it, of its calls and of its parts that are null.
+
+    Templates ask whether a key is there. What is null in the arguments of a call, or in what a tool returned,
+    is data.
+    """
+    message = {key: part for key, part in turn.items() if part is not None}
+    for name in ("tool_calls", "content"):
+        if isinstance(message.get(name), list):
+            message[name] = [_without_nulls(part) for part in message[name]]
+    return message
+
+
+def _without_nulls(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    found = {key: value for key, value in part.items() if value is not None}
+    return found | {"function": _without_nulls(found["function"])} if "function" in found else found
 
 
 def short(value: Any) -> str:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class MaskTokens(TrainerCallback):
     """A collator for samples with `input_ids` and `number`. It is also a callback, which tells it the epoch.
 
-    `number` is that of the sample in its split. It is negative for the samples of an evaluation, which
-    have the same mask at every evaluation.
+    `number` is that of the sample in its split, or in the mix of an epoch (planned_batches.py). It is
+    negative for the samples of an evaluation, which have the same mask at every evaluation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:

@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 6  # raise it when the same input gives another entry
+CACHE_VERSION = 7  # raise it when the same input gives another entry
 BATCH_ROWS = 1000  # rows that a worker encodes at a time, if they are short
 BATCH_BYTES = 4 * 2**20  # and about how many bytes of them; their samples take ten times that in Python
 ROWS = "rows.npy"  # in an entry: the row of each sample
 FIRST = 5  # rows that are named of those that are dropped for a reason
+SUPERVISED = "supervised.npy"  # next to the samples: for each, its tokens in the loss
 MANY_ROWS = 10_000  # from here on, several processes tokenize; below, their start costs more than they save
 
 
@@ -61,11 +62,18 @@ class Summary:
     packs: int = 0  # packs of an epoch
     notes: dict[str, int] = field(default_factory=dict)  # what else is said about samples -> samples
     first_dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> its first rows, from 1
+    taken: int | None = None  # of a source: samples in an epoch of the mix
+    sources: dict[str, Summary] = field(default_factory=dict)  # of a mix
 
     @property
     def line(self) -> str:
         """The counts in one line, for the log."""
         packed = f" in {count_of(self.packs, 'pack')}" if self.packs != self.kept else ""
+        if self.taken is not None:
+            epochs = f"{self.taken / self.kept:.3g}"
+            packed = f", {count_of(self.taken, 'sample')}, {epochs} epoch{'' if epochs == '1' else 's'}"
+        elif self.sources:
+            packed = f", {count_of(self.kept, 'sample')}{packed}"
         reasons = ", ".join(f"{count} ({reason})" for reason, count in sorted(self.dropped.items()))
         return (
             f"{count_of(self.rows, 'row')}{packed}, {count_of(self.tokens, 'token')} "
@@ -77,23 +85,29 @@ class Summary:
 
 @dataclass
 class Prepared:
-    """The samples of a split. config/kinds.py has their columns; kto and mlm have one more column each."""
+    """The samples of a split. config/kinds.py has their columns; kto has one more."""
 
     dataset: Dataset
     summary: Summary
     key: str  # a hash of all that decides what the samples are
     rows: NDArray[np.int64]  # the row of each sample: its number in the split, from 0
+    supervised: NDArray[Any]  # tokens in the loss of each sample, in their order before kto shuffles them
+    sources: dict[str, Prepared] = field(default_factory=dict)  # of a mix
 
 
 def parts(config: TrainConfig) -> list[Part]:
-    """Return the parts of the data that a run uses."""
+    """Return the parts of the data that a run, or a source of it, uses."""
     found: list[Part] = ["train"]
     found += ["valid"] if config.validates else []
     return found + (["test"] if config.tests else [])
 
 
-def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train") -> Prepared:
+def prepare(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part = "train", joined: bool = False
+) -> Prepared:
     """Load and encode a part of the data, or map the cache of an earlier run.
+
+    `joined`: mixing.py joins the samples with those of other sources, and then pairs those of kto.
 
     Raises:
         ConfigError: the split, a column or a row does not match the config.
@@ -101,14 +115,18 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     from datasets import Dataset, load_from_disk
 
     source = open_source(config, part)
-    folder = cache_root() / _cache_key(config, tokenizer, source)
+    pairs = config.kind.rows == "labelled" and not joined
+    folder = cache_root() / _cache_key(config, tokenizer, source, pairs)
 
     def make(unfinished: Path) -> None:
         raw, columns = source.load(config, unfinished / "raw")
-        data, summary = _tokenize(raw, source, Encoder(columns, config, tokenizer), config, tokenizer)
+        data, summary, supervised = _tokenize(raw, source, Encoder(columns, config, tokenizer), tokenizer)
+        if pairs and len(data):
+            data = mismatched(data, config, part)
         numbers = np.asarray(data[NUMBER][:], dtype=np.int64)
         data.remove_columns(NUMBER).save_to_disk(unfinished / "data")
         np.save(unfinished / ROWS, numbers)
+        np.save(unfinished / SUPERVISED, supervised)
         (unfinished / "summary.json").write_text(json.dumps(asdict(summary)), encoding="utf-8")
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
@@ -123,10 +141,11 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, part: Part 
     dataset = load_from_disk(folder / "data")
     assert isinstance(dataset, Dataset)
     summary.packs = count_packs(config, dataset)
-    return Prepared(dataset, summary, folder.name, np.load(folder / ROWS, mmap_mode="r"))
+    numbers, supervised = (np.load(folder / name, mmap_mode="r") for name in (ROWS, SUPERVISED))
+    return Prepared(dataset, summary, folder.name, numbers, supervised)
 
 
-def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source) -> str:
+def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: Source, pairs: bool) -> str:
     """Return a hash of the content, the tokenizer, the templates and the config values that change samples.
 
     A resume compares it too. So the version of a library is not in it, but what a library gives: TRL's
@@ -144,14 +163,15 @@ def _cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: 
         config.chat_template_kwargs, config.history, config.unrendered, config.system_prompt,
         config.roles_to_train,
         held_out if source.key == "train_split" else None,
-        config.data_seed if config.kind.rows == "labelled" else None,
+        config.data_seed if pairs else None,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _tokenize(
-    raw: Dataset, source: Source, encoder: Encoder, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Summary]:
+    raw: Dataset, source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Summary, NDArray[Any]]:
+    """Return the samples, their counts, and how many tokens of each are in the loss."""
     processes = len(os.sched_getaffinity(0)) if len(raw) >= MANY_ROWS else None
     try:
         with _progress():
@@ -163,25 +183,18 @@ def _tokenize(
                 num_proc=processes,
                 features=_features(encoder),
                 desc="tokenizing",
-            )
+            ).with_format(None)  # not that of the rows
     except RowError as error:
         text, number = error.args
         raise ConfigError(f"{place_of(source.split, number)}: {text}") from error
     finally:
         forget_truncation(tokenizer)
-    summary, kept = _count(data, len(raw))
+    summary, kept, supervised = _count(data, len(raw))
     data = data.remove_columns(list(COUNTS))
     if len(kept) < len(data):
         data = data.select(kept)
     summary.kept = len(data)
-    if not len(data):
-        return data, summary
-    if config.kind.rows == "labelled":
-        data = _mismatched(data, config, source.part)
-    if config.kind.rows == "masked":
-        numbers = range(len(data)) if source.part == "train" else range(-1, -1 - len(data), -1)
-        data = data.add_column("number", list(numbers))  # the mask depends on it, not on the rank
-    return data, summary
+    return data, summary, supervised
 
 
 def _batch_size(raw: Dataset) -> int:
@@ -229,8 +242,8 @@ def _progress() -> Iterator[None]:
         datasets.disable_progress_bars()
 
 
-def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
-    """Return the summary of a split, and the indices of the samples that are kept."""
+def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any], NDArray[Any]]:
+    """Return the summary of a split, the samples that are kept, and the tokens of each in the loss."""
     names = [*(name for name in COUNTS if name != "notes"), NUMBER]
     counts = data.select_columns(names).with_format("numpy")[:]
     kept = np.asarray([not reason for reason in counts["dropped"]], dtype=bool)
@@ -253,10 +266,10 @@ def _count(data: Dataset, given: int) -> tuple[Summary, NDArray[Any]]:
             Counter(data.with_format("arrow").data.column("notes").combine_chunks().flatten().to_pylist())
         ),
     )
-    return summary, np.flatnonzero(kept)
+    return summary, np.flatnonzero(kept), counts["supervised"][kept].astype(np.int32)
 
 
-def _mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
+def mismatched(data: Dataset, config: TrainConfig, part: Part) -> Dataset:
     """Add to each sample of kto the completion of the sample before it.
 
     The paper estimates the KL divergence from such mismatched pairs (arXiv 2402.01306). TRL builds the pairs

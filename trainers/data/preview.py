@@ -26,15 +26,21 @@ class ShownText:
     tokens: int
 
 
-def show_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, terminal: bool) -> str:
-    """Return the decoded sample. Masked parts are dimmed on a terminal, and in ⟦ ⟧ elsewhere."""
+def show_example(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, terminal: bool, source: str = ""
+) -> str:
+    """Return the decoded sample. Masked parts are dimmed on a terminal, and in ⟦ ⟧ elsewhere.
+
+    `source`: the name of its source in a mix.
+    """
     lines = []
     for text in shown_texts(row, tokenizer):
         parts = [(printable(part.replace("\n", "\\n")), trained) for part, trained in text.parts]
         shown = "".join(marked(part, trained, terminal) for part, trained in parts)
         more = f" ... ({text.tokens} tokens)" if len(shown) > LONGEST else ""
         end = _PLAIN if terminal and more else ""
-        lines.append(f"{', '.join(filter(None, ('example', text.name)))}: {shown[:LONGEST]}{end}{more}")
+        name = ", ".join(filter(None, ("example", text.name))) + (f" ({source})" if source else "")
+        lines.append(f"{name}: {shown[:LONGEST]}{end}{more}")
     return "\n".join(lines)
 
 

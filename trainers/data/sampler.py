@@ -132,18 +132,22 @@ class Batches(TrainerCallback):
             yield np.concatenate(batches[number]).tolist() if batches[number] else []
 
 
-def sample_lengths(dataset: Dataset) -> Ints:
-    """Return the tokens that the model sees of each sample. A prompt counts once for each of its answers."""
+def sample_lengths(dataset: Dataset, prompts: int = 2) -> Ints:
+    """Return the tokens that the model sees of each sample. A prompt counts once for each of its answers.
+
+    `prompts`: how often it counts. The samples may be a selection of those in the files; none is copied.
+    """
     import pyarrow.compute as pc
 
-    if dataset._indices is not None:
-        dataset = dataset.flatten_indices()
-    total = np.zeros(len(dataset), dtype=np.int64)
+    total: Ints | int = 0
     for name in dataset.column_names:
         if name.endswith("ids"):
-            times = 2 if name == "prompt_ids" else 1
-            total += times * pc.list_value_length(dataset.data.column(name)).to_numpy()
-    return total
+            times = prompts if name == "prompt_ids" else 1
+            total = total + times * pc.list_value_length(dataset.data.column(name)).to_numpy()
+    lengths = np.asarray(total, dtype=np.int64)
+    if dataset._indices is not None:
+        lengths = lengths[dataset._indices.column(0).to_numpy()]
+    return lengths
 
 
 def plan_batches(config: TrainConfig, hidden_size: int, ranks: int, lengths: Ints, training: bool) -> Batches:

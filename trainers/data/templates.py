@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.field_types import NAMED_TEMPLATES, TEMPLATE_FILE
@@ -67,7 +67,22 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
     Raises:
         ConfigError: the config asks for the template of a tokenizer that has none.
     """
-    own = tokenizer.chat_template
+    tokenizer.chat_template = template_of(name, tokenizer.chat_template)
+    if name not in TEMPLATES:
+        return []
+    _, _, end = TEMPLATES[name]
+    gained = add_tokens_of(name, tokenizer)
+    if end is not None:
+        tokenizer.eos_token = end
+    return gained
+
+
+def template_of(name: str | None, own: Any) -> Any:
+    """Return the template that a name stands for. `own`: what the tokenizer has, one or several.
+
+    Raises:
+        ConfigError: the tokenizer has none, or none of this name.
+    """
     if name == "tokenizer" and not own:
         raise ConfigError(f"chat_template: the tokenizer of this model has none. Use {', '.join(TEMPLATES)}.")
     if name in NAMED_TEMPLATES:
@@ -77,16 +92,15 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> list[s
                 f"chat_template: the tokenizer of this model has no template '{name}'. It has: "
                 f"{', '.join(several) or 'none'}."
             )
-        tokenizer.chat_template = several[name]
-    elif name is not None and name.endswith(TEMPLATE_FILE):
-        tokenizer.chat_template = read_template(name)
-    elif name in TEMPLATES:
-        tokenizer.chat_template, tokens, end = TEMPLATES[name]
-        gained = _add_tokens(tokenizer, list(tokens))
-        if end is not None:
-            tokenizer.eos_token = end
-        return gained
-    return []
+        return several[name]
+    if name is not None and name.endswith(TEMPLATE_FILE):
+        return read_template(name)
+    return TEMPLATES[name][0] if name in TEMPLATES else own
+
+
+def add_tokens_of(name: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Add the tokens of a template to the vocabulary, and return those that it lacked."""
+    return _add_tokens(tokenizer, list(TEMPLATES[name][1])) if name in TEMPLATES else []
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from trainers.config.schema import TrainConfig
+from trainers.data.mixing import spans
 from trainers.loop.context import Context
 from trainers.model import fsdp
 from trainers.model.cpu_head import replace_trls_head
@@ -37,6 +38,7 @@ def ingredients(context: Context) -> dict[str, Any]:
         "model": model,
         "train_dataset": context.rows("train"),
         "eval_dataset": context.rows("valid"),
+        "spans": {part: spans(prepared) for part, prepared in context.data.items() if part != "train"},
         "processing_class": context.tokenizer,
         "peft_config": lora_config(context.config, context.new_tokens, model, frozen),
     }

@@ -172,18 +172,20 @@ def _resolve_deepspeed_pointer() -> None:
 
 def _prepare(settings: Settings, folder: Path) -> Context:
     """Load the tokenizer and the data, and print what the run uses."""
-    from trainers.data.prepare import parts, prepare
+    from trainers.data.mixing import prepare_all
     from trainers.data.preview import show_example
     from trainers.model.attention import choose_attention
+    from trainers.model.hub_access import use_cache_if_silent
     from trainers.model.source import model_config
-    from trainers.model.tokenizer import load_tokenizer
+    from trainers.model.tokenizer import load_tokenizer, tokenizers_of_sources
     from trainers.storage.data_cache import mark_prepared, wait_for_machine_0
 
     config = settings.train
     check_requirements(config, place_of_rank())
+    use_cache_if_silent(config)
     tokenizer, new_tokens = load_tokenizer(config)
     wait_for_machine_0()
-    data = {part: prepare(config, tokenizer, part) for part in parts(config)}
+    data = prepare_all(config, tokenizer, tokenizers_of_sources(config, tokenizer))
     mark_prepared()
     if rank() == 0:
         if log_folder() is None:  # otherwise the launcher has printed it
@@ -193,8 +195,11 @@ def _prepare(settings: Settings, folder: Path) -> Context:
                 say("note", "auto_find_batch_size: has no effect without the launcher (phalanx train).")
         say("attention", "{} ({})".format(*choose_attention(config, model_config(config.model, config))))
         for part, prepared in data.items():
+            for name, counts in prepared.summary.sources.items():
+                say(f"{part}, {name}", counts.line)
             say(part, prepared.summary.line)
-        print(show_example(data["train"].dataset[0], tokenizer, live_terminal()), flush=True)
+        for name, source in (data["train"].sources or {"": data["train"]}).items():
+            print(show_example(source.dataset[0], tokenizer, live_terminal(), name), flush=True)
     arguments = training_arguments(config, folder, logging_steps(config, data))
     return Context(config, folder, tokenizer, new_tokens, data, arguments)
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from trainers.data.labels import IGNORED
+from trainers.loop.per_source import PerSource
 from trainers.loop.planned_batches import Balanced
 
 
@@ -41,5 +42,5 @@ class _OwnMean(Trainer):
         return loss.detach(), None, None
 
 
-class MaskedTrainer(Balanced, _OwnMean):
+class MaskedTrainer(PerSource, Balanced, _OwnMean):
     """Trainer on samples with input_ids, which the collator masks."""

@@ -8,10 +8,11 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trainers.data.labels import IGNORED
+from trainers.loop.per_source import PerSource
 from trainers.loop.planned_batches import Balanced
 
 
-class TokenizedORPOTrainer(Balanced, ORPOTrainer):
+class TokenizedORPOTrainer(PerSource, Balanced, ORPOTrainer):
     """ORPOTrainer on samples with prompt_ids, chosen_ids and rejected_ids.
 
     Its likelihood term is the mean over pairs of each pair's mean over tokens (arXiv 2403.07691, eq. 2 and

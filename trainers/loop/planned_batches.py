@@ -56,6 +56,10 @@ class Padding(Durable):
         with padded(self.pads_evaluation):
             return super().evaluation_loop(*arguments, **named)
 
+    def evaluated_weight(self, output: Any) -> float:
+        """Return how many samples the loss of an evaluation is the mean of."""
+        return float(output.num_samples)
+
 
 class Balanced(Padding):
     """A mixin, named before the Trainer class: planned micro-batches, exact means."""
@@ -79,24 +83,26 @@ class Balanced(Padding):
         if training:
             self.remove_callback(Batches)  # of an earlier loader, such as the one that last_step counts
             self.add_callback(batches)
-        pieces: Any = PieceDataset(dataset, batches.pieces)
+        numbers = None
+        if self.config.kind.rows == "masked":  # the mask depends on it, not on the rank
+            numbers = range(len(dataset)) if training else range(-1, -1 - len(dataset), -1)
+        pieces: Any = PieceDataset(dataset, batches.pieces, numbers)
         loader: DataLoader[Any] = DataLoader(
             pieces,
             batch_sampler=batches,
-            collate_fn=self._collator(training),
+            collate_fn=self._collator(pieces[0], training),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
-    def _collator(self, training: bool) -> CountSamples:
+    def _collator(self, stand_in: dict[str, Any], training: bool) -> CountSamples:
         collate: Any = self.data_collator
         tokenizer: Any = self.processing_class
-        samples: Any = self.train_dataset
         if not training and self.pads_evaluation and isinstance(collate, FlatCollator):
             collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-        return CountSamples(collate, samples[0])
+        return CountSamples(collate, stand_in)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if batch_samples and SAMPLES in batch_samples[0] and "labels" not in batch_samples[0]:
@@ -131,9 +137,13 @@ class Balanced(Padding):
         self._evaluated = [0.0, 0.0]  # sum of losses, number of tokens or samples
         output = super().evaluation_loop(*arguments, **named)
         sums = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
-        total, weight = self.accelerator.reduce(sums, "sum").tolist()
+        total, weight = self._evaluated = self.accelerator.reduce(sums, "sum").tolist()
         output.metrics[f"{named['metric_key_prefix']}_loss"] = total / weight
         return output
+
+    def evaluated_weight(self, output: Any) -> float:
+        """Return how many tokens (or samples) the loss of an evaluation is the mean of."""
+        return self._evaluated[1]
 
     def _of_all_ranks(self, number: int) -> list[int]:
         """Return the number of each rank."""

@@ -15,11 +15,12 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-from trainers.loop.planned_batches import Balanced, Padding
+from trainers.loop.per_source import PerSource
+from trainers.loop.planned_batches import Balanced
 from trainers.model.cpu_head import equal_weights
 
 
-class TokenizedSFTTrainer(Balanced, SFTTrainer):
+class TokenizedSFTTrainer(PerSource, Balanced, SFTTrainer):
     """SFTTrainer on samples with input_ids and labels."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -27,18 +28,18 @@ class TokenizedSFTTrainer(Balanced, SFTTrainer):
             return super().compute_loss(*args, **kwargs)
 
 
-class TokenizedRewardTrainer(Balanced, RewardTrainer):
+class TokenizedRewardTrainer(PerSource, Balanced, RewardTrainer):
     """RewardTrainer on samples with chosen_ids and rejected_ids, which TRL does not tokenize again."""
 
 
-class TokenizedDPOTrainer(Balanced, DPOTrainer):
+class TokenizedDPOTrainer(PerSource, Balanced, DPOTrainer):
     """DPOTrainer on samples with prompt_ids, chosen_ids and rejected_ids."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
-class TokenizedKTOTrainer(Padding, KTOTrainer):
+class TokenizedKTOTrainer(PerSource, KTOTrainer):
     """KTOTrainer on samples with prompt_ids, completion_ids, KL_completion_ids and label."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.mix import data_configs
 from trainers.config.schema import TrainConfig
+from trainers.data.templates import TEMPLATES
 from trainers.model import fsdp
 from trainers.model.reach import below_any, is_below
 
@@ -33,9 +35,11 @@ def lora_config(
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if new_tokens and is_deepspeed_zero3_enabled():
+        used = [one.chat_template for one in (config, *data_configs(config))]
+        adding = dict.fromkeys(name for name in used if name in TEMPLATES and TEMPLATES[name][1])
         raise ConfigError(
-            f"chat_template: {config.chat_template} adds tokens, and ZeRO-3 cannot train their embeddings "
-            "together with an adapter. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
+            f"chat_template: {' or '.join(map(str, adding))} adds tokens, and ZeRO-3 cannot train their "
+            "embeddings together with an adapter. Use distributed_backend: fsdp, launch.zero_stage: 2, or "
             "chat_template: tokenizer."
         )
     _check_targets(model, config, unreached)

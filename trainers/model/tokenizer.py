@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.mix import sources_of
 from trainers.config.schema import TrainConfig
-from trainers.data.templates import set_template
+from trainers.data.templates import add_tokens_of, set_template, template_of
 from trainers.data.tokens import forget_truncation
 from trainers.model.source import check_names, source_arguments
 from trainers.model.trust import why_not_loaded
@@ -29,6 +31,8 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     tokenizer = tokenizer_of(config.model, config)
     forget_truncation(tokenizer)
     gained = set_template(tokenizer, config.chat_template)
+    for source in sources_of(config):
+        gained += add_tokens_of(source.config.chat_template, tokenizer)
     if config.kind.rows == "masked" and tokenizer.mask_token is None:
         raise ConfigError(
             f"base_model: {config.model} has no mask token, so it is not a masked LM. Use another model, or "
@@ -40,6 +44,29 @@ def load_tokenizer(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[i
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.model_max_length)
     known = tokenizer.get_vocab()
     return tokenizer, [known[token] for token in gained]
+
+
+def tokenizers_of_sources(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Return the tokenizer of each source of a mix: that of the run, with the template of the source.
+
+    Vocabulary and EOS are those of the run for all sources.
+
+    Raises:
+        ConfigError: a template is missing.
+    """
+    found: dict[str, PreTrainedTokenizerBase] = {}
+    own: Any = None
+    for source in sources_of(config):
+        name = source.config.chat_template
+        found[source.name] = tokenizer
+        if name is not None and name != config.chat_template:
+            own = own or tokenizer_of(config.model, config).chat_template
+            found[source.name] = deepcopy(tokenizer)
+            with source.named():
+                found[source.name].chat_template = template_of(name, own)
+    return found
 
 
 def tokenizer_of(model: str, config: TrainConfig) -> PreTrainedTokenizerBase:

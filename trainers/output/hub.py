@@ -12,6 +12,7 @@ from pathlib import Path
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
 from trainers.data.files import is_hub_id
+from trainers.model.hub_access import ask_again
 from trainers.output.model_card import last_part, name_of
 from trainers.rank.say import say
 from trainers.storage import run_files
@@ -45,6 +46,7 @@ def push(config: TrainConfig, folder: Path, pauses: Sequence[float] = PAUSES) ->
         UploadFailed: the hub does not accept the upload, or not within the attempts.
     """
     published(folder)  # before anything is sent
+    ask_again()
     repo, token = f"{config.username}/{name_of(folder)}", (config.token or "").strip()
     if not token.isascii() or not token.isprintable() or " " in token:
         # An HTTP library prints a header that it cannot send.

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainers.config.mix import TAKEN
 from trainers.output.trackers import Tracker
 from trainers.storage import run_files
 from trainers.storage.metrics_log import read_metrics
@@ -113,6 +114,7 @@ class Report(TrainerCallback):
         evaluated = next((name for name in ("eval_loss", "test_loss") if name in record), None)
         if evaluated is not None:
             text = f"step {state.global_step}/{state.max_steps}  {evaluated} {record[evaluated]:.4f}"
+            text += _of_sources(record, evaluated.removesuffix("loss"))
             self._print(text, lasting=True)
         elif "loss" in record:
             self.latest = [f"loss {float(record['loss']):.4f}"]
@@ -146,6 +148,17 @@ class Report(TrainerCallback):
             print(f"\r\033[K{text}", end="\n" if lasting else "", flush=True)
         else:
             print(text, flush=True)
+
+
+def _of_sources(record: dict[str, Any], prefix: str) -> str:
+    """Return the losses of the sources of a mix, as text for the live line."""
+    found = {
+        name.removeprefix(prefix).removesuffix("_loss"): value
+        for name, value in record.items()
+        if name.startswith(prefix) and name.endswith("_loss")
+    }
+    losses = [f"{name} {value:.4f}" for name, value in found.items() if name not in TAKEN]
+    return f" ({', '.join(losses)})" if losses else ""
 
 
 def _named(logs: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from trainers.config.mix import data_configs, sources_of
 from trainers.config.packages import versions
 from trainers.config.schema import SECRET_FIELDS, TrainConfig
 from trainers.config.text import count_of
@@ -25,6 +26,7 @@ HEADINGS = {
     "supervised_tokens": "tokens in the loss",
     "longest": "longest sample",
     "truncated": "samples cut",
+    "taken": "samples in an epoch of the mix",
 }
 # Stated elsewhere in the card, or not relevant to those who load the model.
 UNSHOWN = SECRET_FIELDS | {
@@ -63,8 +65,9 @@ def _front_matter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "peft" if (folder / ADAPTER).is_file() else "transformers"}
     if is_hub_id(config.model):
         front["base_model"] = config.model
-    if is_hub_id(config.data_path):
-        front["datasets"] = [config.data_path]
+    paths = dict.fromkeys(source.data_path for source in data_configs(config))
+    if names := [path for path in paths if is_hub_id(path)]:
+        front["datasets"] = names
     front["tags"] = ["phalanx", config.trainer]
     front["pipeline_tag"] = config.kind.pipeline
     return front
@@ -97,9 +100,10 @@ def _about(folder: Path, config: TrainConfig, facts: dict[str, Any], entries: li
 
 
 def _data(config: TrainConfig, data: dict[str, dict[str, Any]]) -> str:
-    text = f"Rows from {_named(config.data_path)}, split `{config.train_split}`."
+    text = _origin(config)
     if not data:
-        return text + " Their counts were not recorded."
+        return text + ("\n\n" if config.mix else " ") + "Their counts were not recorded."
+    data = {name: counts for part in data for name, counts in _with_sources(part, data[part])}
     counted = [(key, value) for counts in data.values() for key, value in counts.items() if key != "dropped"]
     keys = list(dict.fromkeys(key for key, value in counted if isinstance(value, (int, float))))
     table = [["split", *(HEADINGS.get(key, key.replace("_", " ")) for key in keys), "rows dropped"]]
@@ -115,6 +119,21 @@ def _data(config: TrainConfig, data: dict[str, dict[str, Any]]) -> str:
         if count
     ]
     return "\n\n".join([text, _table(table), *(["\n".join(lines)] if lines else [])])
+
+
+def _origin(config: TrainConfig) -> str:
+    """Return where the rows are from."""
+    if not (sources := sources_of(config)):
+        return f"Rows from {_named(config.data_path)}, split `{config.train_split}`."
+    lines = [f"- {s.name}: {_named(s.config.data_path)}, split `{s.config.train_split}`" for s in sources]
+    return "Rows from several sources:\n\n" + "\n".join(lines)
+
+
+def _with_sources(part: str, counts: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield the counts of a split, and of each source of a mix."""
+    yield part, counts
+    for name, own in (counts.get("sources") or {}).items():
+        yield f"{part}, {name}", own
 
 
 def _parameters(config: TrainConfig) -> str:
@@ -226,6 +245,10 @@ def _named(source: str) -> str:
 def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
+    if isinstance(value, dict):  # a source of a mix, or variables of a template
+        plain = {key: _without_folders(item) for key, item in value.items()}
+        local = "path" in plain and not is_hub_id(str(plain["path"]))
+        return plain | ({"path": last_part(str(plain["path"]))} if local else {})
     return last_part(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
 

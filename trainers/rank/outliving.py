@@ -9,6 +9,9 @@ import signal
 import socket
 
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(
+    None
+).prctl  # found now: a process that was just forked must not wait for the loader's lock
 
 
 def die_with_parent() -> None:
@@ -16,7 +19,7 @@ def die_with_parent() -> None:
 
     The parent is the thread that forked this process.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wake_for(channel: socket.socket) -> None:

@@ -16,7 +16,7 @@ from trainers.config.schema import TrainConfig
 from trainers.data.columns import Columns
 from trainers.data.encoders import Encoder
 from trainers.data.files import RowPlaces, find_split
-from trainers.data.loading import ROW, Part, Source, split_of
+from trainers.data.loading import Part, Source, split_of
 from trainers.data.prepare import Prepared, Summary, parts, prepare
 from trainers.data.sampler import sample_lengths
 from trainers.report.column_uses import Use, column_uses
@@ -98,8 +98,7 @@ def look(
     """Return how the columns and the template were found."""
     split = opened.source.split
     files = [str(file) for file in split.files] or [f"{split.path} ({split.name})"]
-    names = [name for name in opened.raw.column_names if name != ROW]
-    uses, unused = column_uses(names, opened.columns, config, sources, len(opened.raw))
+    uses, unused = column_uses(opened.source.names, opened.columns, config, sources, len(opened.raw))
     facts = template_facts(config, sources, tokenizer, new_tokens, opened.columns)
     return Look(opened.source.part, files, len(opened.raw), uses, unused, facts, notes)
 

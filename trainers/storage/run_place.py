@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.field_types import TEMPLATE_FILE
 from trainers.config.hub_paths import datasets_cache, hub_cache, hub_home, token_file
+from trainers.config.mix import keys_of, sources_of
 from trainers.config.names import DATA_KEYS
 from trainers.config.schema import INPUT_FIELDS, TrainConfig
 from trainers.rank.protocol import CACHE
@@ -110,14 +112,24 @@ def _where(path: Path) -> tuple[Place, Place]:
     return Place(path.absolute().parent.resolve() / path.name), Place.of(path)
 
 
+def _named(config: TrainConfig) -> Iterator[tuple[str, str, Any]]:
+    """Yield what the user calls each input, its field, and its value."""
+    sources = sources_of(config)
+    for field in INPUT_FIELDS:
+        if field != "mix" and not (sources and field == "data_path"):
+            yield _KEYS.get(field, field), field, getattr(config, field)
+    for source in sources:
+        for field in ("data_path", "chat_template"):
+            yield f"{source.key}.{'.'.join(keys_of(field))}", field, getattr(source.config, field)
+
+
 def _inputs(config: TrainConfig) -> Iterator[Input]:
     """Yield what a config makes a run read: also a hub id that is the run's own name.
 
     Libraries look for a folder before they ask the hub. So the run's folder would be taken for that model.
     """
     run = Place.of(Path(config.project_name))
-    for field in INPUT_FIELDS:
-        value = getattr(config, field)
+    for name, field, value in _named(config):
         if not isinstance(value, str) or (field == "chat_template" and not value.endswith(TEMPLATE_FILE)):
             continue
         path = Path(os.path.expanduser(value))
@@ -125,7 +137,7 @@ def _inputs(config: TrainConfig) -> Iterator[Input]:
         if field == "resume" and own:
             continue
         if path.exists() or run.is_same(Place.of(path)):
-            yield Input(_KEYS.get(field, field), path)
+            yield Input(name, path)
     yield Input(f"the cache of prepared data, {CACHE}", cache_folder(), may_contain=True)
     yield Input(f"the cache of prepared data, {CACHE}", cache_folder() / "data")
     yield Input("Hugging Face's folder, HF_HOME", hub_home(), may_contain=True)

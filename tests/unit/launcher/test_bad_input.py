@@ -568,6 +568,47 @@ def test_home_of_a_user_that_does_not_exist(refuse: Refuse) -> None:
     refuse(spoil("path: data", "path: ~nobody-here/x"), "c.yaml:7", "data.path", "does not exist")
 
 
+MIX = """\
+  mix:
+    - path: data
+      column_mapping:
+        text_column: text
+    - path: more
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("- path: more", "- path: ./nowhere", ("c.yaml:11", "data.mix[1].path", "./nowhere does not exist")),
+        (
+            "- path: more",
+            "- path: more\n      valid_split: dev",
+            ("c.yaml:12: data.mix[1].valid_split", "'dev'"),
+        ),
+        (
+            "text_column: text",
+            "text: words",
+            ("c.yaml:10: data.mix[0].column_mapping.text_column", "words"),
+        ),
+        (
+            "- path: more",
+            "- path: bad",
+            ("c.yaml:11: data.mix[1] (bad): bad/train.jsonl:1", "not valid JSON"),
+        ),
+        ("- path: more", "- path: run/more", ("data.mix[1].path", "contains", "Give another project_name")),
+    ],
+)
+def test_a_source_of_a_mix(refuse: Refuse, work: Path, old: str, new: str, words: tuple[str, ...]) -> None:
+    for folder in ("more", "run/more"):
+        write_rows(work / folder / "train.jsonl", {"text": "x"})
+    (work / "bad").mkdir()
+    (work / "bad" / "train.jsonl").write_text("{")
+    text = GOOD.replace("  path: data\n  train_split: train\n  column_mapping:\n    text_column: text\n", MIX)
+    assert text.count(old) == 1
+    refuse(text.replace(old, new), *words)
+
+
 def test_data_file_of_another_kind(refuse: Refuse, work: Path) -> None:
     (work / "rows.xlsx").write_text("x")
     refuse(

@@ -7,7 +7,8 @@ from configs import Read, sft
 from inprocess import settings_of
 
 from trainers.config.errors import ConfigError
-from trainers.config.settings import Value, resolve
+from trainers.config.settings import resolve
+from trainers.config.values import Value
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,8 @@ from trainers.config.kinds import KINDS, ROW_COLUMNS, RowKind, TrainerName, trai
 from trainers.config.schema import TrainConfig, acts_for
 from trainers.loop import life
 
-NO_TRAINERS = {
-    "__init__",
-    "consolidate",
-    "evaluate",
-    "push",
-    "show_data",
-    "warm",
-}  # modules at the top of trainers/ that train nothing
+# Modules at the top of trainers/ that train nothing.
+NO_TRAINERS = {"__init__", "consolidate", "evaluate", "push", "show_data", "warm"}
 
 
 def test_each_trainer_of_the_schema_has_a_record() -> None:

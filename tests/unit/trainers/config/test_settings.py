@@ -14,7 +14,8 @@ from trainers.config.errors import ConfigError
 from trainers.config.file import effective_text
 from trainers.config.names import ALIASES, SWITCHES
 from trainers.config.schema import TrainConfig
-from trainers.config.settings import Value, resolve
+from trainers.config.settings import resolve
+from trainers.config.values import Value
 
 
 @pytest.mark.parametrize("alias", ALIASES)
