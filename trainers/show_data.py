@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="config file (YAML, in AutoTrain's format)")
     parser.add_argument("--rows", type=int, default=5, help=f"how many of the first rows; {ALL}: all")
     parser.add_argument("--split", default="train", choices=("train", "valid", "test"))
+    parser.add_argument("--source", help="which source of data.mix")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--html", type=Path, help="write a page, and print nothing else")
     form.add_argument("--json", action="store_true", help="print a JSON object for each row")
@@ -68,32 +69,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(options: argparse.Namespace, stdout: TextIO) -> int:
     quieten_libraries()  # before the other imports: some libraries warn when they are imported
     from trainers.data.loading import open_source
-    from trainers.model.tokenizer import load_tokenizer
-    from trainers.report.gather import check_part, count, look, open_part
+    from trainers.model.tokenizer import load_tokenizer, tokenizers_of_sources
+    from trainers.report.gather import Chosen, check_part, count, look, open_part, origins, source_named
     from trainers.report.shown_rows import first_rows
     from trainers.report.wording import wrong_rows
     from trainers.storage.data_cache import scratch
 
     settings = load_settings(options.config)
-    config, part = settings.train, options.split
+    part, picked = options.split, source_named(settings.train, options.source)
+    config = picked.config if picked else settings.train
     check_part(config, part)
     view = _view(options, stdout)
     refuse_foreign_code(config.use_kernels)
-    tokenizer, new_tokens = load_tokenizer(config)
+    tokenizer, new_tokens = load_tokenizer(settings.train)
+    templates = tokenizers_of_sources(settings.train, tokenizer)
+    chosen = Chosen(config, origins(settings, picked), settings.train, tokenizer, templates, picked)
     shown = wrong = 0
-    source = open_source(config, part)
+    with picked.named() if picked else nullcontext():
+        source = open_source(config, part)
     with scratch("rows", source.bytes) as folder:
-        opened = open_part(source, config, tokenizer, folder)
-        view.head(look(opened, config, settings.sources, settings.notes, tokenizer, new_tokens))
+        with picked.named() if picked else nullcontext():
+            opened = open_part(source, config, chosen.own, folder)
+        view.head(look(opened, chosen, settings.notes, new_tokens))
         limit = None if options.rows == ALL else options.rows
-        for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
-            view.row(row, tokenizer)
+        for row in first_rows(opened.raw, opened.encoder, opened.places, chosen.own, limit):
+            view.row(row, chosen.own)
             shown, wrong = shown + 1, wrong + bool(row.error)
             if options.html is None and is_unread():
                 return USAGE_ERROR if wrong else 0
     problems = [wrong_rows(wrong, shown)] if wrong else []
     if view.counts and not problems:
-        counts = count(config, tokenizer, part)
+        counts = count(chosen, part)
         view.tail(counts)
         problems = list(counts.problems.values())
     view.end(problems)

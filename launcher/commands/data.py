@@ -16,7 +16,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.file import effective_text
 
 HELP = "show the rows as the model sees them, with counts; needs no weights"
-USAGE = "config.yaml [--rows N|all] [--split NAME] [--json | --html FILE] [--flag VALUE ...]"
+USAGE = "config.yaml [--rows N|all] [--split NAME] [--source NAME] [--json | --html FILE] [--flag VALUE ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("train", "valid", "test"), default="train", help="which part (default: train)"
     )
+    parser.add_argument("--source", metavar="NAME", help="which source, if the config has a mix")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--json", action="store_true", dest="as_json", help="print only the rows, a JSON object a line"
@@ -44,7 +45,9 @@ def _rows(text: str) -> int:
     return int(text)
 
 
-def run(config: Path, rows: int, split: str, as_json: bool, html: Path | None, **flags: Any) -> int:
+def run(
+    config: Path, rows: int, split: str, source: str | None, as_json: bool, html: Path | None, **flags: Any
+) -> int:
     """Give the effective config to trainers/show_data.py, on its stdin, and return its exit code.
 
     Raises:
@@ -56,6 +59,7 @@ def run(config: Path, rows: int, split: str, as_json: bool, html: Path | None, *
     except ConfigError as error:
         raise ConfigError(described.located(str(error))) from None
     argv = [sys.executable, "-m", "trainers.show_data", "/dev/stdin", "--rows", str(rows), "--split", split]
+    argv += ["--source", source] if source is not None else []
     argv += ["--json"] if as_json else ["--html", str(html)] if html is not None else []
     environ = dict(os.environ)
     if described.train.token:

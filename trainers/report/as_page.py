@@ -91,10 +91,10 @@ class PageView(View):
         self.rows: list[str] = []  # they come last, since they may be many
 
     def head(self, look: Look) -> None:
-        self.part = look.part
+        self.label = look.label
         table = [(use.column, use.what, use.found, use.holds) for use in look.columns]
         unused = f"<p>Not used: {_text(', '.join(look.unused))}</p>" if look.unused else ""
-        self.title = f"Data: {look.part}"
+        self.title = f"Data: {look.label}"
         self.top = (
             f"<h1>{_text(where(look))}</h1>\n"
             f"<h2>Columns</h2>\n{_table(table, ('column', 'what', 'found by', 'holds'))}{unused}\n"
@@ -121,9 +121,9 @@ class PageView(View):
         self.facts.append(f"<h2>Counts</h2>\n{_list(count_sentences(counts))}")
         if (lengths := counts.lengths) is not None:
             self.facts.append(
-                f"<h2>Lengths of {counts.part}</h2>\n<p>{_text(length_sentence(counts, lengths))}</p>\n"
+                f"<h2>Lengths of {counts.label}</h2>\n<p>{_text(length_sentence(counts, lengths))}</p>\n"
                 f"{_histogram(lengths.bars)}\n"
-                f"<h2>Packing of {counts.part}</h2>\n<p>{_text(packing_sentence(counts))}</p>"
+                f"<h2>Packing of {counts.label}</h2>\n<p>{_text(packing_sentence(counts))}</p>"
             )
         if repeats := list(repeat_sentences(counts)):
             self.facts.append(f"<h2>Rows that repeat others</h2>\n{_list(repeats)}")
@@ -138,7 +138,7 @@ class PageView(View):
             errors,
             self.top,
             *self.facts,
-            f"<h2>Rows of {self.part}, as the model sees them</h2>",
+            f"<h2>Rows of {self.label}, as the model sees them</h2>",
             "<p>The loss sees <mark>marked text</mark>.</p>",
             *self.rows,
             "</html>\n",

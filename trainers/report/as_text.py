@@ -43,7 +43,7 @@ class TextView(View):
         self._print("", "# template", *_table(look.template))
         if look.notes:
             self._print("", "# notes", *look.notes)
-        self._print("", f"# rows of {look.part} as the model sees them; {mark} is not in the loss")
+        self._print("", f"# rows of {look.label} as the model sees them; {mark} is not in the loss")
 
     def row(self, row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> None:
         print(row_text(row, tokenizer, self.terminal), file=self.stdout, flush=True)
@@ -51,9 +51,9 @@ class TextView(View):
     def tail(self, counts: Counts) -> None:
         self._print("", "# counts", *count_sentences(counts))
         if counts.lengths is not None:
-            self._print("", f"# lengths of {counts.part}", length_sentence(counts, counts.lengths))
+            self._print("", f"# lengths of {counts.label}", length_sentence(counts, counts.lengths))
             self._print(*_histogram(counts.lengths.bars))
-            self._print("", f"# packing of {counts.part}", packing_sentence(counts))
+            self._print("", f"# packing of {counts.label}", packing_sentence(counts))
         if repeats := list(repeat_sentences(counts)):
             self._print("", "# rows that repeat others", *repeats)
 

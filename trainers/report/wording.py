@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
 from trainers.data.files import RowPlaces
 from trainers.report.facts import Lengths
@@ -15,34 +14,35 @@ NAMED = 5  # rows that a sentence names
 
 def where(look: Look) -> str:
     """Return the part, its rows and its files."""
-    return f"{look.part}: {count_of(look.given, 'row')} of {', '.join(look.files)}"
+    return f"{look.label}: {count_of(look.given, 'row')} of {', '.join(look.files)}"
 
 
 def count_sentences(counts: Counts) -> Iterator[str]:
     """Yield the counts of each part, and the first rows that were dropped for each reason."""
-    for part, summary in counts.summaries.items():
-        yield f"{part}: {summary.line}"
+    for label, summary in counts.summaries.items():
+        yield f"{label}: {summary.line}"
         for reason, rows in sorted(summary.first_dropped.items()):
-            names = _names([row - 1 for row in rows], counts.places[part])
+            names = _names([row - 1 for row in rows], counts.places[label])
             more = ", ..." if summary.dropped[reason] > len(rows) else ""
-            yield f"{part}: dropped ({reason}): {names}{more}"
-    for part in counts.problems:
-        yield f"{part}: cannot be prepared; the error says why"
+            yield f"{label}: dropped ({reason}): {names}{more}"
+    for label in counts.problems:
+        yield f"{label}: cannot be prepared; the error says why"
 
 
 def length_sentence(counts: Counts, lengths: Lengths) -> str:
     """Return the middle and the ends of the lengths."""
     return (
-        f"{lengths.shortest} to {lengths.longest} tokens{_counted(counts.config)}; half of the samples have "
+        f"{lengths.shortest} to {lengths.longest} tokens{_counted(counts)}; half of the samples have "
         f"at most {lengths.median}, 90 % at most {lengths.most}, 99 % at most {lengths.nearly_all}"
     )
 
 
-def _counted(config: TrainConfig) -> str:
+def _counted(counts: Counts) -> str:
     """Return what the model computes for a sample, if that is more than one text."""
+    config = counts.config
     if config.kind.pairs:
         return ", with both answers and the prompt of each"
-    if config.kind.rows == "labelled":
+    if config.kind.rows == "labelled" and not (counts.label != counts.part == "train"):
         return ", with the answer, that of another sample, and the prompt of each"
     return ""
 
@@ -51,13 +51,14 @@ def packing_sentence(counts: Counts) -> str:
     """Return what packing makes of the part."""
     config, packing = counts.config, counts.packing
     if packing is not None:
+        alone = ", if the source were alone" if counts.label != counts.part else ""
         packs = config.kind.rows == "text" and config.packed != "none"
         what = (
             f"packing: {config.packed}, {count_of(packing.packs, 'pack')}"
             if packs
             else (f"tokens_per_batch, {packing.packs} groups of samples")
         )
-        return f"{what} of at most {packing.capacity} tokens, {packing.share:.1%} full"
+        return f"{what} of at most {packing.capacity} tokens, {packing.share:.1%} full{alone}"
     if counts.part != "train" and config.packed != "none" and not config.evaluates_packed:
         return "not packed (eval_packing: false): an evaluation pads its samples"
     if config.packed == "none":
@@ -68,7 +69,7 @@ def packing_sentence(counts: Counts) -> str:
 def repeat_sentences(counts: Counts) -> Iterator[str]:
     """Yield which rows repeat others: in the part, and in two parts."""
     if counts.repeated is not None:
-        part = counts.part
+        part = counts.label
         pairs = counts.repeated.first(NAMED)
         yield _repeats(
             len(counts.repeated),

@@ -172,3 +172,80 @@ def test_a_tokenizer_is_enough(run, tiny_model, tmp_path):
     config = yaml.safe_load(Path("c.yaml").read_text()) | {"base_model": str(folder)}
     Path("c.yaml").write_text(yaml.safe_dump(config))
     assert show_data.main(["c.yaml"]) == 0
+
+
+@pytest.fixture
+def mixed(run, tmp_path):
+    """`mixed(*arguments, **data)` shows a mix of two sources, of which one names its columns."""
+
+    def show(*arguments, **data):
+        run(GOOD)
+        write_split(Path("data/dev.jsonl"), GOOD[:1])
+        answers = [{"q": Q, "a": "One process."}, {"q": Q, "a": "Two."}, {"q": "And?", "a": "Two."}]
+        write_split(Path("answers.jsonl"), [*answers, {"messages": None, "q": "No", "a": " "}])
+        source = {
+            "column_mapping": {"prompt_text_column": "q", "text_column": "a"},
+            "chat_template": "chatml",
+        }
+        config = yaml.safe_load(Path("c.yaml").read_text())
+        mix = [
+            {"name": "talks", "path": "data", "valid_split": "dev", "weight": 1},
+            {"name": "answers", "path": "answers.jsonl", "weight": 1, **source},
+        ]
+        config["data"] = {"chat_template": "tokenizer", "mix": mix, **data}
+        Path("c.yaml").write_text(yaml.safe_dump(config))
+        return show_data.main(["c.yaml", *arguments])
+
+    return show
+
+
+def test_a_source_of_a_mix_is_shown_with_its_own_columns_and_template(mixed, capsys):
+    assert mixed("--source", "answers") == 0
+    out = capsys.readouterr().out.rpartition("# data\n")[2]
+    assert out.startswith("train, answers: 4 rows of answers.jsonl\n")
+    assert "data.mix[1])" in out and "chatml, which is part of Phalanx" in out
+    assert "row 4: dropped: empty completion" in out
+    assert "train, answers: dropped (empty completion): row 4\n" in out
+    counts = [line.partition(": ")[0] for line in out.partition("# counts\n")[2].splitlines()]
+    assert list(dict.fromkeys(counts))[:3] == ["train, talks", "train, answers", "train"]
+    assert "if the source were alone" in out
+
+
+def test_rows_of_a_source_are_compared_with_the_training_rows_of_all(mixed, capsys):
+    assert mixed("--source", "talks", "--rows", "0") == 0
+    lines = capsys.readouterr().out.rpartition("# rows that repeat others\n")[2].splitlines()
+    assert lines == [
+        "train, talks: 1 row is a duplicate of an earlier row: row 2 (as row 1)",
+        "train, talks: no row is in train, answers, too",
+        "valid, talks: 1 row is in train, talks, too: row 1 (as row 1)",
+        "valid, talks: no row is in train, answers, too",
+    ]
+
+
+def test_json_of_a_source_has_its_rows(mixed, capsys):
+    assert mixed("--source", "answers", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["row"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["samples"][0]["text"].endswith("One process.<|im_end|>\n")
+
+
+def test_a_mix_needs_a_source_that_it_has(mixed, run, capsys):
+    for arguments, message in (
+        ([], "error: --source: is needed. The sources are: talks, answers.\n"),
+        (["--source", "b"], "error: --source: there is no source 'b'. The sources are: talks, answers.\n"),
+        (["--source", "answers", "--split", "valid"], "error: --split: the config has no valid part."),
+    ):
+        assert mixed(*arguments) == USAGE_ERROR
+        assert message in capsys.readouterr().err
+    code, _, err = run(GOOD, "--source", "a")
+    assert code == USAGE_ERROR and "the config has no data.mix" in err
+
+
+def test_a_wrong_row_of_another_source_is_named(mixed, capsys):
+    source = {"name": "bad", "path": "bad.jsonl"}
+    Path("bad.jsonl").write_text(json.dumps(BAD) + "\n")
+    code = mixed("--source", "talks", mix=[{"name": "talks", "path": "data"}, source])
+    out, err = capsys.readouterr()
+    assert code == USAGE_ERROR
+    assert "the mix: cannot be prepared; the error says why" in out
+    assert "bad.jsonl: row 1: there is no role 'wizard'" in err

@@ -36,6 +36,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     [
         ([], ["--rows", "5", "--split", "train"]),
         (["--rows", "all", "--json"], ["--rows", "-1", "--split", "train", "--json"]),
+        (["--source", "a"], ["--rows", "5", "--split", "train", "--source", "a"]),
         (["--rows", "0", "--html", "a.html"], ["--rows", "0", "--split", "train", "--html", "a.html"]),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from trainers.config.schema import TrainConfig
 from trainers.data.loading import open_source
-from trainers.report.gather import count, look, open_part
+from trainers.report.gather import Chosen, count, look, open_part
 from trainers.report.shown_rows import first_rows
 
 
@@ -22,10 +22,11 @@ def reported(prepare, tokenizer, tmp_path):
             **{"data_path": str(tmp_path / "data"), "trainer": "sft", "block_size": 128, **config}
         )
         opened = open_part(open_source(values, part), values, tokenizer, tmp_path / "raw")
-        view.head(look(opened, values, {}, notes or [], tokenizer, []))
+        chosen = Chosen(values, {}, values, tokenizer, {})
+        view.head(look(opened, chosen, notes or [], []))
         for row in first_rows(opened.raw, opened.encoder, opened.places, tokenizer, limit):
             view.row(row, tokenizer)
-        view.tail(count(values, tokenizer, part))
+        view.tail(count(chosen, part))
         view.end([])
 
     return show
