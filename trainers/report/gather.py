@@ -160,6 +160,8 @@ def look(opened: OpenPart, chosen: Chosen, notes: list[str], new_tokens: list[in
     facts = template_facts(config, sources, chosen.own, new_tokens, opened.columns)
     part = opened.source.part
     label = label_of(part, chosen.name)
+    if chosen.source and chosen.source.rows == 0 and part == "train":
+        notes = [f"{chosen.source.key}.rows: 0, so the run does not train on these rows.", *notes]
     return Look(part, label, files, len(opened.raw), uses, unused, facts, notes)
 
 

@@ -222,6 +222,19 @@ def test_rows_of_a_source_are_compared_with_the_training_rows_of_all(mixed, caps
     ]
 
 
+def test_a_source_that_is_only_evaluated_says_so(mixed, capsys):
+    mix = [
+        {"name": "talks", "path": "data"},
+        {"name": "dev", "path": "data", "train_split": "dev", "valid_split": "dev", "rows": 0},
+    ]
+    said = "data.mix[1].rows: 0, so the run does not train on these rows."
+    assert mixed("--source", "dev", mix=mix) == 0
+    out = capsys.readouterr().out
+    assert said in out and "# lengths" not in out.rpartition(said)[2]
+    assert mixed("--source", "dev", "--split", "valid", mix=mix) == 0
+    assert said not in capsys.readouterr().out
+
+
 def test_json_of_a_source_has_its_rows(mixed, capsys):
     assert mixed("--source", "answers", "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
