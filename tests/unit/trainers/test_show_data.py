@@ -203,7 +203,7 @@ def test_a_source_of_a_mix_is_shown_with_its_own_columns_and_template(mixed, cap
     assert mixed("--source", "answers") == 0
     out = capsys.readouterr().out.rpartition("# data\n")[2]
     assert out.startswith("train, answers: 4 rows of answers.jsonl\n")
-    assert "data.mix[1])" in out and "chatml, which is part of Phalanx" in out
+    assert "data.mix[1])" in out and "alpaca, which is part of Phalanx" in out
     assert "row 4: dropped: empty completion" in out
     assert "train, answers: dropped (empty completion): row 4\n" in out
     counts = [line.partition(": ")[0] for line in out.partition("# counts\n")[2].splitlines()]
@@ -239,7 +239,7 @@ def test_json_of_a_source_has_its_rows(mixed, capsys):
     assert mixed("--source", "answers", "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row["row"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["samples"][0]["text"].endswith("One process.<|im_end|>\n")
+    assert "### Response:\nOne process.<|im_end|>" in rows[0]["samples"][0]["text"], "its own template"
 
 
 def test_a_mix_needs_a_source_that_it_has(mixed, run, capsys):
