@@ -185,7 +185,7 @@ def mixed(run, tmp_path):
         write_split(Path("answers.jsonl"), [*answers, {"messages": None, "q": "No", "a": " "}])
         source = {
             "column_mapping": {"prompt_text_column": "q", "text_column": "a"},
-            "chat_template": "chatml",
+            "chat_template": "alpaca",
         }
         config = yaml.safe_load(Path("c.yaml").read_text())
         mix = [
