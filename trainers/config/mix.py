@@ -76,10 +76,10 @@ class Source:
         try:
             yield
         except ConfigError as error:
-            text = str(error)
-            if text.startswith("data."):
-                raise ConfigError(f"{self.key}{text.removeprefix('data')}") from error
-            raise ConfigError(f"{self.key} ({self.name}): {text}") from error
+            text, more = str(error.args[0]), error.args[1:]
+            own = text.startswith("data.")
+            named = f"{self.key}{text.removeprefix('data')}" if own else f"{self.key} ({self.name}): {text}"
+            raise ConfigError(named, *more) from error
 
 
 def sources_of(config: TrainConfig) -> list[Source]:

@@ -132,15 +132,17 @@ def test_a_part_that_the_config_does_not_have_is_refused(run):
 
 @pytest.fixture
 def mix(run, tmp_path):
-    """`mix(*arguments)`: a run with two sources, of which the second has another template."""
+    """`mix(*arguments)`: two sources, of which the second has columns and a template of its own."""
 
     def show(*arguments, rows=GOOD):
         Path("other").mkdir(exist_ok=True)
-        write_split(Path("other/train.jsonl"), GOOD[1:2])
+        write_split(Path("other/train.jsonl"), [{"q": Q, "a": "One process."}])
         run(rows, "--rows", "0", "--json")
         config = yaml.safe_load(Path("c.yaml").read_text())
         del config["data"]["path"]
-        config["data"]["mix"] = [{"path": "data", "rows": 4}, {"path": "other", "chat_template": "zephyr"}]
+        columns = {"prompt_text_column": "q", "text_column": "a"}
+        other = {"path": "other", "chat_template": "zephyr", "column_mapping": columns}
+        config["data"]["mix"] = [{"path": "data", "rows": 4}, other]
         Path("c.yaml").write_text(yaml.safe_dump(config))
         return show_data.main(["c.yaml", *arguments])
 
@@ -158,6 +160,9 @@ def test_the_rows_of_each_source_are_shown_and_its_cache_is_that_of_the_run(mix,
         out.count("# notes") == 1 and "# rows of train of data" in out and "# rows of train of other" in out
     )
     assert "⟦<|im_start|>user" in out and "⟦<|user|>" in out
+    assert (
+        "q  the prompt      prompt_text_column (data.mix[1].column_mapping.prompt_text_column)  text" in out
+    )
     assert "train  data    3     2        4            2 " in out
 
     monkeypatch.setattr(prepare, "_tokenize", lambda *_: pytest.fail("the run would encode the rows again"))
