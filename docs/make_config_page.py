@@ -33,7 +33,7 @@ backend: local                 # AutoTrain's key; only local
 data:
   path: data                   # folder, file or hub id
   train_split: train
-  mix: null                    # several sources instead of path (docs/data.md)
+  mix: null                    # several sources instead of path (docs/mixing.md)
   valid_split: null            # evaluated during the run; or valid_fraction
   test_split: null             # evaluated once, at its end; or test_fraction
   valid_fraction: 0.0          # hold out this part of the training rows instead

@@ -103,7 +103,7 @@ class TrainConfig(BaseModel):
         None,
         min_length=1,
         description="Several sources instead of one data_path: a list, each with path, name, weight or rows, "
-        "and any key of `data` (docs/data.md).",
+        "and any key of `data` (docs/mixing.md).",
     )
     train_split: str = Field(
         "train", min_length=1, description="Split to train on. On the hub also `config:split`."
