@@ -222,12 +222,14 @@ class Renderer:
             if marked.startswith(text):
                 text = marked
             if turn.is_assistant and (not every or number == len(given.messages) - 1):
-                earlier = any(message["role"] == "assistant" for message in twin.messages[:number])
-                shared = common(template.text(twin.until(number), twin=True), marked) if earlier else 0
+                shared = self._begins(replace(turn, chat=twin, twin=True), marked)
                 moved = len(text) - len(marked)
                 spans = [(first + moved, end + moved) for first, end in blocks if end > shared]
                 if spans and text[spans[0][0] :] == marked[spans[0][0] - moved :]:
                     text, spans = turn.as_asked(text, spans, prompt)
+                    if text.startswith(prompt):  # what it has of earlier turns is what inference sees of them
+                        seen = template.reading(given.until(number)).lost if lost else lost
+                        lost = frozenset(part for part in lost if part[0] >= number or part in seen)
                     if not every:
                         return Rendered(text, spans, [prompt]), lost
         notes: set[str] = set()
@@ -240,6 +242,16 @@ class Renderer:
                 "located. Set train_on: all."
             )
         return Rendered(text, spans, [prompt], exact_end=True, notes=notes), lost
+
+    def _begins(self, turn: Turn, text: str) -> int:
+        """Return a position in the turn, before all that differs between one answer and another.
+
+        An answer may change how earlier turns are rendered: gpt-oss then leaves out the reasoning of a call.
+        So the text is compared with that of another answer, and not with the text before the turn.
+        """
+        if not any(message["role"] == "assistant" for message in turn.chat.messages[: turn.number]):
+            return 0
+        return common(turn.template.text(turn.with_marks(), twin=True), text)
 
     def _with_twin(self, template: ChatTemplate, given: Chat, turn: Turn, prompt: str) -> str:
         """Return what inference sees, followed by the answer as the training template renders it.

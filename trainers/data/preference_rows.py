@@ -68,7 +68,7 @@ class PreferenceRows(RowReader):
         """Return the ids of the prompt, of the chosen answer and of the rejected answer."""
         columns, self.notes = self.columns, set()
         assert columns.rejected is not None
-        (chosen, _), (rejected, _) = self.turns(row, columns.text), self.turns(row, columns.rejected)
+        chosen, rejected = self.whole(row, columns.text), self.whole(row, columns.rejected)
         for name, turns in ((columns.text, chosen), (columns.rejected, rejected)):
             if turns is None:
                 self.string(row, name, "empty completion")
@@ -113,13 +113,20 @@ class PreferenceRows(RowReader):
     def labelled(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt and of the completion, which is the last turn of messages."""
         self.notes = set()
-        turns, _ = self.turns(row, self.columns.text)
+        turns = self.whole(row, self.columns.text)
         if turns is None:
             ids, cut = self.text(row, self.columns.text)
         else:
             chat = self.joined(row, self.columns.text, turns)
             ids, cut = self.split(chat, len(chat.messages) - 1)
         return ids[:cut], ids[cut:]
+
+    def whole(self, row: dict[str, Any], column: str) -> Turns | None:
+        """Return the messages of a column. An answer is compared as a whole: no turn is taken out."""
+        turns, ignored = self.turns(row, column)
+        if ignored:
+            self.notes.add("weight and train of a message have no effect on an answer")
+        return turns
 
     def joined(self, row: dict[str, Any], column: str | None, turns: Turns) -> Chat:
         """Return a conversation that ends with an answer, with the prompt of the row in front of it."""
@@ -137,7 +144,7 @@ class PreferenceRows(RowReader):
                 )
             turns = [*self.as_turns(prompt), *turns]
         elif self.columns.prompt in self.columns.messages:
-            before, _ = self.turns(row, str(self.columns.prompt))
+            before = self.whole(row, str(self.columns.prompt))
             if before is not None and turns[: len(before)] != before:
                 turns = [*before, *turns]
         elif self.columns.prompt is not None and self.system(row) is None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 7  # raise it when the same input gives another entry
+CACHE_VERSION = 8  # raise it when the same input gives another entry
 BATCH_ROWS = 1000  # rows that a worker encodes at a time, if they are short
 BATCH_BYTES = 4 * 2**20  # and about how many bytes of them; their samples take ten times that in Python
 ROWS = "rows.npy"  # in an entry: the row of each sample

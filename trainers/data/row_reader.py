@@ -116,11 +116,7 @@ class RowReader:
         value = row[column]
         if column in self.columns.dialogues and self.config.chat_template and value and value.strip():
             return read_dialogue(value), frozenset()
-        if (
-            column not in self.columns.messages
-            or value is None
-            or (isinstance(value, str) and not value.strip())
-        ):
+        if column not in self.columns.messages or _is_empty(value):
             return None, frozenset()
         return read_messages(value)
 
@@ -162,11 +158,11 @@ class RowReader:
         """Return the text of a column.
 
         Raises:
-            Dropped: the column is empty or has only white space. `empty` is the reason.
+            Dropped: the column is empty, has only white space or no message. `empty` is the reason.
             RowError: the column does not have text.
         """
         value = row[column]
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if _is_empty(value):
             raise Dropped(empty)
         if not isinstance(value, str):
             raise RowError(f"column '{column}' must hold text or messages, not {type(value).__name__}.")
@@ -180,3 +176,8 @@ class RowReader:
                 f"column '{self.columns.label}' must be true or false, not {row[self.columns.label]!r}."
             )
         return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a column has nothing: null, no message, or white space."""
+    return value is None or value == [] or (isinstance(value, str) and value.strip() == "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from trainers.data.chat_template import ChatTemplate
 from trainers.data.messages import Chat
@@ -11,6 +12,8 @@ from trainers.data.samples import RowError
 from trainers.data.tokens import Span
 
 ENDED = "EOS is added, since the template does not end a turn"  # a note, which is counted
+MARK = "\u2063"  # an invisible separator: in front of a text, it shows where the template puts it
+_UNMARKED = ("role", "type", "id", "tool_call_id", "arguments")  # what a template compares or parses
 NEAR = 64  # no added token is longer, in characters
 
 
@@ -58,16 +61,29 @@ class Turn:
     def _start(self, text: str, prompt: str) -> int | None:
         if self.number and self.is_assistant and text.startswith(prompt):
             return len(prompt)
-        before = self.template.text(self.chat.until(self.number), twin=self.twin) if self.number else ""
         if not self.number or not self.is_assistant:
-            content = self.chat.messages[self.number].get("content")
-            found = text.find(content.strip(), common(before, text)) if isinstance(content, str) else -1
-            return None if found < 0 else found
+            return self._content(text)
+        before = self.template.text(self.chat.until(self.number), twin=self.twin)
         # The template answers otherwise than it asks: the turn begins after what both share.
         shared = self._outside(text, common(before, text), 0)
         if self.added.sub("", before[shared:]).strip():
             return None
         return max(shared, self._outside(text, common(prompt, text), 0))
+
+    def _content(self, text: str) -> int | None:
+        """Return where the content of the turn begins, or None if it is not in the text."""
+        if not isinstance(self.chat.messages[self.number].get("content"), str):
+            return None
+        probe = self.template.text(self.with_marks("content"), twin=self.twin)
+        place = probe.find(MARK)
+        return place if place >= 0 and text.startswith(probe[:place]) else None
+
+    def with_marks(self, only: str | None = None) -> Chat:
+        """Return the conversation with MARK in front of each text of the turn, or only of one key."""
+        turns = list(self.chat.messages)
+        given = turns[self.number]
+        turns[self.number] = {**given, **_marked({only: given[only]} if only else given)}
+        return replace(self.chat, messages=turns)
 
     def _stop(self, text: str, start: int, alone: str) -> int | None:
         """Return the end of the turn: after the last token that was added to the vocabulary.
@@ -95,6 +111,14 @@ class Turn:
             if found.start() < position < found.end():
                 return found.start()
         return position
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: part if key in _UNMARKED else _marked(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_marked(part) for part in value]
+    return MARK + value if isinstance(value, str) else value
 
 
 def ended(turn: Turn, text: str, eos: str | None) -> tuple[str, set[str]]:

@@ -14,7 +14,6 @@ BAD_TURNS = [
     pytest.param([{"content": "x"}, TURNS[1]], "a message must be", id="no-role"),
     pytest.param([{"role": "user"}, TURNS[1]], "a message must be", id="no-content"),
     pytest.param([user(None), TURNS[1]], "a message must be", id="null-content"),
-    pytest.param([], "at least one message", id="no-turns"),
 ]  # fmt: skip
 
 
@@ -26,6 +25,19 @@ def test_messages_that_are_not_a_conversation_are_refused(refused, tokenizer, tr
         good, bad = ({"chosen": row["messages"], "rejected": OTHER} for row in (good, bad))
     refused(in_format(suffix, good, bad), f"train.{suffix}: row 2", words, trainer=trainer, suffix=suffix,
             chat_template="tokenizer", using=tokenizer)  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "kto"])
+def test_a_row_without_a_message_is_counted(dropped, tokenizer, trainer):
+    good, empty = {"messages": TURNS}, {"messages": []}
+    if trainer == "dpo":
+        good, empty = ({"chosen": row["messages"], "rejected": OTHER} for row in (good, empty))
+    if trainer == "kto":
+        good, empty = ({**row, "label": True} for row in (good, empty))
+        good = [good, {**good, "label": False}]
+    rows = [*(good if isinstance(good, list) else [good]), empty]
+    reason = "empty text" if trainer == "sft" else "empty completion"
+    assert dropped(rows, trainer=trainer, chat_template="tokenizer", using=tokenizer) == {reason: 1}
 
 
 @pytest.mark.parametrize("trainer", TEXTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from chats import A1, A2, CHATS, Q1, R1, R2, TOOLS, byte_level, trl_templates
+from chats import A1, A2, CALL, CHATS, Q1, R1, R2, TOOLS, byte_level, result, trl_templates
 from rows import assistant, trained_text, user
 
 TEMPLATES = {
@@ -150,3 +150,41 @@ def test_the_reasoning_of_a_call_is_in_the_prompt_of_the_answer_as_at_inference(
     (row,) = prepare([pair], trainer="dpo", using=oss, chat_template="tokenizer", max_prompt_length=400,
                      block_size=512).dataset  # fmt: skip
     assert oss.decode(row["prompt_ids"]) == prompt
+
+
+@pytest.mark.parametrize("said", [{"reasoning_content": R1}, {"thinking": R1}, {"content": A2}])
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_an_answer_follows_its_call_once(prepare, qwen, said, trainer):
+    """gpt-oss renders a call with reasoning in another way once the answer is there."""
+    oss = copy.copy(qwen)
+    oss.chat_template = TEMPLATES["gptoss"]
+    before = [user(Q1), {**assistant(""), **said, "tool_calls": [CALL]}, result("Result1", "look")]
+    row = {"messages": [*before, assistant(A1)]}
+    if trainer == "dpo":
+        row = {"chosen": row["messages"], "rejected": [*before, assistant("No.")]}
+    sample = prepare(
+        [row], using=oss, chat_template="tokenizer", trainer=trainer, block_size=2048, max_prompt_length=1024
+    ).dataset[-1]
+    ids = sample["input_ids"] if trainer == "sft" else sample["prompt_ids"] + sample["chosen_ids"]
+    if "reasoning_content" in said:  # the template has another name for it
+        before[1] = {**assistant(""), "thinking": R1, "tool_calls": [CALL]}
+    asked = oss.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    assert oss.decode(ids) == f"{asked}<|channel|>final<|message|>{A1}<|return|>"
+
+
+@pytest.mark.parametrize("content", ["y", "i", "AI"])
+def test_an_answer_without_a_question_is_found_by_its_place(prepare, qwen, content):
+    """The words of the answer are in the system turn of the template, too."""
+    tokenizer = copy.copy(qwen)
+    tokenizer.chat_template = (
+        "<|im_start|>system\nYou are an AI assistant, really.<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    [row] = prepare([{"messages": [assistant(content)]}], using=tokenizer, chat_template="tokenizer").dataset
+    assert trained_text(tokenizer, row) == f"{content}<|im_end|>"
+
+
+def test_the_words_of_a_trained_result_are_not_those_of_its_tag(read):
+    row = {"messages": [user(Q1), {**assistant(""), "tool_calls": [CALL]}, result("res", "look")]}
+    texts, trained, _ = read(row, roles_to_train=["tool"])
+    assert trained == ["res\n</tool_response><|im_end|>"] and "<tool_response>\nres" in texts[0]
