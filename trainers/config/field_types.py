@@ -55,14 +55,24 @@ def read_strategy(value: Any) -> Any:
     return "no" if value is False else value
 
 
-def read_object(value: Any) -> Any:
-    """Return the object that the text of a flag has as JSON."""
+# Variables of a chat template that are set for each conversation.
+CONVERSATION = {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
+
+
+def read_variables(value: Any) -> Any:
+    """Return the variables of a chat template; the text of a flag has them as JSON.
+
+    Raises:
+        ValueError: the text is no JSON, or a variable is set for each conversation.
+    """
     value = read_none(value)
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except ValueError as error:
             raise ValueError('it must be an object, such as {"enable_thinking": false}') from error
+    if isinstance(value, dict) and (taken := sorted(CONVERSATION & value.keys())):
+        raise ValueError(f"{', '.join(taken)} is set for each conversation; remove it")
     return value
 
 

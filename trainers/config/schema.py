@@ -24,9 +24,9 @@ from trainers.config.field_types import (
     read_bool,
     read_checkpointing,
     read_none,
-    read_object,
     read_sources,
     read_strategy,
+    read_variables,
 )
 from trainers.config.kinds import KINDS, TrainerKind, TrainerName, trainers
 
@@ -118,7 +118,7 @@ class TrainConfig(BaseModel):
         description="Format of conversations: tokenizer (its own template), chatml, zephyr, phi3, alpaca, "
         "the path of a .jinja file, default, tool_use or rag (where the tokenizer has several), or null.",
     )
-    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(read_object)] = Field(
+    chat_template_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(read_variables)] = Field(
         None,
         description="More variables for the template, such as {enable_thinking: false}. A column of this "
         "name adds to them.",

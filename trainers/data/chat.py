@@ -239,7 +239,7 @@ class Renderer:
         if not spans:
             raise RowError(
                 "chat_template: this template changes earlier turns, so the assistant's turns cannot be "
-                "located. Set train_on: all."
+                "located. Use another template; sft can also train on the complete text (train_on: all)."
             )
         return Rendered(text, spans, [prompt], exact_end=True, notes=notes), lost
 

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainers.config.field_types import read_variables
 from trainers.data.samples import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -122,7 +123,9 @@ def read_messages(value: Any) -> tuple[Turns, frozenset[int]]:
         RowError: the value is not a conversation.
     """
     if isinstance(value, str):
-        value = parse_list(value)
+        text, value = value, parse_list(value)
+        if value is None:
+            raise RowError(f"messages must be a list as JSON, and this text is not: {short(text)}.")
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -261,8 +264,10 @@ def read_options(value: Any) -> dict[str, Any]:
     """
     if value is None or value == "":
         return {}
-    if isinstance(value, str):
-        value = _json(value, "chat_template_kwargs")
+    try:
+        value = read_variables(value)
+    except ValueError as error:
+        raise RowError(f"chat_template_kwargs: {error}.") from error
     if not isinstance(value, dict):
         raise RowError(f"chat_template_kwargs must be an object, not {short(value)}.")
     return {str(key): part for key, part in value.items() if part is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -156,3 +157,15 @@ def test_an_answer_that_the_template_cuts_is_refused(refused, tokenizer, trainer
     row = {"chosen": cut, "rejected": OTHER} if trainer in PAIRS else {"messages": cut}
     refused([row], "row 1", "does not render all of an answer", trainer=trainer, using=odd,
             chat_template="tokenizer")  # fmt: skip
+
+
+def test_a_variable_of_the_conversation_is_refused_by_name(refused, tokenizer):
+    row = {"messages": TURNS, "chat_template_kwargs": {"messages": [], "thinking": True}}
+    refused([row], "row 1", "chat_template_kwargs: messages is set for each conversation", using=tokenizer,
+            chat_template="tokenizer")  # fmt: skip
+
+
+def test_a_cell_with_a_part_of_a_list_is_named_as_such(refused, tokenizer):
+    good, bad = ({"messages": text} for text in (json.dumps(TURNS), '[{"role": "user", "content": "x'))
+    refused([good, good, bad], "row 3", "must be a list as JSON, and this text is not", suffix="csv",
+            chat_template="tokenizer", using=tokenizer)  # fmt: skip
