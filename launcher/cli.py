@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not disk_is_full(error):
             raise
         text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        say("error", f"{text or f'{error.filename}: {error.strerror}'}. Free some space.")
+        say("error", f"{text}. Free some space." if text else f"{error.strerror}.")
         return DISK_FAILED
     except KeyboardInterrupt:  # before ranks were started, or in a command without ranks
         return 128 + signal.SIGINT

@@ -15,10 +15,11 @@ If this process is killed, the spare serves the launcher in the same way, on its
 Many short runs can share the imports. `python -m trainers.warm --keep PATH trainers.sft deepspeed` listens on
 a socket in the file system. For each launcher that connects (PHALANX_WARM=PATH) it forks a process, which
 serves the launcher as above, and ends when the launcher does. Only processes of one user talk to each other
-(rank/private_socket.py). The first message of the launcher has its working directory, its log, and the
-environment variables that imports read:
+(rank/private_socket.py). The first message of the launcher has its working directory, its log, what its
+children inherit (rank/inherited.py), and the environment variables that imports read:
 
-    launcher -> here    {"cwd": ..., "log": ..., "environ": {...}}  with the lock of the run as descriptors
+    launcher -> here    {"cwd": ..., "log": ..., "inherited": {...}, "environ": {...}}
+                                                                    with the lock of the run as descriptors
     here -> launcher    {"imported": 0, "pid": ...}                 the process that serves it
     here -> launcher    {"refused": ...}                            the launcher then starts its own process
 """
@@ -44,6 +45,7 @@ from trainers.model.trust import refuse_kernels_at_imports
 from trainers.rank import no_links
 from trainers.rank.forking import Parent, Rank
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.inherited import take_on
 from trainers.rank.library_patches import replaced
 from trainers.rank.private_socket import accept, check_free, listen, peer
 from trainers.rank.say import say
@@ -103,6 +105,11 @@ def _serve_one(channel: socket.socket, left: dict[str, str], environ: Mapping[st
         if other := read_by_imports(environ).items() ^ hello["environ"].items():
             names = ", ".join(sorted({name for name, _ in other}))
             parent.send(refused=f"its imports used other values of {names}")
+            return None
+        try:
+            take_on(hello["inherited"])
+        except ValueError as error:
+            parent.send(refused=str(error))
             return None
         os.chdir(hello["cwd"])
         _write_to(hello["log"])

@@ -92,6 +92,11 @@ def predict_disk(parameters: int, config: TrainConfig) -> tuple[int, int]:
     return int(trained * (FLOAT32_BYTES + moments)) if saves else 0, int(trained * FLOAT32_BYTES)
 
 
+def predict_merged(parameters: int, config: TrainConfig) -> int:
+    """Return the bytes of a merged model: it has the dtype of the matrix products."""
+    return parameters * (FLOAT32_BYTES // 2 if config.mixed_precision else FLOAT32_BYTES)
+
+
 def _holds_reference(config: TrainConfig) -> bool:
     """Whether a second, frozen model stays in memory. With an adapter, the base model is the reference."""
     kept = config.kind.reference and not config.precompute_ref_log_probs

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config import Run
-from launcher.plan.memory import predict_disk, size_of_model
+from launcher.plan.disk import check_disk
+from launcher.plan.memory import size_of_model
 from trainers.config.errors import ConfigError
 from trainers.config.mix import sources_of
 from trainers.config.schema import TrainConfig
-from trainers.config.text import count_of, format_bytes
 from trainers.data.columns import check_split
 from trainers.data.files import find_split
-from trainers.rank.say import say
-from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.resumed import check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
@@ -29,14 +25,15 @@ def preflight(run: Run, others: Sequence[Input] = ()) -> None:
 
     Raises:
         ConfigError: the first problem that would stop the run.
+        OSError: the disk has no room for what the run will write.
     """
     check_model(run.train)
     check_data(run.train)
     check_hub(run.train)
-    check_disk(run.folder, run.train)
     check_place(run.folder, run.train, run.config_path, others)
     check_free(run.folder, run.train, run.config_path)
     check_resume(run.folder, run.train)
+    check_disk(run.folder, run.train)
 
 
 def check_model(train: TrainConfig) -> None:
@@ -55,43 +52,6 @@ def check_model(train: TrainConfig) -> None:
             f"base_model: {folder} has no weights. Expected *.safetensors or pytorch_model*.bin."
         )
     size_of_model(train.model)  # raises if a *.safetensors file has another format
-
-
-def check_disk(folder: Path, train: TrainConfig) -> None:
-    """Check that the run's file system has room for a checkpoint and the final model, as predicted."""
-    parameters = size_of_model(train.model)
-    if parameters is None:
-        return
-    existing = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.is_dir())
-    free = shutil.disk_usage(existing).free
-    if train.overwrite:  # the old checkpoints are deleted first
-        free += sum(_size(old) for old in checkpoint_folders(folder))
-    checkpoint, model = predict_disk(parameters, train)
-    if checkpoint + model > free:
-        raise ConfigError(
-            f"project_name: a checkpoint of this run needs about {format_bytes(checkpoint)} and its final "
-            f"model {format_bytes(model)} (predicted), but {existing} has only {format_bytes(free)} free. "
-            "Free some space, or give a project_name on another disk."
-        )
-    at_most = (train.save_total_limit + 1) * checkpoint + model  # one more while it is written
-    if checkpoint and at_most > free:
-        say(
-            "warning",
-            f"project_name: {count_of(train.save_total_limit, 'checkpoint')} of this run, the one that is "
-            f"being written and its final model need about {format_bytes(at_most)} (predicted), but "
-            f"{existing} has {format_bytes(free)} free. Old checkpoints are deleted earlier, or saves are "
-            "skipped. Lower save_total_limit, or free some space.",
-        )
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes of a folder's files. Another machine of this start may delete some meanwhile."""
-    size = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                size += os.lstat(os.path.join(path, name)).st_size
-    return size
 
 
 def check_hub(train: TrainConfig) -> None:

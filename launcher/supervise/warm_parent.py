@@ -20,6 +20,7 @@ from launcher.supervise.progress import Progress
 from trainers.config.errors import ConfigError
 from trainers.rank import no_links
 from trainers.rank.import_environment import read_by_imports
+from trainers.rank.inherited import inherited
 from trainers.rank.outliving import die_with_parent
 from trainers.rank.private_socket import connect
 from trainers.rank.proc_stat import read_stat, watch
@@ -100,7 +101,12 @@ class WarmParent:
 
     def _join(self, kept: Path, environ: Mapping[str, str], log: Path, locks: list[int]) -> bool:
         """Connect to the process that is kept for several runs. Return whether it serves this run."""
-        hello = {"cwd": os.getcwd(), "log": str(log), "environ": read_by_imports(environ)}
+        hello = {
+            "cwd": os.getcwd(),
+            "log": str(log),
+            "inherited": inherited(),
+            "environ": read_by_imports(environ),
+        }
         try:
             self.socket = connect(kept)
             socket.send_fds(self.socket, [json.dumps(hello).encode()], locks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -26,8 +27,10 @@ from launcher.plan.accelerate_config import build_accelerate_config, build_deeps
 from launcher.plan.backend import resolve_backend
 from launcher.plan.command import build_command
 from launcher.plan.topology import free_port, resolve_topology
+from launcher.supervise import warm_parent
 from launcher.supervise.launches import WarmLaunch
 from launcher.supervise.warm_parent import Refused, WarmParent
+from trainers.rank.inherited import inherited
 from trainers.rank.proc_stat import read_stat
 from trainers.rank.protocol import WARM, AttemptFiles
 
@@ -36,6 +39,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 PROBE = """
 import ctypes, json, os, signal, sys, time
 from pathlib import Path
+from trainers.rank.inherited import inherited
 
 def main(argv):
     folder, code, seconds = Path(argv[0]), int(argv[1]), float(argv[2])
@@ -56,6 +60,7 @@ def main(argv):
         "leads its session": os.getsid(0) == os.getpid(),
         "signals": {int(number): str(signal.getsignal(number)) for number in numbers},
         "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+        "inherited": inherited(),
         "descriptors": len(os.listdir("/proc/self/fd")),
     }
     (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(facts))
@@ -229,7 +234,7 @@ def test_a_forked_rank_equals_a_launched_rank(
             assert mine == theirs
         if case.startswith("zero"):
             assert facts["environ"]["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
-        for same in ("threads", "argv", "path", "folder", "signals", "blocked", "descriptors"):
+        for same in ("threads", "argv", "path", "folder", "signals", "blocked", "inherited", "descriptors"):
             assert facts[same] == other[same], same
 
 
@@ -481,6 +486,50 @@ def test_no_rank_of_a_kept_process_outlives_a_launcher_that_is_killed(
     again = joined(kept)
     again.close()
     assert again.process is None, "the kept process does not serve the next launcher"
+
+
+def test_ranks_of_a_kept_process_inherit_from_the_launcher(
+    kept: dict[str, str], arguments: Callable[..., list[str]], work: Path
+) -> None:
+    """The kept process has the umask, limits, CPUs and niceness of another terminal."""
+    cpu = max(os.sched_getaffinity(0))
+    limits = f"umask 027; ulimit -Sn 333; ulimit -Sf 4444; ulimit -Hc 0; exec taskset -c {cpu} nice -n 3"
+    argv = ["bash", "-c", f'{limits} {sys.executable} "$@"', "bash"]
+    argv += ["-c", LAUNCHER, str(work), "alone", *arguments("ddp")]
+    with subprocess.Popen(
+        argv, cwd=REPO, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as launcher:
+        assert launcher.stdout is not None
+        watched = [os.pidfd_open(pid) for pid in json.loads(launcher.stdout.readline()).values()]
+        for descriptor in watched:
+            assert select.select([descriptor], [], [], 60)[0]
+            os.close(descriptor)
+        launcher.communicate()
+    found = facts_of(work / "ddp-0")
+    assert set(found) == {"0", "1"}
+    for facts in found.values():
+        got = facts["inherited"]
+        assert (got["umask"], got["cpus"], got["niceness"]) == (0o027, [cpu], 3)
+        assert got["limits"]["RLIMIT_NOFILE"][0] == 333
+        assert got["limits"]["RLIMIT_FSIZE"][0] == 4444 * 1024
+        assert got["limits"]["RLIMIT_CORE"][1] == 0
+
+
+def test_a_kept_process_refuses_a_limit_that_it_may_not_have(
+    kept: dict[str, str], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even root may open so many files."""
+    wanted = inherited()
+    wanted["limits"] |= {"RLIMIT_NOFILE": [64, 1 << 40]}
+    monkeypatch.setattr(warm_parent, "inherited", lambda: wanted)
+    parent = joined(kept)
+    parent.close()
+    assert parent.process is not None
+    assert re.search(
+        r"PHALANX_WARM: its limit RLIMIT_NOFILE is \d+ \d+, and cannot be 64 1099511627776 as here; the run "
+        "imports the libraries itself",
+        capsys.readouterr().out,
+    )
 
 
 def test_a_kept_process_refuses_another_import_environment(

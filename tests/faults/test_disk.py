@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from planted import fill
 
 from trainers.storage.manifest import MANIFEST, newest_usable, read_manifest, why_unusable
 
@@ -54,7 +55,7 @@ def test_a_save_without_room_is_skipped_before_anything_is_written(faults, small
 def test_too_small_a_disk_is_refused_before_the_ranks_start(faults, small_disk):
     small_disk("tiny", MiB)
     run = faults.run("tiny", "ddp")
-    assert run.code == 2
+    assert run.code == 8
     assert "project_name: a checkpoint of this run needs about" in run.err
     assert not list((run.folder / "launch").glob("attempt-*"))
 
@@ -74,8 +75,14 @@ def test_the_final_save_on_a_full_disk_keeps_all_and_a_resume_saves_the_model(fa
     assert "restart 1" not in run.err and not (run.folder / "model.safetensors").exists()
     assert why_unusable(run.folder / "checkpoint-12", content=True) is None
     (folder / "filler").unlink()
+    model = faults.uninterrupted(backend).folder / "model.safetensors"
+    fill(folder, model.stat().st_size + SLACK)  # no room for another checkpoint
     run = faults.run(name, backend, "--save-total-limit", "1", "--resume")
     assert f"resume: {name}/checkpoint-12" in run.out
+    faults.same_end(run, backend)
+    (folder / "filler").unlink()
+    fill(folder, SLACK)  # nothing is left to do, so no room for a model is needed
+    run = faults.run(name, backend, "--save-total-limit", "1", "--resume")
     faults.same_end(run, backend)
 
 

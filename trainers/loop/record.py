@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.on_resume import as_trained, same_length, why_too_short
+from trainers.config.on_resume import as_trained
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -19,7 +19,14 @@ from trainers.storage import run_files
 from trainers.storage.ending import MERGE, Ending, damaged_model, good_copy, read_ending
 from trainers.storage.identity import ID, RECORD, new_id, recorded_id
 from trainers.storage.manifest import read_manifest
-from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
+from trainers.storage.resumed import (
+    INPUTS,
+    check_finished,
+    has_steps_left,
+    read_record,
+    trained_config,
+    update_record,
+)
 from trainers.storage.run_folder import FINISHED, write_record
 
 if TYPE_CHECKING:
@@ -44,12 +51,8 @@ def ended_before(trainer: Durable, folder: Path) -> Ending | None:
         return None
     if record is not None:
         check_finished(folder, record, config, trainer.inputs)
-    # With the same length it has ended, also if a step has another size now.
-    if record is None or not same_length(trained_config(record), config):
-        if short := why_too_short(str(folder), ending.step, config, trainer.last_step):
-            raise ConfigError(short)
-        if ending.step != trainer.last_step:
-            return None
+    if has_steps_left(folder, ending, record, config, trainer.last_step):
+        return None
     verifies, why = agreement.from_rank_0(_verify(folder, ending) if first else (True, ""))
     if why:
         raise ConfigError(why)

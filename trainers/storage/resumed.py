@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.on_resume import ANEW, FIXED, settled, why_refused, why_too_short
+from trainers.config.on_resume import ANEW, FIXED, same_length, settled, why_refused, why_too_short
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.storage import run_files
+from trainers.storage.ending import Ending
 from trainers.storage.identity import RECORD
 from trainers.storage.manifest import read_manifest
 from trainers.storage.run_folder import FINISHED, resume_checkpoint
@@ -59,6 +60,23 @@ def check_finished(
     then = record.get(INPUTS)
     if inputs is not None and then is not None:
         check_inputs(str(folder), Inputs(**then), inputs)
+
+
+def has_steps_left(
+    folder: Path, ending: Ending, record: dict[str, Any] | None, config: TrainConfig, last_step: int | None
+) -> bool:
+    """Return whether a resume of a finished run, which would end at `last_step`, trains. None: not known.
+
+    With the same length it has ended, also if a step has another size now.
+
+    Raises:
+        ConfigError: the run would end before the step that it is trained to.
+    """
+    if record is not None and same_length(trained_config(record), config):
+        return False
+    if last_step is not None:
+        _refuse(why_too_short(str(folder), ending.step, config, last_step))
+    return ending.step != last_step
 
 
 def check_checkpoint(

@@ -22,11 +22,13 @@ from trainers.rank import no_links
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage import run_files
+from trainers.storage.folder_lock import lock_owner
 from trainers.storage.identity import RECORD
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
     checkpoint_folders,
+    is_checkpoint,
     newest_usable,
     step_of,
     why_unusable,
@@ -66,6 +68,31 @@ def _is_of_earlier_version(folder: Path) -> bool:
         or any(p.is_file() for p in checkpoints)
         or bool(_earlier_attempts(folder))
     )
+
+
+def owner_of(folder: Path) -> Path | None:
+    """Return the folder around this one that belongs to a run, or is a checkpoint. Links are resolved.
+
+    A run may delete what is inside its folder. A folder that only contains runs belongs to none.
+    """
+    return next((outer for outer in folder.resolve().parents if _belongs_to_run(outer)), None)
+
+
+def _belongs_to_run(folder: Path) -> bool:
+    marks = (run_files.WRITTEN, run_files.JOBS)
+    return (
+        any(os.path.lexists(folder / mark) for mark in marks)
+        or _is_record(folder / RECORD)
+        or bool(_earlier_attempts(folder))
+        or is_checkpoint(folder)
+        or _is_locked(folder)
+    )
+
+
+def _is_locked(folder: Path) -> bool:
+    lock = folder / LOCK
+    readable = lock.is_file() and not lock.is_symlink() and os.access(lock, os.R_OK)
+    return readable and lock_owner(folder) is not None
 
 
 def _is_record(path: Path) -> bool:

@@ -20,7 +20,7 @@ from trainers.storage.data_cache import cache_folder
 from trainers.storage.manifest import CHECKPOINT_PREFIX, is_checkpoint
 from trainers.storage.places import Place
 from trainers.storage.run_files import is_name_of_run
-from trainers.storage.run_folder import holds_run
+from trainers.storage.run_folder import holds_run, owner_of
 
 _KEYS = {field: f"data.{key}" for key, field in DATA_KEYS.items()} | {"model": "base_model"}
 
@@ -37,7 +37,7 @@ class Input:
 def check_place(
     folder: Path, config: TrainConfig, config_file: Path | None = None, others: Sequence[Input] = ()
 ) -> None:
-    """Refuse a run's folder that is, contains, or lies inside something that the run reads.
+    """Refuse a run's folder that is, contains, or lies inside something that the run reads, or another run.
 
     Links are resolved, and bind mounts are known. The config file may be in the folder, under a name that no
     run writes. A run may resume from its own checkpoint. `others` are inputs that the config does not name.
@@ -60,6 +60,11 @@ def check_place(
                 f"project_name: {folder} {relation} {read.name} ({read.path}), which this run reads. The run "
                 "would write over it or delete it. Give another project_name."
             )
+    if outer := owner_of(folder):
+        raise ConfigError(
+            f"project_name: {folder} lies inside {outer}, which belongs to another run. That run may delete "
+            "it. Give another project_name, next to that run."
+        )
     for place in _where(config_file) if config_file else ():
         if (inside := run.name_inside(place)) and is_name_of_run(inside):
             raise ConfigError(

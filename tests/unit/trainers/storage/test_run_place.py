@@ -15,6 +15,8 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import INPUT_FIELDS, TrainConfig
 from trainers.loop import life
 from trainers.storage import run_files
+from trainers.storage.folder_lock import lock_folder, unlock_folder
+from trainers.storage.manifest import MANIFEST
 from trainers.storage.run_folder import claim
 from trainers.storage.run_place import check_output
 
@@ -36,6 +38,9 @@ FLAGS = {"plain": [], "overwrite": ["--overwrite"], "resume": ["--resume"]}
 FOLDERS = ("data", "model", "model_ref", "PHALANX_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 OVERLAPS = [(kind, relation) for kind in FOLDERS for relation in ("is", "contains", "inside")]
 OVERLAPS += [("list", "contains"), ("chat_template", "contains")]  # files
+CHECKPOINT = f"checkpoint-20/{MANIFEST}"
+INSIDE = [(mark, "plain") for mark in ("run.json", "launch/jobs.jsonl", ".lock", CHECKPOINT)]
+INSIDE += [(".written", flags) for flags in FLAGS]
 Train = Callable[..., str]
 
 
@@ -185,6 +190,41 @@ def test_an_input_whose_files_are_links_into_the_folder_is_refused(refused: Trai
     for path in Path("my").iterdir():
         (Path("view") / path.name).symlink_to(path.absolute())
     assert "contains files of" in refused("my", "--overwrite", **{kind: "view"})
+
+
+@pytest.mark.parametrize(("mark", "flags"), INSIDE)
+def test_a_folder_inside_another_run_s_folder_is_refused(
+    refused: Train, accepted: Callable[..., None], mark: str, flags: str
+) -> None:
+    """That run deletes it with a checkpoint, with `saving`, or with --overwrite."""
+    outer = Path("runs/one")
+    inner = outer / "checkpoint-20" / "deep"
+    inner.mkdir(parents=True)
+    if flags != "plain":
+        claim(inner, TrainConfig())
+        fake_checkpoint(inner, 2)
+    accepted(str(inner), *FLAGS[flags])  # the folders around it only have names of a run
+    if mark == ".written":
+        run_files.begin(outer, of_earlier_version=False)
+    elif mark == "run.json":
+        (outer / mark).write_text('{"config": {}, "versions": {}}')
+    elif mark == ".lock":
+        lock_folder(outer)
+    else:
+        write_rows(outer / mark)
+    Path("short").symlink_to(outer)
+    owner = ((outer / mark).parent if mark == CHECKPOINT else outer).resolve()
+    try:
+        for run in (inner, Path("short/checkpoint-20/deep")):
+            message = refused(str(run), *FLAGS[flags])
+            assert f"project_name: {run} lies inside {owner}, which belongs to another run" in message
+    finally:
+        unlock_folder()
+
+
+def test_runs_next_to_each_other_in_a_folder_are_accepted(accepted: Callable[..., None]) -> None:
+    claim(Path("runs/one"), TrainConfig())
+    accepted("runs/two")
 
 
 @pytest.mark.parametrize("run", ["home", "home/deeper"])
