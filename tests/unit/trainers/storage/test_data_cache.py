@@ -103,6 +103,7 @@ DAMAGE = {
     "missing": (lambda entry: (entry / "data").unlink(), "data is missing"),
     "of an earlier version": (lambda entry: (entry / "files.json").unlink(), "it has no files.json"),
     "cut hashes": (lambda entry: os.truncate(entry / "files.json", 9), "its files.json cannot be read"),
+    "nested": (lambda entry: (entry / "files.json").write_text("[" * 100_000), "files.json cannot be read"),
 }
 
 
