@@ -16,7 +16,7 @@ from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks, remember_flags
-from trainers.rank.failures import disk_is_full, no_space
+from trainers.rank.failures import disk_is_full, no_space, refused_place
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, outlive_readers
 
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("error", line)
         return USAGE_ERROR
     except OSError as error:
+        if refused := refused_place(error):
+            say("error", refused[0])
+            return refused[1]
         if not disk_is_full(error):
             raise
         text = no_space(error, [Path(), Path(tempfile.gettempdir())])

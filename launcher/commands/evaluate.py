@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from trainers.evaluate import ACCELERATE, LM_EVAL
 from trainers.rank.no_links import LinkFound
 from trainers.storage.run_place import check_output
 from trainers.storage.saved_model import ADAPTER
+from trainers.storage.state_files import read_object
 
 HIDING = "trainers.evaluate"  # runs the module that follows, with secrets hidden
 RESULTS = "evaluation"  # in the run's folder
@@ -78,7 +78,7 @@ def _model(folder: Path) -> dict[str, str]:
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         found = {"pretrained": str(folder)}
     elif adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_object(adapter, "Save the model again.").get("base_model_name_or_path")
         found = {"pretrained": str(base), "peft": str(folder), "tokenizer": str(folder)}
     else:
         raise ConfigError(

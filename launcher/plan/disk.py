@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -84,7 +83,7 @@ def _is_of_last_step(checkpoint: Path, train: TrainConfig) -> bool:
     if manifest.config is None or not same_length(manifest.config, train):
         return False
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / STATE).read_text(encoding="utf-8"))
         return bool(manifest.step >= state["max_steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

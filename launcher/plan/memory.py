@@ -5,13 +5,13 @@ These are predictions, not measurements.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.config.hub_paths import hub_cache
+from trainers.config.json_text import parse_json
 from trainers.config.schema import TrainConfig
 from trainers.storage.sizes import ADAM_BYTES, FLOAT32_BYTES
 
@@ -56,7 +56,7 @@ def _safetensors_size(file: Path) -> int:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > MAX_HEADER:
                 raise ValueError("the header is too long")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except (struct.error, ValueError):
         raise ConfigError(
             f"base_model: {file} is not a safetensors file (perhaps a Git LFS pointer). Download it again."

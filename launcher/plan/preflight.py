@@ -19,6 +19,8 @@ from trainers.storage.resumed import check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
 
+_HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")  # as huggingface_hub checks it
+
 
 def preflight(run: Run, others: Sequence[Input] = ()) -> None:
     """Check the model, the data, the upload, the disk and the run's folder. `others`: see check_place().
@@ -43,6 +45,11 @@ def check_model(train: TrainConfig) -> None:
         if train.model.startswith((".", "/", "~")) or train.model.count("/") > 1:
             raise ConfigError(
                 f"base_model: the folder {train.model} does not exist. Give a model folder, or a hub id."
+            )
+        if not _HUB_ID.fullmatch(train.model):
+            raise ConfigError(
+                f"base_model: there is no folder {train.model}, and it is not a valid hub id: letters, "
+                "digits, '.', '_' and '-', at most 96 of them in the name."
             )
         return
     if not (folder / "config.json").is_file():

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from trainers.config.json_text import parse_json
 from trainers.rank import no_links
 from trainers.storage.run_files import JOBS
 
@@ -72,5 +73,5 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         # On a network file system two machines may write into the same line.
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+            found.append(parse_json(line))
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.supervise.diagnosis import Failure
 from trainers.config.errors import OUT_OF_MEMORY, PEER_LOST, ConfigError
+from trainers.config.json_text import parse_json
 from trainers.rank import no_links
 from trainers.storage.run_files import MACHINES
 
@@ -105,7 +106,7 @@ def _text(path: Path) -> str | None:
 
 def read_message(path: Path) -> dict[str, Any] | None:
     text = _text(path)
-    value: dict[str, Any] | None = None if text is None else json.loads(text)
+    value: dict[str, Any] | None = None if text is None else parse_json(text)
     return value
 
 

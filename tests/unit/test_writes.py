@@ -26,6 +26,7 @@ ELSEWHERE = {
     ("trainers/storage/data_cache.py", "rmtree"): "the same",
     ("trainers/storage/data_cache.py", "rename"): "the same",
     ("trainers/storage/data_cache.py", "open"): "the same",
+    ("trainers/storage/data_cache.py", "write_text"): "the same",
     ("trainers/data/prepare.py", "save_to_disk"): "the same",
     ("trainers/data/prepare.py", "save"): "the same",
     ("trainers/data/prepare.py", "write_text"): "the same",

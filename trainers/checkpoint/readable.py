@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from trainers.checkpoint.safe_pickle import SafeReader
+from trainers.config.json_text import parse_json
 from trainers.config.text import first_line
 
 
@@ -39,7 +39,7 @@ def _index(path: Path) -> None:
 
 
 def _object(path: Path) -> None:
-    if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+    if not isinstance(parse_json(path.read_text(encoding="utf-8")), dict):
         raise ValueError("it holds no JSON object")
 
 

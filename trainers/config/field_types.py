@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+
+from trainers.config.json_text import parse_json
 
 
 def read_none(value: Any) -> Any:
@@ -68,7 +69,7 @@ def read_variables(value: Any) -> Any:
     value = read_none(value)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise ValueError('it must be an object, such as {"enable_thinking": false}') from error
     if isinstance(value, dict) and (taken := sorted(CONVERSATION & value.keys())):
@@ -81,7 +82,7 @@ def read_sources(value: Any) -> Any:
     value = read_none(value)
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return parse_json(value)
         except ValueError as error:
             raise ValueError('it must be a list, such as [{"path": "data", "weight": 2}]') from error
     return value

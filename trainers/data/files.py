@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 # Python writes a missing number as NaN, which is not JSON: it is null here.
@@ -139,7 +140,7 @@ def parse_row(line: str) -> dict[str, Any]:
         ValueError: it is not JSON of an object. The message is for the user.
     """
     try:
-        row = _JSON.decode(line.removeprefix("\ufeff"))
+        row = parse_json(line.removeprefix("\ufeff"), _JSON.decode)
         if "\\ud" in line or "\\uD" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is not a character
     except (json.JSONDecodeError, UnicodeEncodeError) as error:
@@ -152,7 +153,7 @@ def parse_row(line: str) -> dict[str, Any]:
 
 def _json_array(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
         raise ConfigError(f"{where}: not valid JSON. Fix the file.") from None

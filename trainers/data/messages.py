@@ -8,12 +8,12 @@ literals.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.config.field_types import read_variables
+from trainers.config.json_text import parse_json
 from trainers.data.samples import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,7 +87,7 @@ def parse_list(text: str) -> Any:
     text = text.strip()
     if not text.startswith("["):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             return parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -229,7 +229,7 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
 def object_or_text(text: str) -> Any:
     """Return the object that a text contains as JSON, or the text."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return text
     return value if isinstance(value, dict) else text
@@ -275,7 +275,7 @@ def read_options(value: Any) -> dict[str, Any]:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise RowError(f"{what} must be JSON, not {short(text)} ({error}).") from error
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of
 from trainers.data.chat_template import training_templates
@@ -145,7 +146,7 @@ def prepare(
         shutil.rmtree(unfinished / "raw", ignore_errors=True)
 
     make_once(folder, make, needed=source.bytes)
-    summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    summary = Summary(**parse_json((folder / "summary.json").read_text(encoding="utf-8")))
     if summary.kept == 0:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in sorted(summary.dropped.items()))
         raise ConfigError(

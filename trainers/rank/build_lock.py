@@ -8,11 +8,11 @@ that the launcher can tell whether it still lives.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from trainers.config.json_text import parse_json
 from trainers.rank.proc_stat import read_stat
 
 
@@ -24,7 +24,7 @@ def this_process() -> dict[str, Any]:
 def owner_has_ended(lock: Path) -> bool | None:
     """Return whether the owner in a lock has ended. None: the lock has none, or it is on another machine."""
     try:
-        owner = json.loads(lock.read_text(encoding="utf-8"))
+        owner = parse_json(lock.read_text(encoding="utf-8"))
         where = {name: owner[name] for name in _where()}
         pid, start = owner["pid"], owner["start"]
     except (OSError, ValueError, TypeError, KeyError):

@@ -28,6 +28,14 @@ from trainers.config.text import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# What the system says of a path that the user gave -> what to do.
+_REFUSED = {
+    errno.EROFS: "Give a folder on a file system that can be written.",
+    errno.EACCES: "Give a folder that you may read and write.",
+    errno.EPERM: "Give a folder that you may read and write.",
+    errno.ENAMETOOLONG: "Give a shorter name: most file systems allow 255 bytes.",
+}
+_LONGEST_NAME = 100  # characters of a path that is too long, in a message
 _DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 # Messages for a full disk without its error number: of safetensors, of datasets, and of torch's zip writer.
 _FULL_SIGNS = re.compile(
@@ -111,6 +119,20 @@ def no_space(error: BaseException, folders: Sequence[Path]) -> str | None:
         f"there is no space left to write {'' if files else 'in '}{place}: the disk {disk} has "
         f"{format_bytes(_free(place))} free"
     )
+
+
+def refused_place(error: OSError) -> tuple[str, int] | None:
+    """Return an error in one line, and its exit code, if the system refuses a path that the user gave.
+
+    That is a read-only file system, a missing permission, or a name that is too long.
+    """
+    if error.errno not in _REFUSED or error.filename is None:
+        return None
+    path = os.fsdecode(error.filename)
+    if error.errno == errno.ENAMETOOLONG and len(path) > _LONGEST_NAME:
+        path = f"{path[:_LONGEST_NAME]}..."
+    code = DISK_FAILED if error.errno in _DISK else USAGE_ERROR
+    return f"{path}: {os.strerror(error.errno)}. {_REFUSED[error.errno]}", code
 
 
 def _existing(path: Path) -> Path:

@@ -81,8 +81,9 @@ def open_file(root: Path, path: Path, mode: str = "r", part_hard_links: bool = T
         try:
             # The caller closes the file.
             return open(path.name, mode, encoding=encoding, opener=no_follow)
-        except OSError:
+        except OSError as error:
             _refuse_link(path, folder)
+            error.filename = str(path)
             raise
 
 
@@ -108,7 +109,7 @@ def write(root: Path, path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the path to an OSError of the block: a write names no file, an open only the last part."""
+    """Add the path to an OSError of the block: a write names no file, a mkdir only the last part."""
     try:
         yield
     except OSError as error:
@@ -152,12 +153,13 @@ def _parent(root: Path, path: Path, make: bool = False) -> Iterator[int]:
         for part in above:
             here /= part
             if make:
-                with suppress(FileExistsError):
+                with suppress(FileExistsError), naming(here):
                     os.mkdir(part, dir_fd=folder)
             try:
                 inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-            except OSError:
+            except OSError as error:
                 _refuse_link(here, folder)
+                error.filename = str(here)
                 raise
             os.close(folder)
             folder = inner

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 from trainers.rank import no_links
 
 # Set by the launcher for its ranks.
@@ -192,5 +193,5 @@ def read_notes(folder: Path, kind: type[Note]) -> list[Note]:
     found = []
     for path in sorted(folder.glob(f"{_RANK}*.{kind.SUFFIX}")):
         with contextlib.suppress(ValueError):
-            found.append(kind(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(kind(**parse_json(path.read_text(encoding="utf-8"))))
     return found

@@ -15,6 +15,8 @@ from typing import Any
 
 import xxhash
 
+from trainers.config.json_text import parse_json
+
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, at equal distances
 MAX_HEADER = 100_000_000  # bytes; safetensors has the same limit
 UNRELATED = ("_name_or_path", "transformers_version")  # keys of config.json that do not change the model
@@ -65,7 +67,7 @@ def _add_samples(digest: Any, path: Path, size: int) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

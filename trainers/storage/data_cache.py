@@ -5,6 +5,9 @@ their file system supports locks between nodes. If it does not, two nodes may cr
 uses a unique name, and the first one to rename its folder wins. The machines of one run avoid this. The
 launcher finds out whether this machine has the same cache as machine 0 (supervise/machines.py); if it has,
 its ranks wait for those of machine 0.
+
+An entry has the sizes and hashes of its files in files.json, which is written last. Each process verifies an
+entry before it uses it, and a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +33,10 @@ from trainers.rank.heartbeat import heart
 from trainers.rank.process import log_folder, rank
 from trainers.rank.protocol import CACHE, WAITS, prepared_mark, run_of
 from trainers.rank.say import say
+from trainers.storage.manifest import FileEntry, damaged_files, hash_file
+from trainers.storage.state_files import read_object
 
+FILES = "files.json"  # in an entry: the size and hash of each of its other files
 LOOK_SECONDS = 0.5
 ABANDONED_SECONDS = 86_400.0  # seconds after which an unfinished folder of another node counts as abandoned
 
@@ -58,7 +66,7 @@ def cache_root() -> Path:
 
 
 def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> None:
-    """Create a folder of the cache unless it exists. `make` creates the folder at the path that it gets.
+    """Create a folder of the cache unless it exists and verifies. `make` creates it at the path that it gets.
 
     `needed` is about how many bytes it takes at least, for the message if the disk is full.
 
@@ -66,15 +74,25 @@ def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> No
         ConfigError: the cache is not writable.
         OSError: the disk of the cache is full.
     """
-    if folder.exists():
+    found = folder.exists()
+    why = _damage(folder) if found else None
+    if found and why is None:
         return
+    if why is not None and rank() == 0:
+        _warn(folder, why)
     _check_writable(folder.parent)
     with _locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.exists():
-            return
+        if folder.exists():  # another process may have made it in the meantime
+            damage = _damage(folder)
+            if damage is None:
+                return
+            if why is None or rank() != 0:
+                _warn(folder, damage)
+            _remove(folder)
         part = _part(folder)
         try:
             make(part)
+            _write_files(part)
         except Exception as error:
             if not disk_is_full(error):
                 raise
@@ -86,6 +104,46 @@ def make_once(folder: Path, make: Callable[[Path], None], needed: int = 0) -> No
             if not folder.exists():
                 raise
             shutil.rmtree(part)  # another node was faster
+
+
+def _write_files(part: Path) -> None:
+    """Write the size and hash of each file of an entry."""
+    files = []
+    for path in sorted(path for path in part.rglob("*") if path.is_file()):
+        files.append(asdict(FileEntry(str(path.relative_to(part)), path.stat().st_size, hash_file(path))))
+        heart.beat()
+    (part / FILES).write_text(json.dumps({"files": files}), encoding="utf-8")
+
+
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with an entry, in one line, or None if all its files verify."""
+    try:
+        files = [FileEntry(**entry) for entry in read_object(folder / FILES, "")["files"]]
+    except FileNotFoundError:  # an earlier version wrote none
+        return f"it has no {FILES}"
+    except (ConfigError, KeyError, TypeError):
+        return f"its {FILES} cannot be read"
+    for file in files:
+        heart.beat()
+        if found := damaged_files(folder, [file], content=True):
+            return found[0]
+    return None
+
+
+def _warn(folder: Path, why: str) -> None:
+    say("warning", f"the prepared data in {folder} is damaged: {why}; preparing it again.")
+
+
+def _remove(folder: Path) -> None:
+    """Remove an entry. It first gets another name, so that no process sees a part of it."""
+    part = _part(folder)
+    try:
+        folder.rename(part)
+    except OSError as error:
+        raise ConfigError(
+            f"{CACHE}: {folder} is damaged and cannot be removed: {error.strerror}. Remove it."
+        ) from None
+    shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager

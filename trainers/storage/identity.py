@@ -5,9 +5,10 @@ A checkpoint that was copied from the folder of another run has another id. Earl
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
+
+from trainers.config.json_text import parse_json
 
 RECORD = "run.json"
 ID = "id"  # the key of run.json
@@ -21,7 +22,7 @@ def new_id() -> str:
 def recorded_id(folder: Path) -> str:
     """Return the id that run.json in a folder records, or an empty string if there is none."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     found = record.get(ID) if isinstance(record, dict) else None

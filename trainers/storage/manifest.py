@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from trainers.config.json_text import parse_json
 from trainers.config.text import count_of
 from trainers.storage.identity import recorded_id
 
@@ -141,7 +142,7 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: the manifest is missing or malformed; the message says which.
     """
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        raw = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, so its save did not finish") from None
     except (OSError, ValueError) as error:

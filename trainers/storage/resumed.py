@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 from trainers.config.on_resume import ANEW, FIXED, same_length, settled, why_refused, why_too_short
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -137,7 +138,7 @@ def _refuse(why: str | None) -> None:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return what run.json records, or None if it is missing or malformed."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
         return record if isinstance(trained_config(record), dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -97,7 +98,7 @@ def _is_locked(folder: Path) -> bool:
 
 def _is_record(path: Path) -> bool:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"config", "versions"} <= record.keys()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from trainers.config.json_text import parse_json
 
 ADAPTER = "adapter_config.json"
 # A tokenizer has at least one of these files, depending on its kind, in addition to tokenizer_config.json.
@@ -53,7 +54,7 @@ def read_object(path: Path) -> dict[str, Any]:
         RuntimeError: the file is missing or malformed.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RuntimeError(f"the saved model is broken: {path} is missing.") from None
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
+from trainers.config.json_text import parse_json
 
 
 def read_text(path: Path, remedy: str) -> str:
@@ -35,7 +36,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         ConfigError: it is damaged.
     """
     try:
-        value = json.loads(read_text(path, remedy))
+        value = parse_json(read_text(path, remedy))
     except json.JSONDecodeError as error:
         raise damaged(path, f"line {error.lineno} is not JSON ({error.msg})", remedy) from None
     if not isinstance(value, dict):
@@ -52,7 +53,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = parse_json(line.decode("utf-8"))
         except ValueError:
             value = None
         if isinstance(value, dict) and line.endswith(b"\n"):

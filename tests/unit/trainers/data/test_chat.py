@@ -91,7 +91,7 @@ def test_a_template_that_rewrites_turns_is_refused(prepare, refused, tokenizer):
     odd = deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     config = {"chat_template": "tokenizer", "using": odd}
-    refused([{"messages": TURNS}], "row 1: chat_template:", "Set train_on: all", **config)
+    refused([{"messages": TURNS}], "row 1: chat_template:", "train_on: all", **config)
     (row,) = prepare([{"messages": TURNS}], train_on="all", **config).dataset
     assert odd.decode(row["input_ids"]) == f"2{TURNS[0]['content']}{GOOD}"
 

@@ -91,6 +91,48 @@ def test_after_a_failure_the_entry_is_created_again(tmp_path: Path) -> None:
     assert (tmp_path / "key" / "data").exists()
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": (lambda entry: flip(entry / "data"), "data has changed since it was written"),
+    "cut": (lambda entry: os.truncate(entry / "data", 3), "data has 3 bytes instead of 8"),
+    "missing": (lambda entry: (entry / "data").unlink(), "data is missing"),
+    "of an earlier version": (lambda entry: (entry / "files.json").unlink(), "it has no files.json"),
+    "cut hashes": (lambda entry: os.truncate(entry / "files.json", 9), "its files.json cannot be read"),
+    "nested": (lambda entry: (entry / "files.json").write_text("[" * 100_000), "files.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_entry_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    damage, why = DAMAGE[kind]
+    entry = tmp_path / "key"
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        fill(folder)
+
+    make_once(entry, make)
+    make_once(entry, make)
+    assert len(made) == 1 and not capsys.readouterr().err
+    damage(entry)
+    threads = [threading.Thread(target=make_once, args=(entry, make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2, "one process makes it, the others use what it made"
+    assert (entry / "data").read_text() == "complete"
+    lines = capsys.readouterr().err.splitlines()
+    assert f"warning: the prepared data in {entry} is damaged: " in lines[0] and why in "".join(lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.lock"}
+
+
 def test_a_cache_that_cannot_be_created_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PHALANX_CACHE", str(tmp_path / "file"))
