@@ -16,7 +16,7 @@ from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks, remember_flags
-from trainers.rank.failures import disk_is_full, no_space, refused_place
+from trainers.rank.failures import disk_is_full, is_too_large, no_space, refused_place
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, outlive_readers
 
@@ -80,10 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if refused := refused_place(error):
             say("error", refused[0])
             return refused[1]
-        if not disk_is_full(error):
+        if not disk_is_full(error) and not is_too_large(error):
             raise
         text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        say("error", f"{text}. Free some space." if text else f"{error.strerror}.")
+        advice = "" if is_too_large(error) else " Free some space."
+        say("error", f"{text}.{advice}" if text else f"{error.strerror}.")
         return DISK_FAILED
     except KeyboardInterrupt:  # before ranks were started, or in a command without ranks
         return 128 + signal.SIGINT

@@ -20,7 +20,7 @@ from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.file import load_settings
 from trainers.config.redaction import hide_in_tracebacks
 from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
-from trainers.rank.failures import disk_is_full, no_space
+from trainers.rank.failures import disk_is_full, is_too_large, no_space
 from trainers.rank.library_output import quieten_libraries
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, is_unread, outlive_readers
@@ -60,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("error", str(error))
         return USAGE_ERROR
     except OSError as error:
-        if not disk_is_full(error):
+        if not disk_is_full(error) and not is_too_large(error):
             raise
         text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        say("error", f"{text}. Free some space." if text else f"{error.strerror}.")
+        advice = "" if is_too_large(error) else " Free some space."
+        say("error", f"{text}.{advice}" if text else f"{error.strerror}.")
         return DISK_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from launcher.plan.memory import predict_disk, predict_merged, size_of_model
+from trainers.config.json_text import parse_json
 from trainers.config.on_resume import same_length
 from trainers.config.schema import TrainConfig
 from trainers.config.text import count_of, format_bytes

@@ -59,7 +59,12 @@ CLASSES = {
         False,
         "The traceback names the row or the file. docs/data.md describes valid rows.",
     ),
-    DISK_FAILED: ("disk", False, "Free some space, or lower save_total_limit. Then continue with --resume."),
+    DISK_FAILED: (
+        "disk",
+        False,
+        "Free some space, lower save_total_limit, or raise the limit that the message names. Then continue "
+        "with --resume.",
+    ),
     HUNG: (
         "hung",
         True,

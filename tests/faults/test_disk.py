@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import shutil
+from collections.abc import Callable, Iterator
 
 import pytest
 from planted import fill
@@ -109,6 +112,30 @@ def test_a_disk_without_a_byte_left_is_named_too(faults, small_disk):
     (folder / "filler").unlink()
     run = faults.run("no-byte", "ddp", "--save-total-limit", "1", "--resume")
     faults.same_end(run, "ddp")
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """file_limit(bytes): limit the size of the files that this process and its children write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero2"])
+def test_a_limit_on_the_size_of_a_file_ends_the_run_at_its_first_save(faults, file_limit, backend):
+    """torch tells it as a full disk. The kept process takes on the limit of the launcher."""
+    checkpoint = faults.uninterrupted(backend).folder / "checkpoint-12"
+    largest = max(read_manifest(checkpoint).files, key=lambda entry: entry.bytes)
+    file_limit(largest.bytes - 1)
+    run = faults.run(f"limited-{backend}", backend)
+    assert run.code == 8, run.out + run.err
+    assert re.search(
+        r"\(disk\): .*saving/checkpoint-4/\S+ would exceed the limit on the size of a file \(ulimit -f\)",
+        run.err,
+    ), run.err
+    assert "restart 1" not in run.err and "unexpected pos" not in run.err and "Traceback" not in run.err
 
 
 @pytest.mark.slow

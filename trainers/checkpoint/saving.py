@@ -31,7 +31,7 @@ from trainers.checkpoint.publishing import make_room, publish, rotate
 from trainers.checkpoint.resuming import SCHEDULER
 from trainers.config.packages import versions
 from trainers.config.text import format_bytes
-from trainers.rank.failures import disk_is_full
+from trainers.rank.failures import disk_is_full, too_large
 from trainers.rank.heartbeat import heart
 from trainers.rank.process import rank, world_size
 from trainers.rank.say import say
@@ -171,10 +171,15 @@ class Durable(BestModel):
 
         A full disk ends this save, but not the run. Each part of a save has its own block, since the next
         part may wait for the other ranks.
+
+        Raises:
+            OSError: a file reached the limit on its size. No save of this run would succeed.
         """
         try:
             yield
         except Exception as error:
+            if limited := too_large(error, self._saving.part):
+                raise limited from error
             if not disk_is_full(error):
                 raise
             self._saving.failure = error
@@ -199,7 +204,7 @@ class Durable(BestModel):
         """Save the final model. Old checkpoints give way to it.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or the limit on the size of a file is too low.
         """
         model: Any = self.model
         saved = [p for p in model.parameters() if self._trains_all or p.requires_grad]
@@ -208,6 +213,8 @@ class Durable(BestModel):
         try:
             super().save_model(folder)
         except Exception as error:
+            if limited := too_large(error, Path(folder or self.run_folder)):
+                raise limited from error
             if not disk_is_full(error):
                 raise
             raise OSError(
@@ -271,6 +278,8 @@ class Durable(BestModel):
             try:
                 fsdp_shards.finish(save.shards)
             except Exception as error:
+                if limited := too_large(error, save.part):
+                    raise limited from error
                 if not disk_is_full(error):
                     raise
                 save.failure = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,12 @@ _REFUSED = {
     errno.ENAMETOOLONG: "Give a shorter name: most file systems allow 255 bytes.",
 }
 _LONGEST_NAME = 100  # characters of a path that is too long, in a message
-_DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
+_DISK = (*_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 # Messages for a full disk without its error number: of safetensors, of datasets, and of torch's zip writer.
 _FULL_SIGNS = re.compile(
     r"No space left on device|Disk quota exceeded|\(os error (28|122)\)|Not enough disk space", re.I
 )
+_TOO_LARGE_SIGNS = re.compile(r"File too large|\(os error 27\)", re.I)
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs|iostream error")
 # Errors of the other ranks when one rank dies: the consequence, not the cause.
 _PEER_LOST = re.compile(
@@ -100,20 +102,59 @@ def disk_is_full(error: BaseException) -> bool:
     return False
 
 
+def is_too_large(error: BaseException) -> bool:
+    """Return whether an error means that a file reached the limit on its size (EFBIG), as it says itself."""
+    return any(
+        (isinstance(link, OSError) and link.errno == errno.EFBIG) or _TOO_LARGE_SIGNS.search(str(link))
+        for link in _chain(error)
+    )
+
+
+def too_large(error: BaseException, folder: Path) -> OSError | None:
+    """Return the error that names the file in a folder that reached the limit on its size, and the limit.
+
+    Returns None if the error is another one. torch's zip writer has one message for this and for a full disk:
+    then the file decides.
+    """
+    reached = _at_limit(folder)
+    of_torch = any(_TORCH_WRITER.search(str(link)) for link in _chain(error))
+    if not is_too_large(error) and not (reached and of_torch):
+        return None
+    return OSError(errno.EFBIG, _limit_text(str(reached) if reached else f"a file in {folder}"))
+
+
+def _at_limit(folder: Path) -> Path | None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    return next((path for path in files if path.stat().st_size >= limit), None)
+
+
+def _limit_text(file: str) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    size = "that of its file system" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+    return f"{file} would exceed the limit on the size of a file (ulimit -f): {size}. Raise the limit"
+
+
 def no_space(error: BaseException, folders: Sequence[Path]) -> str | None:
     """Return what a full disk kept from being written, which disk it is, and how much it has, in one line.
 
-    Returns None if the error is another one, or says so itself. Libraries do not always name the file: then
-    it is in one of `folders`, in that which has the least space left.
+    For a file that reached the limit on its size, return the file and the limit. Returns None if the error is
+    another one, or says so itself. Libraries do not always name the file: then it is in one of `folders`, in
+    that which has the least space left.
     """
-    if not disk_is_full(error):
+    limited = is_too_large(error)
+    if not limited and not disk_is_full(error):
         return None
     own = [link for link in _chain(error) if isinstance(link, OSError)]
-    if any(link.errno in _FULL and link.strerror != os.strerror(link.errno) for link in own):
+    if any(link.errno in (*_FULL, errno.EFBIG) and link.strerror != os.strerror(link.errno) for link in own):
         return None
     named = [Path(os.fsdecode(link.filename)) for link in own if isinstance(link.filename, (str, bytes))]
     files = [path for path in named if path.parent != Path()] or named
     place = files[0] if files else min(folders, key=_free)
+    if limited:
+        return _limit_text(str(place) if files else f"a file in {place}")
     disk = next(part for part in (_existing(place), *_existing(place).parents) if part.is_mount())
     return (
         f"there is no space left to write {'' if files else 'in '}{place}: the disk {disk} has "
@@ -160,7 +201,11 @@ def code_of(error: BaseException) -> int:
         return KILLED
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    if disk_is_full(error) or any(isinstance(e, OSError) and e.errno in _DISK for e in _chain(error)):
+    if (
+        disk_is_full(error)
+        or is_too_large(error)
+        or any(isinstance(e, OSError) and e.errno in _DISK for e in _chain(error))
+    ):
         return DISK_FAILED
     if _WORKER.search(str(error)) or _within_loader(error.__traceback__):
         return DATA_FAILED

@@ -39,6 +39,7 @@ from trainers.rank.failures import (
     is_lost_peer,
     no_space,
     ran_out_of_memory,
+    too_large,
 )
 
 
@@ -69,6 +70,8 @@ NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/saving/checkpoin
         (NO_ROOM, DISK_FAILED),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), DISK_FAILED),
         (OSError("Not enough disk space. Needed: Unknown size (download: Unknown size"), DISK_FAILED),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), DISK_FAILED),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), DISK_FAILED),
         (OSError(errno.EIO, os.strerror(errno.EIO)), DISK_FAILED),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), DISK_FAILED),
         (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), DISK_FAILED),
@@ -246,3 +249,46 @@ def test_the_message_of_a_full_disk_names_file_disk_and_what_is_free(tmp_path: P
         assert re.match(rf"there is no space left to write in {tmp_path}: {free}", found), found
     assert no_space(OSError(errno.ENOSPC, "the model needs 3 GB", "run"), [tmp_path]) is None
     assert no_space(OSError(errno.EIO, os.strerror(errno.EIO)), [tmp_path]) is None
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from trainers.rank.failures import code_of, disk_is_full, no_space, too_large
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+folder, weights = Path(sys.argv[1]), {"weight": torch.zeros(100_000)}
+writers = {
+    "optimizer.pt": lambda path: torch.save(weights, path),
+    "metrics.jsonl": lambda path: path.write_bytes(bytes(200_000)),
+    "model.safetensors": lambda path: save_file(weights, path),
+}
+for name, write in writers.items():
+    (folder / name).mkdir()
+    try:
+        write(folder / name / name)
+    except Exception as error:
+        limited = too_large(error, folder / name)
+        print(limited.strerror, code_of(error), code_of(limited), no_space(limited, [folder]))
+"""
+
+
+def test_a_file_over_the_limit_on_its_size_is_named_with_the_limit(tmp_path: Path) -> None:
+    """torch's zip writer has the message of a full disk, and safetensors removes its file."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    limit = "would exceed the limit on the size of a file (ulimit -f): 0.1 MB. Raise the limit 8 8 None"
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/optimizer.pt/optimizer.pt {limit}",
+        f"{tmp_path}/metrics.jsonl/metrics.jsonl {limit}",
+        f"a file in {tmp_path}/model.safetensors {limit}",
+    ]
+
+
+def test_the_message_of_a_limit_names_the_file() -> None:
+    error = OSError(errno.EFBIG, os.strerror(errno.EFBIG), "run/metrics.jsonl")
+    assert str(no_space(error, [Path()])).startswith("run/metrics.jsonl would exceed the limit on the size")
+    assert too_large(RuntimeError("unexpected pos 704 vs 598"), Path("/nowhere")) is None
