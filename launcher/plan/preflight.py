@@ -22,6 +22,7 @@ from trainers.storage.manifest import checkpoint_folders
 from trainers.storage.resumed import check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
+from trainers.storage.saved_model import ADAPTER
 
 _HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")  # as huggingface_hub checks it
 
@@ -51,10 +52,15 @@ def check_model(train: TrainConfig) -> None:
             )
         if not _HUB_ID.fullmatch(train.model):
             raise ConfigError(
-                f"base_model: there is no folder {train.model}, and it is not a valid hub id: letters, digits, "
-                "'.', '_' and '-', at most 96 of them in the name."
+                f"base_model: there is no folder {train.model}, and it is not a valid hub id: letters, "
+                "digits, '.', '_' and '-', at most 96 of them in the name."
             )
         return
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"base_model: {folder} is an adapter. Give the merged model (merge_adapter writes it), or the "
+            "adapter's base model."
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"base_model: {folder} has no config.json, so it is not a model folder.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
