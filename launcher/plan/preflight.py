@@ -19,7 +19,7 @@ from trainers.data.columns import check_split
 from trainers.data.files import find_split
 from trainers.rank.say import say
 from trainers.storage.manifest import checkpoint_folders
-from trainers.storage.resumed import check_resume
+from trainers.storage.resumed import check_model_folders, check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
 from trainers.storage.saved_model import ADAPTER
@@ -33,6 +33,7 @@ def preflight(run: Run, others: Sequence[Input] = ()) -> None:
     Raises:
         ConfigError: the first problem that would stop the run.
     """
+    check_model_folders(run.folder, run.train)
     check_model(run.train)
     check_data(run.train)
     check_hub(run.train)

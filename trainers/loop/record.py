@@ -19,7 +19,15 @@ from trainers.storage import run_files
 from trainers.storage.ending import MERGE, Ending, damaged_model, good_copy, read_ending
 from trainers.storage.identity import ID, RECORD, new_id, recorded_id
 from trainers.storage.manifest import read_manifest
-from trainers.storage.resumed import INPUTS, check_finished, read_record, trained_config, update_record
+from trainers.storage.resumed import (
+    INPUTS,
+    MODEL_FOLDERS,
+    check_finished,
+    model_folders,
+    read_record,
+    trained_config,
+    update_record,
+)
 from trainers.storage.run_folder import FINISHED, write_record
 
 if TYPE_CHECKING:
@@ -129,6 +137,7 @@ def facts_of(trainer: Durable, context: Context) -> dict[str, Any]:
         "seed": trainer.args.seed,
         **_global_batch(context.config, world_size()),
         INPUTS: asdict(trainer.inputs),
+        MODEL_FOLDERS: model_folders(context.config),
         "command": sys.argv,
         "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
     }

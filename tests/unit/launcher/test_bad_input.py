@@ -501,6 +501,18 @@ def test_base_model_that_is_an_adapter(refuse: Refuse, work: Path) -> None:
     refuse(spoil("base_model: model", "base_model: ./adapter"), "c.yaml:2", "is an adapter", "merge_adapter")
 
 
+def test_resume_without_the_model_folder_of_the_last_start(refuse: Refuse, work: Path) -> None:
+    """A name without a slash at its start may also be an id on the hub, of another model."""
+    fake_checkpoint(work / "run", 5)
+    (work / "run" / "run.json").write_text('{"config": {}, "model_folders": ["models/base"]}')
+    refuse(
+        spoil("base_model: model", "base_model: models/base"),
+        "c.yaml:2",
+        "the folder models/base is gone since the last start",
+        flags=("--resume",),
+    )
+
+
 def test_resume_without_a_checkpoint(refuse: Refuse) -> None:
     refuse(GOOD, "flag --resume", "there is no run in run", "Start without --resume", flags=("--resume",))
 
