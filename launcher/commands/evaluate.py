@@ -16,9 +16,10 @@ from trainers.evaluate import ACCELERATE, LM_EVAL
 from trainers.rank.no_links import LinkFound
 from trainers.storage.run_place import check_output
 from trainers.storage.saved_model import ADAPTER
-from trainers.storage.state_files import read_object
+from trainers.storage.state_files import damaged, read_object
 
 HIDING = "trainers.evaluate"  # runs the module that follows, with secrets hidden
+SAVE_AGAIN = "Save the model again."
 RESULTS = "evaluation"  # in the run's folder
 EXTRA = "pip install 'phalanx[evaluate]'"
 HELP = "evaluate a run's final model with lm-eval, which gets everything after RUN"
@@ -72,13 +73,17 @@ def command(folder: Path, arguments: Sequence[str], gpus: int) -> list[str]:
 
 def _model(folder: Path) -> dict[str, str]:
     """Return lm-eval's arguments for the model: a full model, or an adapter and its base model."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder. Give a run's folder.")
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no final model, and no such folder. Give a run's folder.")
     adapter = folder / ADAPTER
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         found = {"pretrained": str(folder)}
     elif adapter.is_file():
-        base = read_object(adapter, "Save the model again.").get("base_model_name_or_path")
+        base = read_object(adapter, SAVE_AGAIN).get("base_model_name_or_path")
+        if not base:
+            raise damaged(adapter, "it does not name the base model", SAVE_AGAIN)
         found = {"pretrained": str(base), "peft": str(folder), "tokenizer": str(folder)}
     else:
         raise ConfigError(

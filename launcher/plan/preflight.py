@@ -15,9 +15,10 @@ from trainers.config.mix import sources_of
 from trainers.config.schema import TrainConfig
 from trainers.data.columns import check_split
 from trainers.data.files import find_split
-from trainers.storage.resumed import check_resume
+from trainers.storage.resumed import check_model_folders, check_resume
 from trainers.storage.run_folder import check_free
 from trainers.storage.run_place import Input, check_place
+from trainers.storage.saved_model import ADAPTER
 
 _HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b")  # as huggingface_hub checks it
 
@@ -29,6 +30,7 @@ def preflight(run: Run, others: Sequence[Input] = ()) -> None:
         ConfigError: the first problem that would stop the run.
         OSError: the disk has no room for what the run will write.
     """
+    check_model_folders(run.folder, run.train)
     check_model(run.train)
     check_data(run.train)
     check_hub(run.train)
@@ -52,6 +54,11 @@ def check_model(train: TrainConfig) -> None:
                 "digits, '.', '_' and '-', at most 96 of them in the name."
             )
         return
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"base_model: {folder} is an adapter. Give the merged model (merge_adapter writes it), or the "
+            "adapter's base model."
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"base_model: {folder} has no config.json, so it is not a model folder.")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):

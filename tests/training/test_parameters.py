@@ -617,7 +617,9 @@ def test_merge_adapter_leaves_a_full_model(place, trainer):
         assert not idle(built.settings, "merge_adapter")
         built.trainer.train()
         ending = finish.save_final_model(built.trainer, built.context)
-        finish.finish(built.context, record.facts_of(built.trainer, built.context), ending)
+        facts = record.facts_of(built.trainer, built.context)
+        assert facts["model_folders"] == [built.context.config.model]
+        finish.finish(built.context, facts, ending)
         left.append({name: (folder / name).exists() for name in ("adapter_config.json", "model.safetensors")})
     assert left == [
         {"adapter_config.json": True, "model.safetensors": False},

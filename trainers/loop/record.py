@@ -21,8 +21,10 @@ from trainers.storage.identity import ID, RECORD, new_id, recorded_id
 from trainers.storage.manifest import read_manifest
 from trainers.storage.resumed import (
     INPUTS,
+    MODEL_FOLDERS,
     check_finished,
     has_steps_left,
+    model_folders,
     read_record,
     trained_config,
     update_record,
@@ -132,6 +134,7 @@ def facts_of(trainer: Durable, context: Context) -> dict[str, Any]:
         "seed": trainer.args.seed,
         **_global_batch(context.config, world_size()),
         INPUTS: asdict(trainer.inputs),
+        MODEL_FOLDERS: model_folders(context.config),
         "command": sys.argv,
         "data": {part: asdict(prepared.summary) for part, prepared in context.data.items()},
     }

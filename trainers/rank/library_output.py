@@ -16,6 +16,8 @@ HIDDEN = {
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
     # On some CPUs, if peft imports it. The kernel is never fetched (model/trust.py), and it works without.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # At a resume with another batch_size. The run itself checks what a resume changes (config/on_resume.py).
+    "transformers.trainer_utils": "The following arguments do not match the ones in the `trainer_state.json`",
 }
 
 

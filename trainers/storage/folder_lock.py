@@ -135,6 +135,18 @@ def lock_owner(folder: Path) -> tuple[int, str] | None:
     return (0, "") if _folder_is_locked(folder) else None
 
 
+def refuse_running(folder: Path) -> None:
+    """Refuse a folder in which the run of another process is going.
+
+    Raises:
+        InUse: another process holds the lock; the message names it.
+    """
+    held = lock_owner(folder)
+    if held is not None and held != (os.getpid(), socket.gethostname()):
+        pid, host = held
+        raise _in_use(folder, f"process {pid} on {host}" if host else "just started")
+
+
 def _folder_is_locked(folder: Path) -> bool:
     if not folder.is_dir():
         return False

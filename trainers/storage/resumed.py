@@ -24,6 +24,7 @@ from trainers.storage.manifest import read_manifest
 from trainers.storage.run_folder import FINISHED, resume_checkpoint
 
 INPUTS = "inputs"  # the key of run.json that has Inputs
+MODEL_FOLDERS = "model_folders"  # and the one that has the models which were folders, not ids on the hub
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,26 @@ def check_weights(place: str, then: Mapping[str, str], now: Mapping[str, str]) -
             raise ConfigError(
                 f"{name}: it is not the model of the training of {place}: its config or its weights have "
                 f"changed. Restore it, {ANEW}"
+            )
+
+
+def model_folders(config: TrainConfig) -> list[str]:
+    """Return the models of a config that are folders, as the config names them."""
+    return [model for model in (config.model, config.model_ref) if model and Path(model).is_dir()]
+
+
+def check_model_folders(folder: Path, config: TrainConfig) -> None:
+    """Refuse a model that was a folder at the last start and is gone: the hub may have one of this name.
+
+    Raises:
+        ConfigError: the folder is gone.
+    """
+    then = (read_record(folder) or {}).get(MODEL_FOLDERS) if config.resume else None
+    for key, model in (("base_model", config.model), ("model_ref", config.model_ref)):
+        if model is not None and model in (then or ()) and not Path(model).is_dir():
+            raise ConfigError(
+                f"{key}: the folder {model} is gone since the last start. Restore it, or start without "
+                "--resume to use the model of this name on the hub."
             )
 
 

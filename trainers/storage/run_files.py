@@ -87,6 +87,8 @@ def recorded(folder: Path) -> list[str] | None:
     path = folder / WRITTEN
     if path.is_symlink():
         raise no_links.LinkFound(path)
+    if not folder.is_dir():  # a file has no record either
+        return None
     try:
         return [line for line in read_text(path, _REMEDY).splitlines() if is_inside(line)]
     except FileNotFoundError:

@@ -23,7 +23,7 @@ from trainers.rank import no_links
 from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage import run_files
-from trainers.storage.folder_lock import lock_owner
+from trainers.storage.folder_lock import lock_owner, refuse_running
 from trainers.storage.identity import RECORD
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
@@ -112,9 +112,10 @@ def check_free(folder: Path, config: TrainConfig, config_file: Path | None = Non
             files; or there is nothing to resume.
     """
     for part in (folder, *folder.parents):
-        if part.is_file():
+        if part.exists() and not part.is_dir():
             raise ConfigError(f"project_name: {part} is a file. Give another name.")
     if holds_run(folder) and not (config.resume or config.overwrite):
+        refuse_running(folder)
         raise ConfigError(
             f"project_name: {folder} already contains a run. Resume it with --resume, delete it and start "
             "again with --overwrite, or give another project_name."

@@ -479,6 +479,40 @@ def test_folder_that_holds_another_run(refuse: Refuse, work: Path, left: str) ->
     refuse(GOOD, "c.yaml:3", "run already contains a run", "--resume", "--overwrite", "another project_name")
 
 
+def test_folder_in_which_a_run_is_going(refuse: Refuse, work: Path) -> None:
+    (work / "run").mkdir()
+    (work / "run" / "run.json").write_text("{}")
+    program = "import sys; from pathlib import Path; from trainers.storage.folder_lock import lock_folder\n"
+    program += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", program, str(work / "run")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        refuse(
+            GOOD, "c.yaml:3", "run is in use by another run", f"process {other.pid} on", "Wait until it ends"
+        )
+        other.communicate("")
+
+
+def test_base_model_that_is_an_adapter(refuse: Refuse, work: Path) -> None:
+    adapter = work / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").touch()
+    refuse(spoil("base_model: model", "base_model: ./adapter"), "c.yaml:2", "is an adapter", "merge_adapter")
+
+
+def test_resume_without_the_model_folder_of_the_last_start(refuse: Refuse, work: Path) -> None:
+    """A name without a slash at its start may also be an id on the hub, of another model."""
+    fake_checkpoint(work / "run", 5)
+    (work / "run" / "run.json").write_text('{"config": {}, "model_folders": ["models/base"]}')
+    refuse(
+        spoil("base_model: model", "base_model: models/base"),
+        "c.yaml:2",
+        "the folder models/base is gone since the last start",
+        flags=("--resume",),
+    )
+
+
 def test_resume_without_a_checkpoint(refuse: Refuse) -> None:
     refuse(GOOD, "flag --resume", "there is no run in run", "Start without --resume", flags=("--resume",))
 

@@ -56,6 +56,12 @@ def test_a_missing_model_or_a_wrong_argument_is_refused(
 ) -> None:
     assert main(["evaluate", "nothing", "--tasks", "arc_easy"]) == 2
     assert "nothing: there is no final model" in capsys.readouterr().err
+    assert main(["evaluate", "/dev/null", "--tasks", "arc_easy"]) == 2
+    assert capsys.readouterr().err == "error: /dev/null is not a folder. Give a run's folder.\n"
+    Path("broken").mkdir()
+    Path("broken/adapter_config.json").write_text("{}")
+    assert main(["evaluate", "broken", "--tasks", "arc_easy"]) == 2
+    assert "it does not name the base model" in capsys.readouterr().err
     Path("run").mkdir()
     Path("run/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a,trust=1"}))
     with pytest.raises(ConfigError, match="cannot load a path with a comma"):

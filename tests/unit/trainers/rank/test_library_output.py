@@ -37,8 +37,9 @@ def test_the_libraries_still_say_the_hidden_lines() -> None:
     accelerate = pytest.importorskip("accelerate.accelerator")
     deepspeed = pytest.importorskip("deepspeed.accelerator.real_accelerator")
     bitsandbytes = pytest.importorskip("bitsandbytes.backends.cpu.ops")
+    transformers = pytest.importorskip("transformers.trainer_utils")
     for module, text in zip(
-        (deepspeed, accelerate, bitsandbytes), library_output.HIDDEN.values(), strict=True
+        (deepspeed, accelerate, bitsandbytes, transformers), library_output.HIDDEN.values(), strict=True
     ):
         with open(module.__file__, encoding="utf-8") as source:
             assert text in source.read()
