@@ -7,7 +7,7 @@ import socket
 
 import psutil
 import pytest
-from planted import EVERY
+from planted import EVERY, STEPS
 from ranks import BACKENDS
 
 
@@ -80,6 +80,7 @@ def test_zero_on_another_number_of_ranks_and_another_backend_are_refused(faults,
         "the ZeRO shards of 2 ranks, but this run has a world size of 1. Continue with num_processes: 2"
         in run.err
     )
-    run = bench.train("other", *BACKENDS["fsdp"], "--save-steps", str(EVERY), "--resume")
+    length = ("--max-steps", str(STEPS), "--save-steps", str(EVERY))
+    run = bench.train("other", *BACKENDS["fsdp"], *length, "--resume")
     assert run.code == 2
     assert "it was written by ZeRO 2, which fsdp cannot read" in run.err
