@@ -6,17 +6,15 @@ import importlib
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from launcher.commands import COMMANDS
 from launcher.parser import Parser
 from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.redaction import hide_in_tracebacks, remember_flags
-from trainers.rank.failures import disk_is_full, is_too_large, no_space, refused_place
+from trainers.rank.failures import for_user
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, outlive_readers
 
@@ -77,14 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("error", line)
         return USAGE_ERROR
     except OSError as error:
-        if refused := refused_place(error):
-            say("error", refused[0])
-            return refused[1]
-        if not disk_is_full(error) and not is_too_large(error):
+        if (found := for_user(error)) is None:
             raise
-        text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        advice = "" if is_too_large(error) else " Free some space."
-        say("error", f"{text}.{advice}" if text else f"{error.strerror}.")
-        return DISK_FAILED
+        say("error", found[0])
+        return found[1]
     except KeyboardInterrupt:  # before ranks were started, or in a command without ranks
         return 128 + signal.SIGINT

@@ -26,7 +26,7 @@ from trainers.config.redaction import hide_in_tracebacks
 from trainers.config.text import first_line
 from trainers.model.trust import check_config, model_named, refuse_foreign_code, refuse_kernels_at_imports
 from trainers.rank import no_links
-from trainers.rank.failures import refused_place
+from trainers.rank.failures import for_user
 from trainers.rank.say import say
 from trainers.rank.terminal import outlive_readers
 from trainers.storage.manifest import SHARDS
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("error", str(error))
         return USAGE_ERROR if isinstance(error, ConfigError) else RUN_FAILED
     except OSError as error:
-        if (refused := refused_place(error)) is None:
+        if (found := for_user(error)) is None:
             raise
-        say("error", refused[0])
-        return refused[1]
+        say("error", found[0])
+        return found[1]
     say("consolidated", f"{made.folder} ({made.tensors} tensors, {made.bytes} bytes)")
     return 0
 

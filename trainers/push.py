@@ -17,7 +17,7 @@ from trainers.config.settings import resolve
 from trainers.config.values import Value
 from trainers.output.hub import command, push
 from trainers.output.model_card import name_of
-from trainers.rank.failures import refused_place
+from trainers.rank.failures import for_user
 from trainers.rank.say import say
 from trainers.storage.ending import UPLOAD, Ending, damaged_model, good_copy, read_ending
 from trainers.storage.folder_lock import lock_folder, unlock_folder
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("error", str(error))
         return USAGE_ERROR if isinstance(error, ConfigError) else UNFINISHED
     except OSError as error:
-        if (refused := refused_place(error)) is None:
+        if (found := for_user(error)) is None:
             raise
-        say("error", refused[0])
-        return refused[1]
+        say("error", found[0])
+        return found[1]
     finally:
         unlock_folder()
     return 0

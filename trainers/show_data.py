@@ -10,7 +10,6 @@ import argparse
 import io
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -20,7 +19,7 @@ from trainers.config.errors import DISK_FAILED, USAGE_ERROR, ConfigError
 from trainers.config.file import load_settings
 from trainers.config.redaction import hide_in_tracebacks
 from trainers.model.trust import refuse_foreign_code, refuse_kernels_at_imports
-from trainers.rank.failures import disk_is_full, is_too_large, no_space
+from trainers.rank.failures import for_user
 from trainers.rank.library_output import quieten_libraries
 from trainers.rank.say import say
 from trainers.rank.terminal import has_lost_output, is_unread, outlive_readers
@@ -60,12 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("error", str(error))
         return USAGE_ERROR
     except OSError as error:
-        if not disk_is_full(error) and not is_too_large(error):
+        if (found := for_user(error)) is None:
             raise
-        text = no_space(error, [Path(), Path(tempfile.gettempdir())])
-        advice = "" if is_too_large(error) else " Free some space."
-        say("error", f"{text}.{advice}" if text else f"{error.strerror}.")
-        return DISK_FAILED
+        say("error", found[0])
+        return found[1]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return DISK_FAILED if code == 0 and has_lost_output() else code

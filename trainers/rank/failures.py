@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +175,18 @@ def refused_place(error: OSError) -> tuple[str, int] | None:
         path = f"{path[:_LONGEST_NAME]}..."
     code = DISK_FAILED if error.errno in _DISK else USAGE_ERROR
     return f"{path}: {os.strerror(error.errno)}. {_REFUSED[error.errno]}", code
+
+
+def for_user(error: OSError) -> tuple[str, int] | None:
+    """Return an error in one line, and its exit code, if its cause is the disk or a path of the user."""
+    if refused := refused_place(error):
+        return refused
+    limited = is_too_large(error)
+    if not limited and not disk_is_full(error):
+        return None
+    text = no_space(error, [Path(), Path(tempfile.gettempdir())])
+    advice = "" if limited else " Free some space."
+    return f"{text}.{advice}" if text else f"{error.strerror}.", DISK_FAILED
 
 
 def _existing(path: Path) -> Path:

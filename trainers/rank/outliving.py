@@ -9,9 +9,8 @@ import signal
 import socket
 
 _PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(
-    None
-).prctl  # found now: a process that was just forked must not wait for the loader's lock
+# Found now: a process that was just forked must not wait for the loader's lock.
+_prctl = ctypes.CDLL(None).prctl
 
 
 def die_with_parent() -> None:

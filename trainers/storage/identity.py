@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 from trainers.config.json_text import parse_json
 
@@ -19,11 +20,16 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def recorded_id(folder: Path) -> str:
-    """Return the id that run.json in a folder records, or an empty string if there is none."""
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what run.json in a folder has, or nothing if it is missing or malformed."""
     try:
         record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    found = record.get(ID) if isinstance(record, dict) else None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def recorded_id(folder: Path) -> str:
+    """Return the id that run.json in a folder records, or an empty string if there is none."""
+    found = recorded(folder).get(ID)
     return found if isinstance(found, str) else ""

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.json_text import parse_json
 from trainers.config.on_resume import ANEW, FIXED, same_length, settled, why_refused, why_too_short
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
 from trainers.storage import run_files
 from trainers.storage.ending import Ending
-from trainers.storage.identity import RECORD
+from trainers.storage.identity import RECORD, recorded
 from trainers.storage.manifest import read_manifest
 from trainers.storage.run_folder import FINISHED, resume_checkpoint
 
@@ -158,10 +157,10 @@ def _refuse(why: str | None) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return what run.json records, or None if it is missing or malformed."""
+    record = recorded(folder)
     try:
-        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
         return record if isinstance(trained_config(record), dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigError
-from trainers.config.json_text import parse_json
 from trainers.config.packages import versions
 from trainers.config.schema import TrainConfig
 from trainers.config.settings import Settings
@@ -24,7 +23,7 @@ from trainers.rank.protocol import LAUNCH, attempts, began
 from trainers.rank.say import say
 from trainers.storage import run_files
 from trainers.storage.folder_lock import lock_owner, refuse_running
-from trainers.storage.identity import RECORD
+from trainers.storage.identity import RECORD, recorded
 from trainers.storage.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST,
@@ -64,11 +63,7 @@ def _is_of_earlier_version(folder: Path) -> bool:
     if run_files.recorded(folder) is not None:
         return False
     checkpoints = (path / MANIFEST for path in checkpoint_folders(folder))
-    return (
-        _is_record(folder / RECORD)
-        or any(p.is_file() for p in checkpoints)
-        or bool(_earlier_attempts(folder))
-    )
+    return _has_record(folder) or any(p.is_file() for p in checkpoints) or bool(_earlier_attempts(folder))
 
 
 def owner_of(folder: Path) -> Path | None:
@@ -83,7 +78,7 @@ def _belongs_to_run(folder: Path) -> bool:
     marks = (run_files.WRITTEN, run_files.JOBS)
     return (
         any(os.path.lexists(folder / mark) for mark in marks)
-        or _is_record(folder / RECORD)
+        or _has_record(folder)
         or bool(_earlier_attempts(folder))
         or is_checkpoint(folder)
         or _is_locked(folder)
@@ -96,12 +91,8 @@ def _is_locked(folder: Path) -> bool:
     return readable and lock_owner(folder) is not None
 
 
-def _is_record(path: Path) -> bool:
-    try:
-        record = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and {"config", "versions"} <= record.keys()
+def _has_record(folder: Path) -> bool:
+    return {"config", "versions"} <= recorded(folder).keys()
 
 
 def check_free(folder: Path, config: TrainConfig, config_file: Path | None = None) -> None:

@@ -614,7 +614,7 @@ MIX = """\
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("- path: more", "- path: ./nowhere", ("c.yaml:11", "data.mix[1].path", "./nowhere does not exist")),
+        ("- path: more", "- path: ./missing", ("c.yaml:11", "data.mix[1].path", "./missing does not exist")),
         (
             "- path: more",
             "- path: more\n      valid_split: dev",

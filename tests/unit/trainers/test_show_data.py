@@ -240,3 +240,9 @@ def test_a_tokenizer_is_enough(run, tiny_model, tmp_path):
     config = yaml.safe_load(Path("c.yaml").read_text()) | {"base_model": str(folder)}
     Path("c.yaml").write_text(yaml.safe_dump(config))
     assert show_data.main(["c.yaml"]) == 0
+
+
+def test_a_path_that_the_system_refuses_is_named_in_one_line(run):
+    code, out, err = run(GOOD, "--html", f"{'x' * 300}.html")
+    assert code == USAGE_ERROR and out == ""
+    assert "error: xxx" in err and "File name too long" in err and "Traceback" not in err

@@ -291,4 +291,4 @@ def test_a_file_over_the_limit_on_its_size_is_named_with_the_limit(tmp_path: Pat
 def test_the_message_of_a_limit_names_the_file() -> None:
     error = OSError(errno.EFBIG, os.strerror(errno.EFBIG), "run/metrics.jsonl")
     assert str(no_space(error, [Path()])).startswith("run/metrics.jsonl would exceed the limit on the size")
-    assert too_large(RuntimeError("unexpected pos 704 vs 598"), Path("/nowhere")) is None
+    assert too_large(RuntimeError("unexpected pos 704 vs 598"), Path("/missing")) is None
